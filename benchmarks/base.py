@@ -1,0 +1,66 @@
+"""What a quality benchmark is: examples by number, and a score for an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+CountTokens = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number means, once, so that tables and plots need no special cases."""
+
+    name: str
+    unit: str  # share | percent | nats
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and what a right answer to it is.
+
+    `context_end` cuts the prompt: what lies behind it is asked after the context was read (and, under `question_after`,
+    compressed). It counts characters of `prompt`, or tokens of `ids` where a benchmark gives those.
+    """
+
+    index: int
+    prompt: str
+    context_end: int
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    ids: tuple[int, ...] | None = None
+    columns: dict[str, str | int | float] = field(default_factory=dict)  # length, depth, ...
+
+
+class Task(Protocol):
+    """A benchmark. Frozen: its repr is the record's parameters.
+
+    `name` ends in a version ("recall@1"), raised when prompts or scoring change: old rows must not mix with new ones.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]: ...
+
+    @property
+    def size(self) -> int | None:
+        """How many examples there are; None: as many as one likes."""
+        ...
+
+    @property
+    def data(self) -> str:
+        """sha256 of the data, "" where examples are generated."""
+        ...
+
+    def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
+        """Example `index` is the same whether or not others were made."""
+        ...
+
+    def score(self, answer: str, example: Example) -> dict[str, float]:
+        """A value for every metric."""
+        ...

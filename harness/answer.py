@@ -1,0 +1,189 @@
+"""Greedy answers of many cells at once, and how close each stays to the full cache.
+
+The cells of one prompt are the model's batch. They often say the same, and a small cache often repeats itself, so each step
+may carry drafts: the tokens that followed the same two tokens in any cell of this prompt. A draft counts only where it is
+what the model itself says next; the rest is taken back. What a cell answers is thus what it would answer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from harness.model import Model
+from harness.rows import Counts, RowCache
+
+MOST_DRAFTS = 7
+FORCED_NUMBERS = 2**26  # logits held at once by the forced pass
+
+
+@dataclass
+class Answer:
+    """What one cell has said so far."""
+
+    tokens: list[int]
+    stop_reason: str | None = None
+    end: Counts | None = None  # what the cell held when it had ended
+
+    def add(self, tokens: Iterable[int], stop_ids: frozenset[int], most: int) -> None:
+        for token in tokens:
+            if self.stop_reason is None:
+                self.tokens.append(token)
+                if token in stop_ids:
+                    self.stop_reason = "end"
+                elif len(self.tokens) >= most:
+                    self.stop_reason = "length"
+
+
+@dataclass
+class Drafts:
+    """Which token came after which two, or else after which one, last seen anywhere among the cells of one prompt."""
+
+    after: dict[tuple[int, ...], int] = field(default_factory=dict)
+    width: int = 0
+
+    def learn(self, tokens: Sequence[int]) -> None:
+        for place in range(1, len(tokens)):
+            self.after[tokens[place - 1],] = tokens[place]
+            if place > 1:
+                self.after[tokens[place - 2], tokens[place - 1]] = tokens[place]
+
+    def propose(self, tokens: Sequence[int], count: int) -> list[int]:
+        """At most `count` tokens that may follow."""
+        last = tuple(tokens[-2:])
+        drafted: list[int] = []
+        while len(drafted) < count and (c := self.after.get(last, self.after.get(last[-1:]))) is not None:
+            drafted.append(c)
+            last = (last[-1], c)
+        return drafted
+
+    def adapt(self, offered: int, accepted: int) -> None:
+        """Wider while drafts hold, narrower when they do not. Depends on tokens only, never on time."""
+        if offered == 0 or accepted < 0.4 * offered:
+            self.width //= 2
+        elif accepted > 0.7 * offered:
+            self.width = min(MOST_DRAFTS, 2 * self.width + 1)
+
+
+def generate(
+    model: Model, cache: RowCache, first: Sequence[int], drafts: Drafts, stop_ids: frozenset[int], most: int
+) -> list[Answer]:
+    """Greedy answers of the cells of `cache`, at most `most` tokens each, end token included.
+
+    Cells that have ended leave the batch; the last of them stay in the cache, which then holds the prompt and their answers but
+    for the last token.
+
+    Args:
+        first: of each cell, the token that follows the prompt.
+        drafts: what the prompt's earlier cells have said; learns from these.
+    """
+    answers = [Answer([]) for _ in first]
+    for answer, token in zip(answers, first, strict=True):
+        answer.add([token], stop_ids, most)
+    active = list(range(len(answers)))
+    while active := _drop_ended(cache, answers, active):
+        _step(model, cache, [answers[cell] for cell in active], drafts, stop_ids, most)
+    return answers
+
+
+def _drop_ended(cache: RowCache, answers: Sequence[Answer], active: list[int]) -> list[int]:
+    """The cells that go on; the cache keeps only those, or all if there are none."""
+    staying = [number for number, cell in enumerate(active) if answers[cell].stop_reason is None]
+    if len(staying) == len(active):
+        return active
+    for cell, counts in zip(active, cache.counts(), strict=True):
+        if answers[cell].stop_reason is not None:
+            answers[cell].end = counts
+    if staying:
+        cache.keep(staying)
+    return [active[number] for number in staying]
+
+
+def _step(model: Model, cache: RowCache, answers: Sequence[Answer], drafts: Drafts, stop_ids: frozenset[int], most: int) -> None:
+    """One pass of the model: every cell's last token, and its drafts behind it."""
+    width = min(drafts.width, most - min(len(answer.tokens) for answer in answers) - 1)
+    offered = [drafts.propose(answer.tokens, max(width, 1)) for answer in answers]
+    rows = [[a.tokens[-1], *(d[:width] + [0] * width)[:width]] for a, d in zip(answers, offered, strict=True)]
+    logits = model.decode(cache, torch.tensor(rows, device=model.device), keep=width + 1)
+    said = logits.argmax(-1).tolist()  # [C, width + 1]
+    right = [_agreeing(draft[: width or 1], words) for draft, words in zip(offered, said, strict=True)]
+    taken = [min(count, width) for count in right]
+    for answer, words, count in zip(answers, said, taken, strict=True):
+        answer.add(words[: count + 1], stop_ids, most)
+        drafts.learn(answer.tokens[-(count + 3) :])
+    cache.crop([width - count for count in taken])
+    if width or sum(right) > 0.7 * len(right):  # at width 0 the guess is made but not run: it says when to begin
+        drafts.adapt(len(right) * max(width, 1), sum(right))
+
+
+def _agreeing(draft: Sequence[int], said: Sequence[int]) -> int:
+    """How many tokens of a draft the model would have said itself."""
+    for number, (guess, word) in enumerate(zip(draft, said, strict=False)):
+        if guess != word:
+            return number
+    return min(len(draft), len(said))
+
+
+def forced(model: Model, cache: RowCache, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Feeds the same tokens to every cell, in pieces that fit in memory, and takes them back.
+
+    Yields:
+        where a piece starts, and the log-probabilities of what follows each of its tokens, [C, piece, V].
+    """
+    wide = max(1, FORCED_NUMBERS // (cache.cells * model.network.config.vocab_size))
+    for start in range(0, len(tokens), wide):
+        piece = torch.tensor(tokens[start : start + wide], device=model.device).expand(cache.cells, -1)
+        yield start, model.decode(cache, piece, keep=piece.shape[1]).float().log_softmax(-1)
+    cache.crop([len(tokens)] * cache.cells)
+
+
+@dataclass(frozen=True)
+class FullAnswer:
+    """What the full cache said, and how sure it was: the yardstick of fidelity."""
+
+    tokens: list[int]
+    logprobs: Tensor  # [A, V], of each of the tokens' places but the first under question_in
+
+    @classmethod
+    def of(cls, model: Model, cache: RowCache, answer: Answer, lead: Tensor | None) -> FullAnswer:
+        """`lead`: [1, V], log-probabilities of the first token, where it came out of the cache and not of the prefill."""
+        parts = [] if lead is None else [lead.cpu()]
+        parts += [logprobs[0].cpu() for _, logprobs in forced(model, cache, answer.tokens[:-1])]
+        empty = torch.zeros(0, model.network.config.vocab_size)
+        return cls(answer.tokens, torch.cat(parts) if parts else empty)
+
+    def fidelity(self, model: Model, cache: RowCache, lead: Tensor | None) -> list[dict[str, float]]:
+        """How far each cell's predictions lie from the full cache's, all fed the full cache's answer.
+
+        Args:
+            lead: [C, V] or None, as above.
+
+        Returns:
+            of each cell, kl: mean KL of the full cache's distribution to the cell's, nats; top1: share of places at which
+            both prefer the same token; loss: mean negative log-likelihood of full's answer, nats. Empty if the answer's
+            only token came out of the prefill.
+        """
+        if not len(self.logprobs):
+            return [{} for _ in range(cache.cells)]
+        sums = torch.zeros(cache.cells, 3, dtype=torch.float64)
+        done = 0
+        if lead is not None:
+            sums += self._compare(lead[:, None], 0)
+            done = 1
+        for start, logprobs in forced(model, cache, self.tokens[:-1]):
+            sums += self._compare(logprobs, done + start)
+        means = (sums / len(self.logprobs)).tolist()
+        return [{"kl": max(0.0, kl), "top1": top1, "loss": loss} for kl, top1, loss in means]
+
+    def _compare(self, ours: Tensor, start: int) -> Tensor:
+        """Sums over a piece [C, p, V] of places that starts at place `start`, [C, 3]."""
+        places = ours.shape[1]
+        full = self.logprobs[start : start + places].to(ours.device)
+        said = torch.tensor(self.tokens[len(self.tokens) - len(self.logprobs) :][start : start + places])
+        kl = (full.exp() * (full - ours)).nan_to_num(0.0).sum(-1)
+        same = (ours.argmax(-1) == full.argmax(-1)).double()
+        loss = -ours.gather(-1, said.to(ours.device).expand(ours.shape[0], -1)[..., None])[..., 0]
+        return torch.stack([kl.double().sum(1), same.sum(1), loss.double().sum(1)], 1).cpu()

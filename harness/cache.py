@@ -1,0 +1,230 @@
+"""What one dense pass over a prompt leaves behind, and the words in which methods speak about it.
+
+Shape letters: T tokens of the prompt, n candidates of a layer (T, or the layer's sliding window), Hq query heads, H KV
+heads, G = Hq / H, S stored heads, W last queries, D head size. One prompt has no batch axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from math import floor
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["kv", "query"]
+
+
+class Arena:
+    """Memory kept from one batch to the next: fresh pages cost more than the copies that fill them."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, like: Tensor) -> Tensor:
+        """[rows, *like.shape[1:]] of `like`'s type, uninitialised. The same name is the same memory: one user at a time."""
+        held = self._tensors.get(name)
+        if held is None or held.shape[0] < rows or held.dtype != like.dtype or held.shape[1:] != like.shape[1:]:
+            self._tensors.pop(name, None)
+            held = self._tensors[name] = torch.empty((rows, *like.shape[1:]), dtype=like.dtype, device=like.device)
+        return held[:rows]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method wants to see of the prefill, beside keys and values. `a | b` serves both."""
+
+    window: int = 0  # the last queries, after RoPE
+    column_sums: bool = False  # attention that each key received, summed over all queries
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(max(self.window, other.window), self.column_sums or other.column_sums)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model decides the size of its cache."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]  # sliding window of each layer
+    itemsize: int  # bytes of one number in the cache
+
+    @property
+    def group(self) -> int:
+        return self.query_heads // self.kv_heads
+
+    def candidates(self, layer: int, tokens: int) -> int:
+        """Entries that one KV head of `layer` holds after `tokens` tokens."""
+        window = self.windows[layer]
+        return tokens if window is None else min(tokens, window)
+
+    def full_entries(self, tokens: int) -> int:
+        return self.kv_heads * sum(self.candidates(layer, tokens) for layer in range(self.layers))
+
+    def entry_bytes(self) -> int:
+        return 2 * self.head_dim * self.itemsize
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many entries a cache may hold: a KV size (mean entries a stored head) or a share of the full cache."""
+
+    entries_a_head: int | None = None
+    share: Fraction | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`"128"` or `"25%"`.
+
+        Raises:
+            ValueError: anything else, zero, negative numbers, shares over 100 %.
+        """
+        wanted = f"budget {text!r} is neither a whole number of entries (128) nor a share of the full cache (25%)"
+        try:
+            number = Decimal(text.strip().removesuffix("%").strip())
+        except InvalidOperation:
+            raise ValueError(wanted) from None
+        if not number.is_finite():
+            raise ValueError(wanted)
+        if number <= 0:
+            raise ValueError(f"budget {text!r} must be above 0")
+        if not text.strip().endswith("%"):
+            if number != number.to_integral_value() or not text.strip().isdecimal():
+                raise ValueError(wanted)
+            return cls(entries_a_head=int(number))
+        if number > 100:
+            raise ValueError(f"budget {text!r} is over 100 % of the full cache")
+        return cls(share=Fraction(number) / 100)
+
+    def entries(self, shape: ModelShape, tokens: int, granularity: Granularity) -> int:
+        """Entries in the whole cache for a prompt of `tokens` tokens; `shape` is the unconverted model's."""
+        if self.share is not None:
+            return floor(self.share * shape.full_entries(tokens))
+        assert self.entries_a_head is not None
+        heads = shape.query_heads if granularity == "query" else shape.kv_heads
+        return self.entries_a_head * shape.layers * heads
+
+    def __str__(self) -> str:
+        if self.share is None:
+            return str(self.entries_a_head)
+        percent = self.share * 100
+        return f"{percent.numerator}%" if percent.denominator == 1 else f"{float(percent):g}%"
+
+
+@dataclass(frozen=True)
+class Stripe:
+    """Rows of one layer that share a width and hold the same positions before anything is evicted.
+
+    An ordinary layer is one stripe; mixSGA's is one stripe an expert.
+    """
+
+    width: int  # query heads that read one row
+    members: Tensor | None = None  # [m] indices into the layer's candidates, ascending; None: all
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer of a prefill, as its scorers see it. Nobody writes to these tensors."""
+
+    index: int
+    tokens: int  # T
+    keys: Tensor  # [H, n, D], after RoPE
+    values: Tensor  # [H, n, D]
+    scaling: float
+    width: int  # query heads that read one stored head: G at granularity "kv", 1 at "query"
+    queries: Tensor | None = None  # [Hq, W, D], the last ones, after RoPE
+    column_sums: Tensor | None = None  # [Hq, n], float32
+    softcap: float | None = None
+    window: int | None = None
+    query_heads: int = 0
+
+    @property
+    def positions(self) -> Tensor:
+        """Original positions of the candidates, [n]."""
+        return torch.arange(self.tokens - self.keys.shape[1], self.tokens, device=self.keys.device)
+
+    @property
+    def stored_keys(self) -> Tensor:
+        """The keys of the stored heads, [S, n, D]."""
+        group = self.query_heads // self.keys.shape[0]
+        first = torch.arange(0, self.query_heads, self.width, device=self.keys.device)
+        return self.keys if self.width == group else self.keys[first // group]
+
+    def read_by(self, width: int) -> LayerKV:
+        """The same layer, stored with one head for every `width` query heads."""
+        return replace(self, width=width)
+
+    def mean_over_group(self, per_query_head: Tensor) -> Tensor:
+        """[Hq, ...] -> [S, ...]: the mean over the query heads that read a stored head."""
+        return per_query_head.unflatten(0, (-1, self.width)).mean(1)
+
+    def window_attention(self, last: int) -> Tensor:
+        """Attention probabilities of the last `last` queries over the candidates, [Hq, last, n], float32."""
+        if self.queries is None:
+            raise ValueError("the last queries were not observed: the method must declare Needs(window=...)")
+        queries = self.queries[:, -last:].float()  # [Hq, last, D]
+        grouped = queries.unflatten(0, (self.keys.shape[0], -1)).flatten(1, 2)  # [H, G * last, D]
+        logits = (grouped * self.scaling) @ self.keys.float().transpose(1, 2)
+        logits = logits.view(self.query_heads, queries.shape[1], -1)  # [Hq, last, n]
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        asking = torch.arange(self.tokens - queries.shape[1], self.tokens, device=logits.device)[:, None]
+        hidden = self.positions > asking
+        if self.window is not None:
+            hidden |= self.positions <= asking - self.window
+        return logits.masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One dense pass over one prompt, with what was observed on the way. Frozen: cells copy out of it."""
+
+    ids: Tensor  # [T]
+    logits: Tensor  # [V], of the last token
+    layers: tuple[LayerKV, ...]
+    stripes: tuple[tuple[Stripe, ...], ...]  # of each layer
+    shape: ModelShape
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[0]
+
+    def at(self, granularity: Granularity) -> Prefill:
+        """This prefill, stored with one row a KV head (`kv`), or one row a query head as the papers' code (`query`)."""
+        if granularity == "kv":
+            return self
+        return replace(self, stripes=tuple((Stripe(width=1),) for _ in self.layers))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stored head to be: the query heads that read it, and which candidates it keeps."""
+
+    first: int  # first query head
+    width: int
+    stripe: int
+    kept: Tensor | None  # [k] ascending indices into the candidates; None: all of them
+
+    def entries(self, candidates: int) -> int:
+        return candidates if self.kept is None else self.kept.shape[0]
+
+
+Selection = tuple[tuple[Row, ...], ...]  # the rows of each layer
+
+
+def keep_all(prefill: Prefill) -> Selection:
+    """The full cache as rows."""
+    return tuple(
+        tuple(
+            Row(first, stripe.width, number, stripe.members)
+            for number, stripe in enumerate(stripes)
+            for first in range(0, prefill.shape.query_heads, stripe.width)
+        )
+        for stripes in prefill.stripes
+    )

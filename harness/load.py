@@ -1,0 +1,99 @@
+"""Models by name: a hub id, a local folder, `reference`, or a published shape with random weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from harness.model import Model, UnsupportedModel
+from harness.shapes import SHAPES
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+class UnknownModel(ValueError):
+    """No such model, or no way to get it from here."""
+
+
+def _on(network: Any, device: torch.device) -> Any:
+    """`to` of transformers is wrapped in a way that hides its argument from type checkers."""
+    return network.to(device)
+
+
+def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Model:
+    """
+    Args:
+        name: `reference`, `random:<shape>`, a folder with a config and safetensors, or a hub id.
+        revision: of a hub id; None: its main branch, whose commit is then the record's.
+
+    Raises:
+        UnknownModel: nothing there, or not reachable.
+        UnsupportedModel: a family that the harness does not reach.
+    """
+    if name.startswith("random:"):
+        return _random(name, dtype, device)
+    folder = REFERENCE if name == "reference" else Path(name)
+    if folder.is_dir():
+        return _from_folder(folder, name, dtype, device)
+    if name == "reference" or name.startswith((".", "/")) or name.count("/") > 1:
+        raise UnknownModel(f"model {name!r}: no such folder")
+    return _from_hub(name, dtype, device, revision)
+
+
+def _random(name: str, dtype: torch.dtype, device: torch.device) -> Model:
+    shape = name.removeprefix("random:")
+    if shape not in SHAPES:
+        raise UnknownModel(f"no shape {shape!r}; known: {', '.join(SHAPES)}")
+    config = AutoConfig.for_model(**SHAPES[shape])
+    torch.manual_seed(0)
+    with device:
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    network.config.eos_token_id = network.generation_config.eos_token_id = None  # no token of theirs means an end
+    return Model(network, byte_tokenizer(), name, "seed-0")
+
+
+def _from_folder(folder: Path, name: str, dtype: torch.dtype, device: torch.device) -> Model:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").exists() or not weights:
+        raise UnknownModel(f"model {name!r}: {folder} holds no config.json with *.safetensors")
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    digest = hashlib.sha256()
+    for path in weights:
+        with path.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if _has_tokenizer(folder) else None
+    shown = name if name == "reference" else folder.name
+    return Model(_on(network, device), tokenizer, shown, digest.hexdigest()[:16])
+
+
+def _from_hub(name: str, dtype: torch.dtype, device: torch.device, revision: str | None) -> Model:
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        commit = getattr(config, "_commit_hash", None) or revision or "main"
+        network = AutoModelForCausalLM.from_pretrained(name, revision=commit, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnknownModel(f"model {name!r} is neither a folder here nor reachable on the hub: {reason}") from None
+    return Model(_on(network, device), tokenizer, name, str(commit))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a byte, no files needed: lets random weights read any benchmark."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+__all__ = ["UnknownModel", "UnsupportedModel", "byte_tokenizer", "load"]

@@ -1,0 +1,168 @@
+"""transformers behind two calls: `prefill` reads a prompt densely, `decode` continues over rows.
+
+The models run unchanged. Their attention calls the function registered here under transformers' AttentionInterface. In a
+prefill it delegates to transformers' own attention and shows keys, values and queries to an observer; in decoding it writes
+the new keys and values into the rows and attends to them. What the function has to do travels as a keyword argument of the
+model's call. No transformers cache is involved.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from harness.attention import attend
+from harness.cache import Arena, ModelShape, Needs, Prefill, Stripe
+from harness.observe import AttentionSettings, Observer
+from harness.rows import RowCache
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox")
+UNDERSTOOD = {"dropout", "scaling", "position_ids", "sliding_window", "softcap", "use_cache", "is_causal", "rows_pass"}
+MATTERS_NOT = {"output_attentions", "output_hidden_states", "return_dict"}
+
+
+class UnsupportedModel(ValueError):
+    """The harness cannot reach this model's attention, so it would run uncompressed."""
+
+
+@dataclass
+class DecodePass:
+    """New tokens of the cells of a cache."""
+
+    cache: RowCache
+    positions: Tensor  # [C, Q]
+    layers_run: int = 0
+
+    def attention(self, index: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        layer = self.cache.layers[index]
+        layer.append(key, value, self.positions)
+        self.layers_run += 1
+        return attend(layer, query, self.positions, settings.scaling, settings.softcap)
+
+
+class Model:
+    """A causal language model of transformers, evaluated without gradients.
+
+    Args:
+        network: any model of `FAMILIES`; its attention implementation is set here.
+        tokenizer: None for machinery that feeds token ids.
+        name: what the user asked for; `revision`: what came (a commit, or the hash of the weights).
+
+    Raises:
+        UnsupportedModel: the family, or an attention feature of this checkpoint, is not one the harness reaches.
+    """
+
+    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, revision: str) -> None:
+        self.network, self.tokenizer, self.name, self.revision = network.eval(), tokenizer, name, revision
+        config = network.config
+        if config.model_type not in FAMILIES or not getattr(network, "_supports_attention_backend", False):
+            raise UnsupportedModel(
+                f"model {name!r} is of the family {config.model_type!r}, which the harness does not reach; "
+                f"reached: {', '.join(FAMILIES)}"
+            )
+        self.shape = shape_of(network)
+        base = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+        network.set_attn_implementation(register(base))
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions that the model was made for."""
+        return int(self.network.config.max_position_embeddings)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every end token that the generation config or the tokenizer names."""
+        found: set[int] = set()
+        sources = (getattr(self.network, "generation_config", None), self.network.config, self.tokenizer)
+        for ids in (getattr(source, "eos_token_id", None) for source in sources):
+            found |= set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
+        return frozenset(found)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, needs: Needs, arena: Arena | None = None) -> tuple[Prefill, float]:
+        """Reads `ids` [T] densely, and says how many seconds of that were observation.
+
+        The prefill lives in the memory of `arena`, until the next one in the same arena.
+        """
+        observer = Observer(self.shape, needs, arena or Arena())
+        logits = self._forward(ids[None], torch.arange(len(ids), device=ids.device)[None], observer, 1)
+        if [layer.index for layer in observer.layers] != list(range(self.shape.layers)):
+            raise UnsupportedModel(
+                f"attention of model {self.name!r} was reached in {len(observer.layers)} of {self.shape.layers} layers"
+            )
+        stripes = tuple((Stripe(width=self.shape.group),) for _ in observer.layers)
+        prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), stripes, self.shape)
+        return prefill, observer.lap.seconds
+
+    @torch.inference_mode()
+    def decode(self, cache: RowCache, ids: Tensor, keep: int = 1) -> Tensor:
+        """Appends the tokens `ids` [C, Q] to the cells, and gives the logits of the last `keep` of them, [C, keep, V]."""
+        step = DecodePass(cache, cache.positions(ids.shape[1]))
+        logits = self._forward(ids, step.positions, step, keep)
+        if step.layers_run != self.shape.layers:
+            raise UnsupportedModel(f"attention of model {self.name!r} ran in {step.layers_run} layers while decoding")
+        cache.seen += ids.shape[1]
+        return logits
+
+    def _forward(self, ids: Tensor, positions: Tensor, rows_pass: Observer | DecodePass, keep: int) -> Tensor:
+        return self.network(
+            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, rows_pass=rows_pass
+        ).logits
+
+
+def shape_of(network: PreTrainedModel) -> ModelShape:
+    config = network.config
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    sliding = [kinds is None or kind == "sliding_attention" for kind in kinds or range(layers)]
+    return ModelShape(
+        layers=layers,
+        query_heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        windows=tuple(window if slides else None for slides in sliding),
+        itemsize=network.dtype.itemsize,
+    )
+
+
+def register(base: str) -> str:
+    """The attention over rows, with `base` of transformers for prefills. Its masks are `base`'s."""
+    name = f"rows_over_{base}"
+
+    def attention(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+    ) -> tuple[Tensor, None]:
+        unknown = {k for k, v in settings.items() if v is not None} - UNDERSTOOD - MATTERS_NOT
+        if unknown:
+            raise UnsupportedModel(f"{type(module).__name__} uses attention features not known here: {sorted(unknown)}")
+        rows_pass = settings.pop("rows_pass", None)
+        seen = AttentionSettings(settings["scaling"], settings.get("softcap"), settings.get("sliding_window"))
+        index: int = module.layer_idx  # type: ignore[assignment]
+        if isinstance(rows_pass, DecodePass):
+            return rows_pass.attention(index, query, key, value, seen).transpose(1, 2).contiguous(), None
+        out = _official(base, module)(module, query, key, value, mask, **settings)[0]
+        if rows_pass is not None:
+            rows_pass.see(index, query[0], key[0], value[0], seen)
+        return out, None
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def _official(base: str, module: torch.nn.Module) -> Any:
+    if base == "eager":  # not in the registry: every family has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]

@@ -1,0 +1,98 @@
+"""What a prefill leaves for the scorers: keys, values, last queries, column sums.
+
+Observing is a pass of its own over tensors that attention was given: it never changes what attention returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from harness.cache import Arena, LayerKV, ModelShape, Needs
+from harness.measure import Lap, stopwatch
+
+BLOCK_LOGITS = 2**25  # numbers of one block of logits: bounds the memory of the column sums
+
+
+@dataclass
+class Observer:
+    """Collects one `LayerKV` a layer, in the order in which the model runs them."""
+
+    shape: ModelShape
+    needs: Needs
+    arena: Arena = field(default_factory=Arena)
+    layers: list[LayerKV] = field(default_factory=list)
+    lap: Lap = field(default_factory=Lap)
+
+    def see(self, index: int, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> None:
+        """queries: [Hq, T, D]; keys, values: [H, T, D], after RoPE."""
+        expected = (self.shape.query_heads, self.shape.kv_heads, self.shape.head_dim)
+        if (queries.shape[0], keys.shape[0], keys.shape[2]) != expected:
+            raise ValueError(
+                f"layer {index} has heads {queries.shape[0]}/{keys.shape[0]} of size {keys.shape[2]}, "
+                f"its configuration says {expected[0]}/{expected[1]} of {expected[2]}"
+            )
+        tokens = keys.shape[1]
+        with stopwatch(keys.device, self.lap):
+            candidates = self.shape.candidates(index, tokens)
+            sums = column_sums(queries, keys, settings)[:, -candidates:] if self.needs.column_sums else None
+            last = queries[:, tokens - min(self.needs.window, tokens) :].clone() if self.needs.window else None
+            self.layers.append(
+                LayerKV(
+                    index=index,
+                    tokens=tokens,
+                    keys=self._own(f"prefill keys {index}", keys[:, -candidates:]),
+                    values=self._own(f"prefill values {index}", values[:, -candidates:]),
+                    scaling=settings.scaling,
+                    width=self.shape.group,
+                    queries=last,
+                    column_sums=sums,
+                    softcap=settings.softcap,
+                    window=settings.window,
+                    query_heads=self.shape.query_heads,
+                )
+            )
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy in memory of its own, [H, n, D] in that order: a view would keep more alive, and gather slowly."""
+        heads, candidates, dim = tensor.shape
+        return self.arena.take(name, heads * candidates, tensor[0]).view(heads, candidates, dim).copy_(tensor)
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+def column_sums(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> Tensor:
+    """Causal attention that each key received, summed over all queries, blockwise: no T x T tensor is made.
+
+    Args:
+        queries: [Hq, T, D], keys: [H, T, D].
+
+    Returns:
+        [Hq, T], float32
+    """
+    heads, tokens, _ = queries.shape
+    group = heads // keys.shape[0]
+    sums = torch.zeros(heads, tokens, device=keys.device)
+    step = max(1, BLOCK_LOGITS // (heads * tokens))
+    positions = torch.arange(tokens, device=keys.device)
+    for start in range(0, tokens, step):
+        stop = min(start + step, tokens)
+        first = 0 if settings.window is None else max(0, start - settings.window + 1)
+        block = queries[:, start:stop].float().unflatten(0, (-1, group)).flatten(1, 2) * settings.scaling
+        logits = block @ keys[:, first:stop].float().transpose(1, 2)  # [H, G * q, k]
+        logits = logits.unflatten(1, (group, stop - start)).flatten(0, 1)  # [Hq, q, k]
+        if settings.softcap is not None:
+            logits = settings.softcap * torch.tanh(logits / settings.softcap)
+        asking = positions[start:stop, None]
+        hidden = positions[first:stop] > asking
+        if settings.window is not None:
+            hidden |= positions[first:stop] <= asking - settings.window
+        sums[:, first:stop] += logits.masked_fill_(hidden, float("-inf")).softmax(-1).sum(1)
+    return sums

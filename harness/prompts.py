@@ -1,0 +1,81 @@
+"""From an example to token ids: chat template, one tokenisation, truncation, and the cut between context and question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.base import Example
+
+PromptProtocol = Literal["question_in", "question_after"]
+Chat = Literal["raw", "template"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, of which the first `context` are read and compressed before the rest is asked."""
+
+    ids: list[int]
+    context: int
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Choices that move numbers. Rows of different protocols are never ranked together."""
+
+    prompt: PromptProtocol = "question_in"
+    chat: Chat = "raw"
+    granularity: Literal["kv", "query"] = "kv"
+    stop: Literal["eos", "none"] = "eos"
+    truncation: int | None = None  # tokens; None: what the model has positions for
+    max_new_tokens: int | None = None  # None: the benchmark's own
+
+
+class CannotPrompt(ValueError):
+    """This example has no prompt under this protocol: it is skipped with this reason."""
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: Protocol, limit: int) -> Prompt:
+    """The prompt as ids, at most `limit` of them: a longer one keeps its first and last half.
+
+    Raises:
+        CannotPrompt: nothing to read, no chat template, or no text behind the context under `question_after`.
+    """
+    ids, context = _ids(tokenizer, example, protocol)
+    if not ids:
+        raise CannotPrompt("the prompt is empty")
+    if len(ids) > limit:
+        head, tail = limit - limit // 2, limit // 2
+        dropped = len(ids) - limit
+        ids = ids[:head] + ids[len(ids) - tail :]
+        context = min(context, head) if context <= head + dropped else context - dropped
+    if protocol.prompt == "question_in":
+        return Prompt(ids, len(ids))
+    if context >= len(ids):
+        raise CannotPrompt("no text behind the context, so nothing can be asked after it")
+    if context <= 0:
+        raise CannotPrompt("no context before the question")
+    return Prompt(ids, context)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: Protocol) -> tuple[list[int], int]:
+    """All ids, and how many of them reach to the context's last character."""
+    if example.ids is not None:
+        return list(example.ids), example.context_end
+    if tokenizer is None:
+        raise CannotPrompt("the model has no tokenizer for a prompt in words")
+    text, end = example.prompt, example.context_end
+    if protocol.chat == "template":
+        if not tokenizer.chat_template:
+            raise CannotPrompt("the tokenizer has no chat template: use --chat raw")
+        message = [{"role": "user", "content": example.prompt}]
+        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        at = text.find(example.prompt)
+        if at < 0:
+            raise CannotPrompt("the chat template changes the prompt's text, so its context cannot be found in it")
+        end += at
+    encoded = tokenizer(text, add_special_tokens=protocol.chat == "raw", return_offsets_mapping=True)
+    holds = [number for number, (start, _) in enumerate(encoded["offset_mapping"]) if start < end]
+    return list(encoded["input_ids"]), holds[-1] + 1 if holds else 0

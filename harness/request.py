@@ -1,0 +1,158 @@
+"""What the user asked for, checked at the edge and turned into work."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import BENCHMARKS
+from harness.cache import Budget
+from harness.choices import UnknownChoice, choose, split
+from harness.env import record_environment
+from harness.load import UnknownModel, load
+from harness.measure import keep_freed_memory
+from harness.model import Model, UnsupportedModel
+from harness.plan import BadRequest, Shard, Tally, Work, check, left_to_do, run
+from harness.plan import cannot_run as cells_that_cannot
+from harness.prompts import PromptProtocol, Protocol
+from harness.shapes import SHAPES
+from harness.suites import SUITES, Suite
+from harness.sweep import CELL_BYTES, Sweep
+from methods import METHODS
+from results.store import Store
+
+REFUSED = (BadRequest, UnknownChoice, UnknownModel, UnsupportedModel)
+
+
+def suite_of(options: argparse.Namespace) -> Suite:
+    """The suite, with what the command line changes of it."""
+    if options.suite not in SUITES:
+        raise BadRequest(f"no suite {options.suite!r}; known: {', '.join(SUITES)}")
+    changes: dict[str, Any] = {
+        "models": split(options.model) if options.model else None,
+        "methods": split(options.methods) if options.methods else None,
+        "budgets": split(options.budgets) if options.budgets else None,
+        "benchmarks": split(options.benchmarks) if options.benchmarks else None,
+        "prompts": split(options.prompt) if options.prompt else None,
+        "limit": options.limit,
+        "seed": options.seed,
+        "fidelity": False if options.no_fidelity else None,
+    }
+    wanted: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if v is not None}
+    return replace(SUITES[options.suite], **wanted)
+
+
+def work_of(options: argparse.Namespace, suite: Suite) -> Work:
+    try:
+        budgets = tuple(dict.fromkeys(Budget.parse(text) for text in suite.budgets))
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    unknown = set(suite.prompts) - set(get_args(PromptProtocol))
+    if unknown:
+        raise BadRequest(f"no prompt protocol {sorted(unknown)[0]!r}; known: {', '.join(get_args(PromptProtocol))}")
+    for name, least in (("limit", 1), ("truncation", 2), ("max_new_tokens", 1), ("cell_bytes", 1)):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise BadRequest(f"--{name.replace('_', '-')} {given} must be at least {least}")
+    methods = dict(choose("method", text, METHODS) for text in suite.methods)
+    if not budgets and any(method.takes_budget for method in methods.values()):
+        raise BadRequest("these methods need --budgets, such as 128,25%")
+    return Work(
+        tasks=dict(choose("benchmark", text, BENCHMARKS) for text in suite.benchmarks),
+        methods=methods,
+        budgets=budgets,
+        protocols=tuple(
+            Protocol(prompt, options.chat, options.granularity, "eos", options.truncation, options.max_new_tokens)
+            for prompt in suite.prompts
+        ),
+        limit=suite.limit,
+        seed=suite.seed,
+        shard=Shard.parse(options.shard),
+    )
+
+
+def load_model(options: argparse.Namespace, name: str) -> Model:
+    device = _device(options.device)
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    return load(name, getattr(torch, dtype), device, options.revision)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadRequest(f"device {name!r} is not here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def run_request(options: argparse.Namespace) -> int:
+    """Runs it, and gives how many cells failed."""
+    suite = suite_of(options)
+    work = work_of(options, suite)
+    store = Store(options.out)
+    keep_freed_memory()
+    failed = 0
+    for name in suite.models:
+        model = load_model(options, name)
+        check(model, work)
+        tally = _run_on(model, options, suite, work, store)
+        failed += tally.failed
+        print(f"{name}: {tally.ok} cells done, {tally.skipped} skipped, {tally.failed} failed", file=sys.stderr)
+        for reason, count in tally.reasons.items():
+            print(f"  {count} x {reason}", file=sys.stderr)
+    return failed
+
+
+def _run_on(model: Model, options: argparse.Namespace, suite: Suite, work: Work, store: Store) -> Tally:
+    env = record_environment(options.out, model.device)
+    total = sum(len(todo.keys) for todo in left_to_do(model, work, store))
+    with tqdm(total=total, unit="cell", desc=model.name, disable=total == 0, file=sys.stderr) as bar:
+
+        def sweep_of(protocol: Protocol) -> Sweep:
+            return Sweep(model, protocol, options.cell_bytes or CELL_BYTES, suite.fidelity)
+
+        return run(sweep_of, work, store, env, bar.update)
+
+
+def plan_request(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `run` would do for each model."""
+    suite = suite_of(options)
+    work = work_of(options, suite)
+    store = Store(options.out) if (options.out / "rows").is_dir() else None
+    return [_plan_of(load_model(options, name), work, store) for name in suite.models]
+
+
+def _plan_of(model: Model, work: Work, store: Store | None) -> dict[str, Any]:
+    check(model, work)
+    cells = prefills = 0
+    skipped: dict[str, int] = {}
+    for todo in left_to_do(model, work, store):
+        reasons = cells_that_cannot(model, todo)
+        for reason in reasons:
+            skipped[reason] = skipped.get(reason, 0) + 1
+        cells += len(todo.keys) - len(reasons)
+        prefills += len(todo.keys) > len(reasons)
+    asked = sum(len(work.examples(task)) for task in work.tasks.values()) * len(work.protocols) * len(work.cells())
+    finished = asked - cells - sum(skipped.values())
+    return {"model": model.name, "cells": cells, "prefills": prefills, "finished": finished, "skipped": skipped}
+
+
+def listing(what: str) -> dict[str, str]:
+    """Name -> what it is, in one line."""
+    if what == "suites":
+        return {name: suite.about for name, suite in SUITES.items()}
+    if what == "models":
+        return {"reference": "the embedded model"} | {
+            f"random:{name}": f"{s['model_type']}, random weights" for name, s in SHAPES.items()
+        }
+    if what == "methods":
+        return {name: repr(method) for name, method in METHODS.items()}
+    return {name: repr(task) for name, task in BENCHMARKS.items()}

@@ -1,0 +1,101 @@
+"""The suite `sweep-speed`: what a sweep of 31 cells costs beside the plain prefills of its prompts.
+
+Floor, by arithmetic: the prefills, once; every kept entry read once a decode step; the weights read once a step.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.random_tokens import RandomTokens
+from harness.cache import Budget
+from harness.measure import keep_freed_memory, peak_resident_bytes
+from harness.model import Model
+from harness.prompts import Prompt, Protocol, tokenize
+from harness.sweep import Cell, Sweep
+from methods.base import Method
+
+METHODS = ("snapkv", "pyramidkv", "streaming_llm", "ada_snapkv", "tova", "knorm")
+BUDGETS = ("90%", "75%", "50%", "25%", "10%")
+PROMPTS = 8
+NEW_TOKENS = 32
+
+
+def sweep_speed(methods: dict[str, Method], verify: bool = False) -> dict[str, float]:
+    """Runs it on one thread; `verify` decodes every cell alone as well and counts the answers that differ."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    model = speed_model()
+    task = RandomTokens(length=4000, question=16, max_new_tokens=NEW_TOKENS, vocabulary=4096)
+    protocol = Protocol(prompt="question_after", stop="none")
+    prompts = [tokenize(None, task.example(n, 0, len), protocol, 10**6) for n in range(PROMPTS)]
+    cells = [Cell("full", methods["full"], None)]
+    cells += [Cell(name, methods[name], Budget.parse(budget)) for budget in BUDGETS for name in METHODS]
+    plain = _plain_prefills(model, prompts)
+    sweep = Sweep(model, protocol, with_fidelity=False)
+    start = time.perf_counter()
+    answers = [_answers(sweep, prompt, cells) for prompt in prompts]
+    total = time.perf_counter() - start
+    laps = sweep.laps
+    line = {
+        "plain_prefill_s": plain,
+        "prefill_s": laps.prefill.seconds,
+        "observe_s": laps.observe.seconds,
+        "score_s": laps.score.seconds,
+        "compact_s": laps.compact.seconds,
+        "append_s": laps.append.seconds,
+        "decode_s": laps.decode.seconds,
+        "total_s": total,
+        "ratio": total / plain,
+        "peak_bytes": peak_resident_bytes(),
+        "prompts": len(prompts),
+        "cells": len(cells),
+    }
+    if verify:
+        line["answers_differing"] = sum(
+            _answers(sweep, prompt, [cell])[cell.name, str(cell.budget)] != together[cell.name, str(cell.budget)]
+            for prompt, together in zip(prompts, answers, strict=True)
+            for cell in cells
+        )
+    return {name: round(number, 4) for name, number in line.items()}
+
+
+def speed_model() -> Model:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=8,
+        hidden_size=512,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        intermediate_size=1408,
+        vocab_size=4096,
+        max_position_embeddings=8192,
+    )
+    return Model(LlamaForCausalLM(config), None, "random:sweep-speed", "seed-0")
+
+
+def _plain_prefills(model: Model, prompts: list[Prompt]) -> float:
+    """Seconds of transformers' own sdpa prefills, without a cache and with the last logits only."""
+    ours = model.network.config._attn_implementation
+    model.network.set_attn_implementation("sdpa")
+    seconds = 0.0
+    with torch.inference_mode():
+        for number, prompt in enumerate([prompts[0], *prompts]):  # the first warms up
+            start = time.perf_counter()
+            model.network(torch.tensor([prompt.ids[: prompt.context]]), use_cache=False, logits_to_keep=1)
+            seconds += (time.perf_counter() - start) * (number > 0)
+    model.network.set_attn_implementation(ours)
+    return seconds
+
+
+def _answers(sweep: Sweep, prompt: Prompt, cells: list[Cell]) -> dict[tuple[str, str], list[int]]:
+    found = {}
+    for cell, outcome in sweep.example(prompt, cells, NEW_TOKENS):
+        if outcome.answer is None:
+            raise RuntimeError(f"{cell.name} {cell.budget}: {outcome.failed or outcome.skipped}")
+        found[cell.name, str(cell.budget)] = outcome.answer.tokens
+    return found

@@ -1,0 +1,50 @@
+"""Suites as data. The command line selects one and narrows it; it has no setting that a suite lacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.prompts import PromptProtocol
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What to run. Fixed before methods are compared on it."""
+
+    about: str
+    models: tuple[str, ...] = ("reference",)
+    methods: tuple[str, ...] = ()
+    budgets: tuple[str, ...] = ()
+    benchmarks: tuple[str, ...] = ()
+    prompts: tuple[PromptProtocol, ...] = ("question_in",)
+    limit: int = 20  # examples of each benchmark
+    seed: int = 0
+    fidelity: bool = True
+
+
+EVICTING = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
+
+SUITES: dict[str, Suite] = {
+    "default": Suite(
+        about="every eviction method at equal bytes on a small random model: what `python run_all.py` runs",
+        models=("random:tiny-llama",),
+        methods=("full", *EVICTING),
+        budgets=("16", "32", "64", "128", "25%"),
+        benchmarks=("random_tokens",),
+        prompts=("question_in", "question_after"),
+        limit=10,
+    ),
+    "smoke": Suite(
+        about="a minute of everything, on a random model: does the machinery run here?",
+        models=("random:tiny-llama",),
+        methods=("full", *EVICTING),
+        budgets=("32", "25%"),
+        benchmarks=("random_tokens(length=128)",),
+        prompts=("question_in", "question_after"),
+        limit=2,
+    ),
+    "sweep-speed": Suite(
+        about="cost of a sweep of 31 cells beside the plain prefills of its prompts; prints one JSON line, stores nothing",
+        models=("random:sweep-speed",),
+    ),
+}

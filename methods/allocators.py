@@ -1,0 +1,19 @@
+"""Allocators that belong to no single paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from methods.base import Rows, share_out
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every row keeps the same share of its length: equal counts where rows are of equal length."""
+
+    def counts(self, rows: Rows, total: int, scores: Sequence[Tensor]) -> np.ndarray:
+        return share_out(total, rows.length, rows.floor, rows.length)

@@ -1,0 +1,263 @@
+"""What an evicting method is: a scorer that ranks entries and an allocator that counts them.
+
+Everything else (prompts, copying, decoding, files) is the harness's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.cache import Budget, Granularity, LayerKV, ModelShape, Needs, Prefill, Row, Selection, keep_all
+
+
+@dataclass(frozen=True)
+class Protected:
+    """Positions that a method never evicts."""
+
+    first: int = 0  # of the prompt: attention sinks
+    last: int = 0  # of the prompt
+    recent_share: float = 0.0  # and the newest entries of a row, as a share of what it keeps
+
+    def mask(self, positions: Tensor, tokens: int) -> Tensor:
+        return (positions < self.first) | (positions >= tokens - self.last)
+
+    def count(self, candidates: int, tokens: int) -> int:
+        """How many of the newest `candidates` of `tokens` positions are protected."""
+        last = min(self.last, candidates)
+        return last + max(0, min(self.first, tokens - last) - (tokens - candidates))
+
+
+class CannotRun(ValueError):
+    """A cell that makes no sense: it is skipped with this reason."""
+
+
+class Scorer(Protocol):
+    """Which entries matter."""
+
+    @property
+    def needs(self) -> Needs: ...
+
+    @property
+    def protected(self) -> Protected: ...
+
+    def score(self, layer: LayerKV) -> Tensor:
+        """[S, n] float32, one score a stored head and candidate. Higher is kept longer, inf is never evicted."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one cache before eviction, in flat (layer, stripe, head) order, as numpy columns."""
+
+    layer: np.ndarray
+    length: np.ndarray  # entries that a row could keep
+    floor: np.ndarray  # entries that are protected
+    first: np.ndarray  # first query head that reads the row
+    width: np.ndarray  # how many read it
+    layers: int
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+
+class Allocator(Protocol):
+    """How many entries each row keeps."""
+
+    def counts(self, rows: Rows, total: int, scores: Sequence[Tensor]) -> np.ndarray:
+        """Whole numbers between `rows.floor` and `rows.length` that sum to `total`.
+
+        Args:
+            scores: of each row, [length] in float32, protected entries inf.
+        """
+        ...
+
+
+@dataclass
+class Scores:
+    """A scorer's view of one prefill: shared by all methods and budgets that use the scorer."""
+
+    values: list[list[Tensor]]  # of each layer and stripe: [rows, m]; protected entries are inf
+    _ranks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def rank(self, layer: int, stripe: int) -> Tensor:
+        """[rows, m]: 0 is the highest score of its row; of equals, the later position comes first."""
+        key = (layer, stripe)
+        if key not in self._ranks:
+            self._ranks[key] = rank(self.values[layer][stripe])
+        return self._ranks[key]
+
+    def rows(self) -> list[Tensor]:
+        return [row for layer in self.values for stripe in layer for row in stripe]
+
+
+def rank(values: Tensor) -> Tensor:
+    """Position of each entry in its row's descending order; ties go to the later position. [R, m] -> [R, m]"""
+    order = values.shape[1] - 1 - values.flip(1).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(values.shape[1], device=values.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def score_prefill(scorer: Scorer, prefill: Prefill) -> Scores:
+    """Runs a scorer over every layer.
+
+    Raises:
+        ValueError: scores of another shape than [S, n], or not numbers.
+    """
+    values = []
+    for layer, stripes in zip(prefill.layers, prefill.stripes, strict=True):
+        held = scorer.protected.mask(layer.positions, prefill.tokens)
+        of_layer = []
+        for stripe in stripes:
+            scores = _checked(scorer, layer, stripe.width).masked_fill(held, float("inf"))
+            of_layer.append(scores if stripe.members is None else scores[:, stripe.members])
+        values.append(of_layer)
+    return Scores(values)
+
+
+def _checked(scorer: Scorer, layer: LayerKV, width: int) -> Tensor:
+    seen = layer if layer.width == width else layer.read_by(width)
+    scores = scorer.score(seen).float()
+    expected = (layer.query_heads // width, layer.keys.shape[1])
+    if scores.shape != expected:
+        raise ValueError(f"{type(scorer).__name__} scored {tuple(scores.shape)} entries of layer {layer.index}, not {expected}")
+    if scores.isnan().any():
+        raise ValueError(f"{type(scorer).__name__} gave scores that are not numbers in layer {layer.index}")
+    return scores
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """Keeps the best-scored entries, as many a row as its allocator says."""
+
+    scorer: Scorer
+    allocator: Allocator
+    version: int = 1  # raised when the same settings keep other entries
+    takes_budget = True
+
+    @property
+    def needs(self) -> Needs:
+        return self.scorer.needs
+
+    def cannot_run(self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity) -> str | None:
+        """Why a cell makes no sense, or None."""
+        heads = shape.query_heads if granularity == "query" else shape.kv_heads
+        sizes = [shape.candidates(layer, tokens) for layer in range(shape.layers)]
+        floor = heads * sum(self.scorer.protected.count(size, tokens) for size in sizes)
+        return too_small(budget.entries(shape, tokens, granularity), floor, heads * shape.layers)
+
+    def compress(self, prefill: Prefill, total: int, scores: Scores) -> Selection:
+        """The rows of a cache of min(total, everything) entries."""
+        rows = row_sizes(prefill, self.scorer.protected)
+        if total >= int(rows.length.sum()):
+            return keep_all(prefill)
+        if reason := too_small(total, int(rows.floor.sum()), len(rows)):
+            raise CannotRun(reason)
+        counts = self.allocator.counts(rows, total, scores.rows())
+        return select(prefill, scores, counts, self.scorer.protected.recent_share)
+
+
+def too_small(total: int, floor: int, rows: int) -> str | None:
+    if total >= max(floor, 1):
+        return None
+    return f"{total / rows:g} entries a head cannot hold the {max(floor / rows, 1 / rows):g} protected ones"
+
+
+@dataclass(frozen=True)
+class Full:
+    """Keeps everything: the line that the others are measured against."""
+
+    version: int = 1
+    needs = Needs()
+    takes_budget = False
+
+
+Method = Eviction | Full
+
+
+def row_sizes(prefill: Prefill, protected: Protected) -> Rows:
+    columns: list[tuple[int, int, int, int, int]] = []
+    for layer, stripes in zip(prefill.layers, prefill.stripes, strict=True):
+        held = protected.mask(layer.positions, prefill.tokens)
+        for stripe in stripes:
+            mine = held if stripe.members is None else held[stripe.members]
+            sizes = (layer.index, len(mine), int(mine.sum()))
+            columns += [(*sizes, first, stripe.width) for first in range(0, prefill.shape.query_heads, stripe.width)]
+    table = np.array(columns, dtype=np.int64)
+    layers, lengths, floors, firsts, widths = table.T
+    return Rows(layers, lengths, floors, firsts, widths, len(prefill.layers))
+
+
+def select(prefill: Prefill, scores: Scores, counts: np.ndarray, recent_share: float) -> Selection:
+    """The `counts` best entries of every row, in order of position."""
+    layers, done = [], 0
+    for layer, stripes in enumerate(prefill.stripes):
+        rows: list[Row] = []
+        for number, stripe in enumerate(stripes):
+            values = scores.values[layer][number]
+            wanted = torch.as_tensor(counts[done : done + len(values)], device=values.device)
+            done += len(values)
+            ranks = scores.rank(layer, number) if not recent_share else rank(_keep_recent(values, wanted, recent_share))
+            kept = (ranks < wanted[:, None]).nonzero()[:, 1].split(wanted.tolist())
+            for head, indices in enumerate(kept):
+                members = indices if stripe.members is None else stripe.members[indices]
+                rows.append(Row(head * stripe.width, stripe.width, number, members))
+        layers.append(tuple(rows))
+    return tuple(layers)
+
+
+def _keep_recent(values: Tensor, counts: Tensor, share: float) -> Tensor:
+    newest = values.shape[1] - (counts * share).long()
+    return values.masked_fill(torch.arange(values.shape[1], device=values.device) >= newest[:, None], float("inf"))
+
+
+def share_out(
+    total: int, weights: np.ndarray, floors: np.ndarray, caps: np.ndarray, base: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """Whole numbers that sum to `total`: clip(base + x * weight, floor, cap), with x such that the sum comes out.
+
+    What a capped row cannot hold goes to the others by their weights, and once all weighted rows are full, evenly. What
+    rounding leaves over goes out one each, in flat order.
+
+    Raises:
+        ValueError: `total` is below the sum of the floors or above that of the caps.
+    """
+    if not floors.sum() <= total <= caps.sum():
+        raise ValueError(f"{total} entries cannot be shared out between {floors.sum()} and {caps.sum()}")
+    base = np.broadcast_to(np.asarray(base, dtype=np.float64), weights.shape)
+    exact = _water(float(total), weights.astype(np.float64), floors, caps, base)
+    counts = np.clip(np.floor(exact + 1e-6).astype(np.int64), floors, caps)
+    while (left := total - int(counts.sum())) > 0:
+        open_rows = np.flatnonzero(counts < caps)[:left]
+        counts[open_rows] += 1
+    while (over := int(counts.sum()) - total) > 0:
+        counts[np.flatnonzero(counts > floors)[::-1][:over]] -= 1
+    return counts
+
+
+def _water(total: float, weights: np.ndarray, floors: np.ndarray, caps: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Real-valued shares. The sum is piecewise linear and rises with x: find the piece, then solve it exactly."""
+
+    def filled(x: float) -> np.ndarray:
+        return np.clip(base + x * weights, floors, caps)
+
+    growing = weights > 0
+    if float(filled(0.0).sum()) >= total:  # the base alone is too much: scale what lies above the floors
+        above = filled(0.0) - floors
+        return floors + above * ((total - floors.sum()) / max(above.sum(), 1.0))
+    most = np.where(growing, caps, filled(0.0))
+    if float(most.sum()) <= total:  # weighted rows are full: the rest goes evenly to the others
+        rest = np.where(growing, 0.0, 1.0)
+        return _water(total, rest, floors, caps, most) if float(most.sum()) < total else most
+    edges = np.concatenate([(floors - base)[growing] / weights[growing], (caps - base)[growing] / weights[growing]])
+    edges = np.unique(np.maximum(edges, 0.0))
+    sums = np.array([filled(x).sum() for x in edges])
+    at = int(np.searchsorted(sums, total))
+    start, stop = float(edges[at - 1]) if at else 0.0, float(edges[at])
+    bottom, top = float(filled(start).sum()), float(sums[at])
+    return filled(start + (stop - start) * ((total - bottom) / (top - bottom) if top > bottom else 0.0))

@@ -1,0 +1,29 @@
+"""H2O: keep the keys that have received the most attention, and as many of the newest.
+
+Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of LLMs", 2023. arxiv.org/abs/2306.14048
+Differs from the paper: scored once, after the prefill; the paper also evicts while decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from harness.cache import LayerKV, Needs
+from methods.base import Protected
+
+
+@dataclass(frozen=True)
+class HeavyHitters:
+    recent_share: float = 0.5  # of what a row keeps
+    recent: int = 1  # newest positions kept in any case; 8, with a share of 0, is KVCache-Factory's H2O
+    needs = Needs(column_sums=True)
+
+    @property
+    def protected(self) -> Protected:
+        return Protected(last=self.recent, recent_share=self.recent_share)
+
+    def score(self, layer: LayerKV) -> Tensor:
+        assert layer.column_sums is not None
+        return layer.mean_over_group(layer.column_sums)

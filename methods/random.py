@@ -1,0 +1,27 @@
+"""Random: evict by lot. The end of the scale that a method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.cache import LayerKV, Needs
+from methods.base import Protected
+
+
+@dataclass(frozen=True)
+class ByLot:
+    seed: int = 0
+    window: int = 8  # newest positions, kept as SnapKV keeps them
+    needs = Needs()
+
+    @property
+    def protected(self) -> Protected:
+        return Protected(last=self.window)
+
+    def score(self, layer: LayerKV) -> Tensor:
+        lots = torch.Generator().manual_seed(self.seed * 1_000_003 + layer.index)
+        heads = layer.query_heads // layer.width
+        return torch.rand(heads, layer.keys.shape[1], generator=lots).to(layer.keys.device)

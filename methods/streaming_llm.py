@@ -1,0 +1,28 @@
+"""StreamingLLM: keep the first tokens and the newest ones.
+
+Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023. arxiv.org/abs/2309.17453
+Differs from the paper: kept entries stay at their original positions; the paper renumbers them inside the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from harness.cache import LayerKV, Needs
+from methods.base import Protected
+
+
+@dataclass(frozen=True)
+class SinksAndRecent:
+    sinks: int = 4
+    needs = Needs()
+
+    @property
+    def protected(self) -> Protected:
+        return Protected(first=self.sinks, last=1)
+
+    def score(self, layer: LayerKV) -> Tensor:
+        heads = layer.query_heads // layer.width
+        return layer.positions.float().expand(heads, -1)

@@ -1,0 +1,27 @@
+"""TOVA: keep what the newest query attends to, the same positions for all heads of a layer.
+
+Oren et al., "Transformers are Multi-State RNNs", 2024. arxiv.org/abs/2401.06104
+Differs from the paper: scored once, after the prefill; the paper also evicts while decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from harness.cache import LayerKV, Needs
+from methods.base import Protected
+
+
+@dataclass(frozen=True)
+class LastQuery:
+    needs = Needs(window=1)
+
+    @property
+    def protected(self) -> Protected:
+        return Protected(last=1)
+
+    def score(self, layer: LayerKV) -> Tensor:
+        scores = layer.window_attention(1)[:, 0].mean(0)  # [n]
+        return scores.expand(layer.query_heads // layer.width, -1)

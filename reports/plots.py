@@ -1,0 +1,91 @@
+"""Score and fidelity against the measured share of bytes: a panel a benchmark, a line a method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from reports.statistics import Estimate
+from reports.tables import Line
+
+# Okabe and Ito's colours, safe for colour-blind readers; with a marker and a dash each, so that print in grey reads too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#555555")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
+KNOWN = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
+SHOWN = (("score", "score", True), ("kl", "KL to the full cache, nats", False), ("top1", "same top token as full", True))
+
+
+def plot(found: Sequence[Line], folder: Path) -> list[Path]:
+    """One figure, as PNG and SVG."""
+    panels = list(dict.fromkeys(line.panel for line in found))
+    shown = [what for what in SHOWN if any(getattr(line, what[0]) for line in found)]
+    if not panels or not shown:
+        return []
+    size = (4.6 * len(shown), 3.4 * len(panels) + 0.6)
+    figure, axes = plt.subplots(len(panels), len(shown), figsize=size, squeeze=False, layout="constrained")
+    for row, panel in zip(axes, panels, strict=True):
+        for axis, (field, label, _) in zip(row, shown, strict=True):
+            _draw(axis, [line for line in found if line.panel == panel], field)
+            axis.set_title(f"{panel[1]}, {panel[2]}", fontsize=9)
+            axis.set_xlabel("bytes kept, share of the full cache (measured)", fontsize=8)
+            axis.set_ylabel(label, fontsize=8)
+    labelled: dict[str, Any] = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        labelled |= dict(zip(labels, handles, strict=True))
+    figure.legend(list(labelled.values()), list(labelled), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    paths = [folder / f"byte_share.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return paths
+
+
+def _draw(axis: Axes, found: Sequence[Line], field: str) -> None:
+    methods = list(dict.fromkeys(line.method.split("@")[0] for line in found))
+    for method in methods:
+        points = [
+            (line.byte_share, value)
+            for line in found
+            if line.method.split("@")[0] == method and line.byte_share is not None and (value := getattr(line, field))
+        ]
+        if method == "full":
+            for _, value in points:
+                axis.axhline(value.mean, color="black", linewidth=1, label="full")
+        elif points:
+            _line(axis, sorted(points, key=lambda point: point[0]), method)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axis.grid(alpha=0.25, linewidth=0.5)
+    axis.tick_params(labelsize=8)
+    if field == "kl":
+        axis.set_yscale("symlog", linthresh=1e-4)
+
+
+def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], method: str) -> None:
+    number = KNOWN.index(method) if method in KNOWN else sum(map(ord, method))
+    style = number % len(COLOURS)
+    shares = [share for share, _ in points]
+    means = [value.mean for _, value in points]
+    spread = [[max(0.0, v.mean - v.low) for _, v in points], [max(0.0, v.high - v.mean) for _, v in points]]
+    axis.errorbar(
+        shares,
+        means,
+        yerr=spread,
+        label=method,
+        color=COLOURS[style],
+        marker=MARKERS[style],
+        linestyle=DASHES[style],
+        linewidth=1.2,
+        markersize=4,
+        capsize=2,
+        elinewidth=0.7,
+    )

@@ -1,0 +1,53 @@
+"""Means with intervals, and paired differences: seeded bootstraps over examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its bootstrap interval; `n` examples."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.n > 1 and (self.low > 0 or self.high < 0)
+
+
+def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean of `values` [n], n >= 1, with a percentile bootstrap interval. One example has no interval: low = high = mean."""
+    values = np.asarray(values, dtype=np.float64)
+    mean = float(values.mean())
+    if len(values) == 1 or bool((values == values[0]).all()):
+        return Estimate(mean, mean, mean, len(values))
+    rng = np.random.default_rng(seed)
+    resampled = np.concatenate(
+        [values[rng.integers(0, len(values), (chunk, len(values)))].mean(1) for chunk in _chunks(len(values))]
+    )
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(mean, float(low), float(high), len(values))
+
+
+def _chunks(size: int) -> list[int]:
+    """Resamples in pieces of bounded memory."""
+    piece = max(1, min(RESAMPLES, 2_000_000 // size))
+    whole, rest = divmod(RESAMPLES, piece)
+    return [piece] * whole + ([rest] if rest else [])
+
+
+def paired_difference(ours: dict[int, float], baseline: dict[int, float], seed: int = 0) -> Estimate | None:
+    """Of the examples that both answered; None if there are none."""
+    shared = sorted(set(ours) & set(baseline))
+    if not shared:
+        return None
+    return estimate(np.array([ours[i] - baseline[i] for i in shared]), seed)

@@ -1,0 +1,162 @@
+"""From rows to one table: a line a model, benchmark, protocol, method and budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+
+from reports.statistics import Estimate, estimate, paired_difference
+from results.record import Record
+
+Where = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one method at one budget did on one benchmark. Scores are absent where nothing ran, never 0."""
+
+    model: str
+    benchmark: str
+    prompt: str
+    protocol: str
+    method: str
+    budget: str
+    n: int
+    skipped: int
+    failed: int
+    compressed: int  # of n, how many prompts lost entries
+    byte_share: float | None  # measured: kept over the full cache of the unconverted model
+    allocated_share: float | None
+    entries: float | None  # mean, right after compaction
+    score: Estimate | None
+    score_difference: Estimate | None  # to full, paired
+    kl: Estimate | None
+    top1: Estimate | None
+    loss: Estimate | None
+
+    @property
+    def panel(self) -> tuple[str, str, str, str]:
+        return (self.model, self.benchmark, self.prompt, self.protocol)
+
+
+def lines(records: Iterable[Record]) -> list[Line]:
+    """One line a cell of the suite, in the order: model, benchmark, protocol, method, budget."""
+    groups: dict[Where, list[Record]] = {}
+    for record in records:
+        key = record.key
+        where = (key.model, _benchmark(record), key.prompt, " ".join(key.protocol[1:]), key.method, key.budget)
+        groups.setdefault(where, []).append(record)
+    return [_line(where, groups[where], _full(where, groups)) for where in sorted(groups, key=_order)]
+
+
+def _benchmark(record: Record) -> str:
+    """The benchmark with the length that its rows carry: lengths are columns, and are not averaged together."""
+    length = record.columns.get("length")
+    return record.key.benchmark if length is None else f"{record.key.benchmark} {length}"
+
+
+def _full(where: Where, groups: dict[Where, list[Record]]) -> list[Record]:
+    return next((rows for other, rows in groups.items() if other[:4] == where[:4] and other[4].startswith("full@")), [])
+
+
+def _order(where: Where) -> tuple[object, ...]:
+    *rest, method, budget = where
+    size = float(budget.removesuffix("%")) if budget else 0.0
+    return (*rest, not method.startswith("full@"), method, budget.endswith("%"), size)
+
+
+def _line(where: Where, records: Sequence[Record], full: Sequence[Record]) -> Line:
+    done = [record for record in records if record.status == "ok"]
+    scores, baseline = _by_example(done), _by_example(record for record in full if record.status == "ok")
+    model, benchmark, prompt, protocol, method, budget = where
+    return Line(
+        model,
+        benchmark,
+        prompt,
+        protocol,
+        method,
+        budget,
+        n=len(done),
+        skipped=sum(record.status == "skipped" for record in records),
+        failed=sum(record.status == "failed" for record in records),
+        compressed=sum(bool(record.compressed) for record in done),
+        byte_share=_share(done, "bytes_kept"),
+        allocated_share=_share(done, "bytes_allocated"),
+        entries=float(np.mean([record.entries for record in done])) if done else None,
+        score=_estimate(scores.values()),
+        score_difference=paired_difference(scores, baseline),
+        kl=_estimate(record.fidelity["kl"] for record in done if record.fidelity),
+        top1=_estimate(record.fidelity["top1"] for record in done if record.fidelity),
+        loss=_estimate(record.fidelity["loss"] for record in done if record.fidelity),
+    )
+
+
+def _by_example(records: Iterable[Record]) -> dict[int, float]:
+    """The main metric (a benchmark's first) of each example."""
+    return {r.key.example: next(iter(r.metrics.values())) for r in records if r.metrics}
+
+
+def _estimate(values: Iterable[float]) -> Estimate | None:
+    found = np.array(list(values), dtype=np.float64)
+    found = found[np.isfinite(found)]
+    return estimate(found) if len(found) else None
+
+
+def _share(records: Sequence[Record], count: str) -> float | None:
+    return float(np.mean([getattr(r, count) / r.bytes_full for r in records])) if records else None
+
+
+def frame(found: Sequence[Line]) -> pd.DataFrame:
+    """The lines as a table, estimates in columns of their own: the CSV."""
+    rows = []
+    for line in found:
+        row: dict[str, object] = {}
+        for name, value in asdict(line).items():
+            if name in ("score", "score_difference", "kl", "top1", "loss"):
+                row |= {f"{name}_{part}": None if value is None else value[part] for part in ("mean", "low", "high")}
+            else:
+                row[name] = value
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def markdown(found: Sequence[Line]) -> str:
+    """One table a model, benchmark and protocol."""
+    parts = []
+    for panel in dict.fromkeys(line.panel for line in found):
+        mine = [line for line in found if line.panel == panel]
+        parts += [f"## {panel[1]}, {panel[2]}, {panel[0]}", "", f"Protocol: {panel[3]}", "", *_table(mine), ""]
+    return "\n".join(parts)
+
+
+HEADER = ("method", "budget", "bytes kept", "allocated", "n", "score", "against full", "KL to full", "same top token")
+
+
+def _table(found: Sequence[Line]) -> list[str]:
+    text = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+    for line in found:
+        cells = (
+            line.method.split("@")[0],
+            line.budget or "-",
+            "-" if line.byte_share is None else f"{line.byte_share:.1%}",
+            "-" if line.allocated_share is None else f"{line.allocated_share:.1%}",
+            f"{line.n}"
+            + (f" ({line.skipped} skipped)" if line.skipped else "")
+            + (f" ({line.failed} failed)" if line.failed else ""),
+            _shown(line.score),
+            _shown(line.score_difference, mark=True),
+            _shown(line.kl),
+            _shown(line.top1),
+        )
+        text.append(f"| {' | '.join(cells)} |")
+    return text
+
+
+def _shown(value: Estimate | None, mark: bool = False) -> str:
+    if value is None:
+        return "-"
+    star = "*" if mark and value.excludes_zero else ""
+    return f"{value.mean:.3g}{star} [{value.low:.3g}, {value.high:.3g}]"

@@ -1,0 +1,37 @@
+"""A report from stored rows alone: no model, no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reports.plots import plot
+from reports.tables import frame, lines, markdown
+from results.store import StoreError, read_rows
+
+
+def write_report(out: Path) -> list[Path]:
+    """Rebuilds every table and plot of `out` under `<out>/report`, and gives their paths.
+
+    Raises:
+        StoreError: no rows, rows of another schema, or a folder that cannot be written to.
+    """
+    found = lines(read_rows(out))
+    folder = out / "report"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        table, text = folder / "scores.csv", folder / "scores.md"
+        frame(found).to_csv(table, index=False)
+        text.write_text(INTRODUCTION + markdown(found))
+        return [text, table, *plot(found, folder)]
+    except OSError as error:
+        raise StoreError(f"cannot write the report to {folder}: {error.strerror}") from None
+
+
+INTRODUCTION = """# Scores against bytes
+
+Bytes kept and allocated are measured in the cache right after compaction, as a share of the unconverted model's full cache of
+the same prompt. Intervals are 95 % bootstraps over examples. "Against full" is the paired difference to the full cache on the
+same examples; a star marks an interval that excludes 0. KL and top token compare the cell with the full cache while both are
+fed the full cache's answer. `-`: nothing was measured.
+
+"""

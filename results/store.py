@@ -1,0 +1,142 @@
+"""Append-only rows. One JSON line a cell; one file a model, benchmark and method.
+
+A row is written by one call under a file lock. A torn last line (a crash, a full disk) is cut off from the next row by a
+newline and never read as one. Of equal keys the first `ok` row counts, so two processes may share a folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from results.record import Key, Record
+
+
+class StoreError(OSError):
+    """The folder cannot be read or written. What was finished is still there."""
+
+
+class Store:
+    """The rows of one output folder, for a process that adds to them.
+
+    Raises:
+        StoreError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.rows = out, out / "rows"
+        self._read_to: dict[Path, int] = {}
+        self._status: dict[str, str] = {}
+        try:
+            self.rows.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make {self.rows}: {error.strerror}; choose another folder with --out") from None
+        if not os.access(self.rows, os.W_OK):
+            raise StoreError(f"cannot write to {self.rows}; choose another folder with --out")
+
+    def finished(self, key: Key) -> bool:
+        """Is there an `ok` or `skipped` row? Failed ones are tried again."""
+        self._catch_up(self._file(key))
+        return self._status.get(key.id) in ("ok", "skipped")
+
+    def write(self, record: Record) -> bool:
+        """Adds a row, unless another process has finished the same cell meanwhile. True if it was added."""
+        path = self._file(record.key)
+        try:
+            with _locked(path) as handle:
+                self._catch_up(path)
+                if self._status.get(record.key.id) == "ok":
+                    return False
+                size = _append(handle, record.to_json())
+        except OSError as error:
+            raise StoreError(f"cannot write to {path}: {error.strerror}; rows written before are safe") from None
+        self._status[record.key.id] = record.status
+        self._read_to[path] = size
+        return True
+
+    def _file(self, key: Key) -> Path:
+        parts = (key.model, key.benchmark, key.method)
+        return self.rows / ("__".join(slug(part) for part in parts) + ".jsonl")
+
+    def _catch_up(self, path: Path) -> None:
+        """Reads what was added to the file since it was last looked at."""
+        start = self._read_to.get(path, 0)
+        if not path.exists() or path.stat().st_size <= start:
+            return
+        with path.open("rb") as handle:
+            handle.seek(start)
+            new = handle.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read_to[path] = start + len(whole)
+        for row in _parsed(whole):
+            record = Record.from_json(row)
+            if self._status.get(record.key.id) != "ok":
+                self._status[record.key.id] = record.status
+
+
+def slug(text: str) -> str:
+    """A file name's part: what is not plain becomes a dash."""
+    return re.sub(r"[^A-Za-z0-9.+@_-]+", "-", text).strip("-")[:80]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _append(handle: int, line: str) -> int:
+    """Adds one line and gives the file's size. A write that fails half-way is taken back."""
+    size = os.fstat(handle).st_size
+    torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+    data = (b"\n" if torn else b"") + line.encode() + b"\n"
+    try:
+        written = os.write(handle, data)
+        if written < len(data):
+            raise OSError(28, "no space left on device")
+    except OSError:
+        os.ftruncate(handle, size)
+        raise
+    return size + len(data)
+
+
+def _parsed(data: bytes) -> Iterator[dict[str, object]]:
+    """The lines that are rows; a torn one is not."""
+    for line in data.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "key" in row:
+            yield row
+
+
+def read_rows(out: Path) -> list[Record]:
+    """Every cell's row, in the order of the files: the first `ok` one, else the newest.
+
+    Raises:
+        StoreError: no rows there, or rows that this version does not read.
+    """
+    files = sorted((out / "rows").glob("*.jsonl"))
+    if not files:
+        raise StoreError(f"no rows in {out / 'rows'}: run something first, or name another folder with --out")
+    records: dict[str, Record] = {}
+    for path in files:
+        for number, row in enumerate(_parsed(path.read_bytes()), 1):
+            try:
+                record = Record.from_json(row)
+            except ValueError as error:
+                raise StoreError(f"{path}, row {number}: {error}") from None
+            held = records.get(record.key.id)
+            if held is None or held.status != "ok":
+                records[record.key.id] = record
+    return list(records.values())

@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""The suite's command line. `python run_all.py` runs the default suite and writes its report; `--help` lists the rest.
+
+Exit codes: 0 done, 2 a request that makes no sense (one line says why), 1 some cell failed (the others are stored).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from results.store import StoreError
+
+OUT = Path("results/default")
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="run_all.py", description=__doc__.splitlines()[0])
+    commands = main.add_subparsers(dest="command", metavar="command")
+    for name, about in (("run", "run a suite and write its report"), ("plan", "what `run` would do; runs nothing")):
+        _add_request(commands.add_parser(name, help=about, description=about))
+    listing = commands.add_parser("list", help="what there is", description="what there is")
+    listing.add_argument("what", choices=("methods", "benchmarks", "suites", "models"))
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    report = commands.add_parser("report", help="tables and plots from stored rows", description="no model is needed")
+    report.add_argument("--out", type=Path, default=OUT, help="folder of the rows (default: %(default)s)")
+    return main
+
+
+def _add_request(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--suite", default="default", help="a suite of `list suites`; the options below narrow or change it")
+    add("--model", help="reference, random:<shape>, a folder or a hub id; several with commas")
+    add("--revision", help="of a hub id")
+    add("--methods", help="such as snapkv,h2o or snapkv(kernel=5)")
+    add("--budgets", help="KV sizes (128) or shares of the full cache (25%%), with commas")
+    add("--benchmarks", help="such as random_tokens(length=1024), with commas")
+    add("--prompt", help="question_in, question_after, or both with a comma")
+    add("--chat", choices=("raw", "template"), default="raw", help="(default: %(default)s)")
+    add("--granularity", choices=("kv", "query"), default="kv", help="rows a KV head or a query head (default: %(default)s)")
+    add("--truncation", type=int, help="tokens of a prompt; longer ones keep their two ends (default: the model's positions)")
+    add("--max-new-tokens", type=int, help="of an answer (default: the benchmark's)")
+    add("--limit", type=int, help="examples of each benchmark")
+    add("--seed", type=int, help="of generated examples")
+    add("--out", type=Path, default=OUT, help="folder for rows and report (default: %(default)s)")
+    add("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU, bfloat16 on a GPU)")
+    add("--cell-bytes", type=int, help="rows of the cells decoded together, at most this many bytes")
+    add("--shard", default="1/1", help="i/n: the i-th of n shares of the examples (default: %(default)s)")
+    add("--no-fidelity", action="store_true", help="do not compare with the full cache token by token")
+    if command.prog.endswith("plan"):
+        add("--json", action="store_true", help="as JSON")
+    else:
+        add("--verify", action="store_true", help="sweep-speed only: decode every cell alone too, count differing answers")
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments or ["run"])
+    if options.command is None:
+        parser().print_help()
+        return 2
+    try:
+        return {"run": _run, "plan": _plan, "list": _list, "report": _report}[options.command](options)
+    except StoreError as error:
+        return _refuse(error)
+    except ValueError as error:
+        from harness.request import REFUSED
+
+        if isinstance(error, REFUSED):
+            return _refuse(error)
+        raise
+    except KeyboardInterrupt:
+        print("\nstopped; what is finished is stored, and the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _refuse(error: Exception) -> int:
+    print(f"run_all.py: {error}", file=sys.stderr)
+    return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.suite == "sweep-speed":
+        from harness.speed import sweep_speed
+        from methods import METHODS
+
+        print(json.dumps(sweep_speed(METHODS, options.verify)))
+        return 0
+    from harness.request import run_request
+
+    failed = run_request(options)
+    return max(_report(options), 1 if failed else 0)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from harness.request import plan_request
+
+    plans = plan_request(options)
+    print(json.dumps(plans, indent=1) if options.json else "\n".join(_plan_line(plan) for plan in plans))
+    return 0
+
+
+def _plan_line(plan: dict[str, Any]) -> str:
+    head = f"{plan['model']}: {plan['cells']} cells to run on {plan['prefills']} prompts, {plan['finished']} finished"
+    return "\n".join([head, *(f"  skipped: {reason} ({count} cells)" for reason, count in plan["skipped"].items())])
+
+
+def _list(options: argparse.Namespace) -> int:
+    from harness.request import listing
+
+    found = listing(options.what)
+    wide = max(len(name) for name in found)
+    print(json.dumps(found, indent=1) if options.json else "\n".join(f"{name:{wide}}  {about}" for name, about in found.items()))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from reports.write import write_report
+
+    for path in write_report(options.out):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
