@@ -85,7 +85,9 @@ class Sweep:
                 yield cell, outcome
             else:
                 ready.append((cell, outcome))
-        yield from work.answer_all(ready)
+        for cell, outcome in work.answer_all(ready):
+            outcome.entries_asked = work.asked(cell)
+            yield cell, outcome
 
 
 @dataclass

@@ -34,7 +34,7 @@ FAMILIES = {
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
-    "gemma2": {"model_type": "gemma2", "sliding_window": 24, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 24, "head_dim": 16, "tie_word_embeddings": False},
     "phi3": {"model_type": "phi3"},
     "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4},
     "gpt_neox": {"model_type": "gpt_neox", "num_key_value_heads": 4},

@@ -50,7 +50,7 @@ def masked_logits(family: str, ids: Tensor, read_first: int, kept: Selection | N
             indices = torch.arange(candidates) if row.kept is None else row.kept
             hidden[layer, row.first : row.first + row.width, read_first - candidates + indices] = False
 
-    def attention(module, query, key, value, mask, scaling, softcap=None, sliding_window=None, **_):  # noqa: ANN001, ANN202
+    def attention(module, query, key, value, mask, scaling, softcap=None, sliding_window=None, **_):
         group = query.shape[1] // key.shape[1]
         logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
         if softcap is not None:
@@ -70,7 +70,7 @@ def masked_logits(family: str, ids: Tensor, read_first: int, kept: Selection | N
         return net(ids[None], use_cache=False).logits[0]
 
 
-def decoded(family: str, cache, ids: Tensor, pieces: list[int]) -> Tensor:  # noqa: ANN001
+def decoded(family: str, cache, ids: Tensor, pieces: list[int]) -> Tensor:
     """Logits of `ids` [Q], appended in pieces, [C, Q, V]."""
     parts, done = [], 0
     for size in pieces:
@@ -196,7 +196,7 @@ def test_a_cell_answers_as_if_alone_with_a_prefill_of_its_own(family: str, promp
     cells = [Cell("full", METHODS["full"], None)]
     cells += [Cell(name, METHODS[name], Budget.parse(budget)) for name in EVICTING for budget in ("12", "45%", "60%")]
 
-    def answers(chosen: list[Cell], **settings) -> dict[tuple[str, str], list[int]]:  # noqa: ANN003
+    def answers(chosen: list[Cell], **settings) -> dict[tuple[str, str], list[int]]:
         sweep = Sweep(tiny(family), Protocol(prompt=prompt), **settings)  # type: ignore[arg-type]
         found = {(c.name, str(c.budget)): o.answer.tokens for c, o in sweep.example(asked, chosen, 24) if o.answer}
         assert len(found) == len(chosen)
@@ -230,7 +230,7 @@ def test_allocated_bytes_are_those_of_the_storages_and_bounded(family: str) -> N
                 assert count.bytes_allocated - count.bytes_kept <= 0.02 * count.bytes_kept + 4 * count.entries + tail
 
 
-@pytest.mark.parametrize("budget", ["10", "23", "30%", "77%"])
+@pytest.mark.parametrize("budget", ["10", "23", "40%", "77%"])
 def test_special_cases_are_snapkv(family: str, budget: str) -> None:
     prefill = read(family, tokens(T, seed=4))
     scores = score_prefill(WindowAttention(), prefill)
@@ -270,7 +270,7 @@ def test_the_window_ends_where_the_protocol_says(prompt: str) -> None:
     seen = {}
 
     class Watching(WindowAttention):
-        def score(self, layer):  # noqa: ANN001, ANN202
+        def score(self, layer):
             seen[layer.index] = layer.queries
             return super().score(layer)
 
@@ -279,7 +279,7 @@ def test_the_window_ends_where_the_protocol_says(prompt: str) -> None:
     list(Sweep(tiny("llama"), Protocol(prompt=prompt)).example(Prompt(ids, context), [cell], 2))  # type: ignore[arg-type]
     captured = {}
 
-    def catch(module, query, key, value, mask, scaling, **_):  # noqa: ANN001, ANN202
+    def catch(module, query, key, value, mask, scaling, **_):
         captured[module.layer_idx] = query
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
@@ -305,7 +305,7 @@ def test_uniform_scores_are_not_mistaken_for_nothing() -> None:
     """A scorer that cannot tell entries apart keeps the newest: ties go to the later position."""
 
     class Flat(WindowAttention):
-        def score(self, layer):  # noqa: ANN001, ANN202
+        def score(self, layer):
             return torch.zeros(layer.query_heads // layer.width, layer.keys.shape[1])
 
     prefill = read("llama", tokens(30))

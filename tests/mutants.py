@@ -1,0 +1,96 @@
+"""Breaks the code on purpose, fault by fault, in a copy, and wants the tests to fail each time. `make mutants`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("benchmarks", "harness", "methods", "reports", "results", "tests")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One line of the code, and what a careless hand makes of it."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str = "tests/test_invariants.py tests/test_rows.py tests/test_methods.py tests/test_answer.py"
+
+
+FAULTS = (
+    Fault("ranking reversed", "methods/base.py", "descending=True, stable=True", "descending=False, stable=True"),
+    Fault("ties to the earlier", "methods/base.py", "values.flip(1).argsort", "values.argsort"),
+    Fault("positions renumbered", "harness/rows.py", "[prefill.tokens] * len(selections)", "_mean_lengths(layers)"),
+    Fault("causal mask dropped", "harness/attention.py", "if tokens > 1:", "if tokens > 10**9:"),
+    Fault("window dropped", "harness/attention.py", "hidden |= held <= asking - layer.window", "pass"),
+    Fault("prefill mutated", "methods/snapkv.py", "attention = layer", "layer.keys.mul_(1.01); attention = layer"),
+    Fault("softcap dropped", "harness/attention.py", "if softcap is not None:", "if False:"),
+    Fault("question out of the window", "harness/observe.py", "tokens - min(self.needs.window, tokens) :]", "-9:-1]"),
+    Fault("values of another row", "harness/attention.py", "group.block(layer.values)", "group.block(layer.values).roll(1, 0)"),
+    Fault("slack read", "harness/rows.py", "[:, : self.length]", "[:, : self.length + 1]"),
+    Fault("remainder lost", "methods/base.py", "counts[open_rows] += 1", "total -= left"),
+    Fault(
+        "drafts not checked",
+        "harness/answer.py",
+        "taken = [min(count, width) for count in right]",
+        "taken = [width] * len(right)",
+    ),
+    Fault("ended cells' rows stay", "harness/rows.py", "self.table[np.isin(self.cell, list(cells))]", "self.table.copy()"),
+    Fault(
+        "merge ignores the sums", "harness/attention.py", "weight = torch.exp(lse - top[reader])", "weight = torch.ones_like(lse)"
+    ),
+    Fault("lost row after a tear", "results/store.py", 'b"\\n" if torn else b""', 'b""', "tests/test_store.py"),
+    Fault("doubled rows", "results/store.py", 'if self._status.get(record.key.id) == "ok":', "if False:", "tests/test_store.py"),
+    Fault("lock dropped", "results/store.py", "fcntl.flock(handle, fcntl.LOCK_EX)", "pass", "tests/test_store.py"),
+    Fault("cut in front of the question", "harness/prompts.py", "if start < end]", "if start <= end]", "tests/test_prompts.py"),
+    Fault(
+        "unpaired differences",
+        "reports/statistics.py",
+        "set(ours) & set(baseline)",
+        "set(ours) | set(baseline)",
+        "tests/test_statistics.py",
+    ),
+)
+HELPER = """
+
+def _mean_lengths(layers):
+    return [int(layers[0].length.mean())] * (int(layers[0].cell.max()) + 1)
+"""
+
+
+def survives(fault: Fault) -> bool:
+    """True if the tests pass with the fault: they would not notice it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in PARTS:
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "default"))
+        for file in ("run_all.py", "pyproject.toml"):
+            shutil.copy(ROOT / file, copy / file)
+        path = copy / fault.file
+        text = path.read_text()
+        if text.count(fault.right) < 1:
+            raise SystemExit(f"{fault.name}: {fault.right!r} is no longer in {fault.file}")
+        path.write_text(text.replace(fault.right, fault.wrong) + (HELPER if "_mean_lengths" in fault.wrong else ""))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", *fault.tests.split()]
+        return subprocess.run(command, cwd=copy, capture_output=True, check=False).returncode == 0
+
+
+def main() -> int:
+    alive = []
+    for fault in FAULTS:
+        noticed = not survives(fault)
+        print(f"{'noticed ' if noticed else 'SURVIVES'}  {fault.name}", flush=True)
+        alive += [] if noticed else [fault.name]
+    print(f"{len(FAULTS) - len(alive)} of {len(FAULTS)} faults noticed")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Greedy answers with drafts are the model's own; fidelity is what its definition says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import network, read, tiny, tokens
+
+import harness.answer
+from harness.answer import Answer, Drafts, FullAnswer, forced, generate
+from harness.cache import keep_all
+from harness.rows import compact
+from methods import METHODS
+from methods.base import score_prefill
+
+
+def plain_greedy(family: str, ids: torch.Tensor, count: int) -> list[int]:
+    """transformers alone, one pass over everything a token."""
+    net = network(family)
+    net.set_attn_implementation("eager")
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, net(ids[None], use_cache=False).logits[0, -1:].argmax(-1)])
+    return ids[-count:].tolist()
+
+
+@pytest.mark.parametrize("most_drafts", [0, 1, 7])
+def test_answers_are_the_models_own_whatever_is_drafted(family: str, most_drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.answer, "MOST_DRAFTS", most_drafts)
+    ids = tokens(30, seed=6)
+    prefill = read(family, ids)
+    first = int(prefill.logits.argmax())
+    drafts = Drafts(width=most_drafts)
+    drafts.learn(ids.tolist())
+    cache = compact(prefill, [keep_all(prefill)] * 2, 48)
+    answers = generate(tiny(family), cache, [first, first], drafts, frozenset(), 40)
+    assert [answer.tokens for answer in answers] == [plain_greedy(family, ids, 40)] * 2
+    assert answers[0].stop_reason == "length"
+
+
+def test_drafts_save_passes() -> None:
+    """What one cell has said is the next one's draft."""
+    prefill = read("llama", tokens(30, seed=6))
+    model, plain = tiny("llama"), tiny("llama").decode
+    first, drafts, passes = [int(prefill.logits.argmax())], Drafts(), []
+
+    def counting(*arguments, **options):
+        passes[-1] += 1
+        return plain(*arguments, **options)
+
+    model.decode = counting  # type: ignore[method-assign]
+    try:
+        answers = []
+        for _ in range(2):
+            passes.append(0)
+            cache = compact(prefill, [keep_all(prefill)], 72)
+            answers.append(generate(model, cache, first, drafts, frozenset(), 64)[0].tokens)
+    finally:
+        del model.decode  # type: ignore[attr-defined]
+    assert answers[0] == answers[1]
+    assert passes[1] < passes[0] / 2
+
+
+def test_a_cell_ends_at_its_end_token_and_keeps_its_counts() -> None:
+    ids = tokens(30, seed=6)
+    said = plain_greedy("llama", ids, 20)
+    stop = next(token for token in said[3:] if token not in said[:3])
+    prefill = read("llama", ids)
+    cache = compact(prefill, [keep_all(prefill)], 40)
+    answer = generate(tiny("llama"), cache, [said[0]], Drafts(), frozenset({stop}), 20)[0]
+    assert answer.tokens == said[: said.index(stop) + 1]
+    assert answer.stop_reason == "end"
+    assert answer.end is not None
+    assert answer.end.entries == 6 * (30 + len(answer.tokens) - 1)
+
+
+def test_an_answer_takes_nothing_behind_its_end() -> None:
+    answer = Answer([])
+    answer.add([5, 6, 7, 8], frozenset({7}), 10)
+    assert (answer.tokens, answer.stop_reason) == ([5, 6, 7], "end")
+    answer = Answer([])
+    answer.add([5, 6, 7], frozenset(), 2)
+    assert (answer.tokens, answer.stop_reason) == ([5, 6], "length")
+
+
+def test_drafts_follow_two_tokens_or_else_one() -> None:
+    drafts = Drafts()
+    drafts.learn([1, 2, 3, 1, 2, 4])
+    assert drafts.propose([1, 2], 1) == [4]
+    assert drafts.propose([3, 1], 3) == [2, 4]
+    assert drafts.propose([9, 3], 2) == [1, 2]
+    assert drafts.propose([7], 2) == []
+
+
+@pytest.mark.parametrize("numbers", [2**26, 97 * 2 * 3, 1])
+def test_fidelity_is_its_definition(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.answer, "FORCED_NUMBERS", numbers)
+    model, prefill = tiny("llama"), read("llama", tokens(40))
+    snap = METHODS["snapkv"]
+    kept = snap.compress(prefill, 6 * 10, score_prefill(snap.scorer, prefill))  # type: ignore[union-attr]
+    said = Answer([5, 9, 13, 4, 60])
+    full_cache, cache = compact(prefill, [keep_all(prefill)], 8), compact(prefill, [kept, keep_all(prefill)], 8)
+    full = FullAnswer.of(model, full_cache, said, None)
+    ours, same = full.fidelity(model, cache, None)
+    assert cache.seen.tolist() == [40, 40]
+    fed = torch.tensor(said.tokens[:-1])
+    p = model.decode(full_cache, fed[None], keep=4)[0].log_softmax(-1)
+    q = model.decode(cache, fed.expand(2, -1), keep=4)[0].log_softmax(-1)
+    kl = sum(float((p[i].exp() * (p[i] - q[i])).sum()) for i in range(4)) / 4
+    assert ours["kl"] == pytest.approx(kl, rel=1e-4)
+    assert ours["loss"] == pytest.approx(-sum(float(q[i, said.tokens[i + 1]]) for i in range(4)) / 4, rel=1e-5)
+    assert ours["top1"] == sum(int(p[i].argmax() == q[i].argmax()) for i in range(4)) / 4
+    assert same == {"kl": pytest.approx(0, abs=1e-6), "top1": 1.0, "loss": pytest.approx(full_loss(p, said.tokens), rel=1e-5)}
+
+
+def full_loss(p: torch.Tensor, said: list[int]) -> float:
+    return -sum(float(p[i, said[i + 1]]) for i in range(4)) / 4
+
+
+def test_under_question_after_the_first_token_counts_too() -> None:
+    model, prefill = tiny("llama"), read("llama", tokens(40))
+    said = Answer([5, 9])
+    lead = torch.randn(1, 97).log_softmax(-1)
+    full = FullAnswer.of(model, compact(prefill, [keep_all(prefill)], 8), said, lead)
+    assert full.logprobs.shape == (2, 97)
+    other = torch.randn(1, 97).log_softmax(-1)
+    found = full.fidelity(model, compact(prefill, [keep_all(prefill)], 8), other)[0]
+    assert found["kl"] == pytest.approx(float((lead.exp() * (lead - other)).sum()) / 2, rel=1e-4)
+
+
+def test_an_answer_of_one_token_out_of_the_prefill_has_no_fidelity() -> None:
+    model, prefill = tiny("llama"), read("llama", tokens(10))
+    cache = compact(prefill, [keep_all(prefill)], 4)
+    assert FullAnswer.of(model, cache, Answer([5]), None).fidelity(model, cache, None) == [{}]
+
+
+def test_forcing_leaves_the_cache_as_it_was() -> None:
+    model, prefill = tiny("llama"), read("llama", tokens(10))
+    cache = compact(prefill, [keep_all(prefill)], 9)
+    before = model.decode(cache, tokens(1)[None])
+    cache.crop([1])
+    assert sum(part.shape[1] for _, part in forced(model, cache, [3, 4, 5])) == 3
+    assert torch.allclose(model.decode(cache, tokens(1)[None]), before, atol=1e-6)

@@ -1,0 +1,157 @@
+"""Rows of several widths and lengths: appending, cropping, leaving, and attention against its reference."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import read, tiny, tokens
+
+from harness.attention import attend, attend_reference
+from harness.cache import LayerKV, ModelShape, Prefill, Row, Stripe, keep_all
+from harness.rows import RowCache, compact
+
+HEADS, KV_HEADS, DIM = 8, 4, 16
+
+
+def random_cache(rng: random.Random, window: int | None, striped: bool, dtype: torch.dtype = torch.float32) -> RowCache:
+    """A one-layer cache of three cells with ragged rows; striped: experts of widths 2, 4 and 8, as mixSGA has."""
+    torch.manual_seed(rng.randrange(10**6))
+    tokens_read = 50
+    held = min(tokens_read, window or tokens_read)
+    keys, values = torch.randn(2, KV_HEADS, held, DIM, dtype=dtype).unbind(0)
+    kv = LayerKV(0, tokens_read, keys, values, DIM**-0.5, 2, window=window, query_heads=HEADS)
+    shape = ModelShape(1, HEADS, KV_HEADS, DIM, (window,), dtype.itemsize)
+    selections = []
+    for _ in range(3):
+        owner = torch.tensor([rng.randrange(3) for _ in range(held)])
+        rows = []
+        for stripe, width in enumerate((2, 4, 8) if striped else (2,)):
+            mine = (owner == stripe).nonzero()[:, 0] if striped else torch.arange(held)
+            for first in range(0, HEADS, width):
+                keep = sorted(rng.sample(range(len(mine)), rng.randrange(0 if striped else 1, len(mine) + 1)))
+                rows.append(Row(first, width, stripe, mine[keep]))
+        selections.append((tuple(rows),))
+    stripes = tuple(Stripe(width) for width in ((2, 4, 8) if striped else (2,)))
+    prefill = Prefill(torch.zeros(tokens_read), torch.zeros(1), (kv,), (stripes,), shape)
+    return compact(prefill, selections, 70)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("striped", [False, True])
+def test_attention_equals_its_reference(striped: bool, window: int | None, softcap: float | None) -> None:
+    for seed in range(5):
+        rng = random.Random(f"{striped}/{window}/{softcap}/{seed}")
+        cache = random_cache(rng, window, striped)
+        layer = cache.layers[0]
+        for count in (3, 1, 1, 7, 1):
+            new = torch.randn(3, 3, KV_HEADS, count, DIM)
+            queries = torch.randn(3, HEADS, count, DIM)
+            positions = cache.positions(count)
+            stripes = torch.tensor([[rng.randrange(3) for _ in range(count)] for _ in range(3)]) if striped else None
+            layer.append(new[:, 0], new[:, 1], positions, stripes)
+            cache.seen += count
+            if striped and any(not _readable(cache, cell, head) for cell in range(3) for head in range(HEADS)):
+                continue
+            ours = attend(layer, queries, positions, 0.25, softcap)
+            theirs = attend_reference(layer, queries, positions, 0.25, softcap)
+            assert torch.allclose(ours, theirs, atol=2e-6, equal_nan=True)
+
+
+def _readable(cache: RowCache, cell: int, head: int) -> bool:
+    table = cache.layers[0].table
+    mine = table[(table[:, 0] == cell) & (table[:, 2] <= head) & (head < table[:, 2] + table[:, 3])]
+    return bool(mine[:, 6].sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_half_precision_stays_close(dtype: torch.dtype) -> None:
+    cache = random_cache(random.Random(5), None, False, dtype)
+    layer = cache.layers[0]
+    new = torch.randn(2, 3, KV_HEADS, 4, DIM, dtype=dtype)
+    layer.append(new[0], new[1], cache.positions(4))
+    queries = torch.randn(3, HEADS, 4, DIM, dtype=dtype)
+    ours = attend(layer, queries, cache.positions(4), 0.25)
+    assert torch.allclose(ours.float(), attend_reference(layer, queries, cache.positions(4), 0.25).float(), atol=3e-2)
+
+
+def test_slack_is_never_read() -> None:
+    cache = random_cache(random.Random(1), None, False)
+    layer = cache.layers[0]
+    for start, capacity, length in layer.table[:, [4, 5, 6]]:
+        layer.keys[start + length : start + capacity] = float("nan")
+        layer.values[start + length : start + capacity] = float("nan")
+    new = torch.randn(2, 3, KV_HEADS, 2, DIM)
+    layer.append(new[0], new[1], cache.positions(2))
+    assert not attend(layer, torch.randn(3, HEADS, 2, DIM), cache.positions(2), 0.25).isnan().any()
+
+
+def test_the_order_of_a_rows_entries_does_not_matter() -> None:
+    cache = random_cache(random.Random(2), None, False)
+    layer = cache.layers[0]
+    queries, positions = torch.randn(3, HEADS, 1, DIM), cache.positions(1)
+    before = attend(layer, queries, positions, 0.25)
+    for start, length in layer.table[:, [4, 6]]:
+        where = torch.arange(start, start + length)
+        mixed = where[torch.randperm(length)]
+        for pool in (layer.keys, layer.values, layer.positions):
+            pool[where] = pool[mixed].clone()
+    assert torch.allclose(before, attend(layer, queries, positions, 0.25), atol=1e-6)
+
+
+@pytest.mark.parametrize("striped", [False, True])
+def test_cropping_takes_back_exactly_what_was_appended(striped: bool) -> None:
+    rng = random.Random(3)
+    cache = random_cache(rng, None, striped)
+    layer = cache.layers[0]
+    stripes = torch.tensor([[rng.randrange(3) for _ in range(5)] for _ in range(3)]) if striped else None
+    new = torch.randn(2, 3, KV_HEADS, 5, DIM)
+    before = layer.table.copy()
+    layer.append(new[0], new[1], cache.positions(5), stripes)
+    cache.seen += 5
+    cache.crop([5, 0, 2])
+    assert cache.seen.tolist() == [50, 55, 53]
+    for row, old in zip(layer.table.tolist(), before.tolist(), strict=True):
+        kept = {0: 0, 1: 5, 2: 3}[row[0]]
+        taken = kept if stripes is None else int((stripes[row[0], :kept] == row[1]).sum())
+        assert row[6] == old[6] + taken
+    again = layer.table.copy()
+    cache.crop([0, 5, 3])
+    assert (layer.table == before).all()
+    assert not (again == before).all()
+
+
+def test_cells_may_leave_and_the_others_go_on_as_before() -> None:
+    ids = tokens(60)
+    prefill = read("llama", ids[:40])
+    everything = keep_all(prefill)
+    half = tuple(tuple(replace(row, kept=torch.arange(20, 40)) for row in rows) for rows in everything)
+    cache = compact(prefill, [everything, half, everything], 20)
+    alone = compact(prefill, [half], 20)
+    model = tiny("llama")
+    model.decode(cache, ids[40:44].expand(3, -1))
+    model.decode(alone, ids[40:44][None])
+    cache.keep([1])
+    assert cache.counts() == [alone.counts()[0]]
+    for token in ids[44:50]:
+        assert torch.allclose(model.decode(cache, token[None, None]), model.decode(alone, token[None, None]), atol=1e-5)
+
+
+def test_no_room_is_said() -> None:
+    prefill = read("llama", tokens(10))
+    cache = compact(prefill, [keep_all(prefill)], 1)
+    with pytest.raises(ValueError, match="no room for 65"):
+        tiny("llama").decode(cache, tokens(65)[None])
+
+
+def test_cells_at_different_tokens_get_their_own_positions() -> None:
+    prefill = read("llama", tokens(10))
+    cache = compact(prefill, [keep_all(prefill)] * 2, 20)
+    tiny("llama").decode(cache, tokens(4).expand(2, -1))
+    cache.crop([1, 3])
+    assert cache.positions(2).tolist() == [[13, 14], [11, 12]]
+    assert np.array_equal(cache.seen, [13, 11])

@@ -1,0 +1,40 @@
+"""Intervals against scipy's bootstrap; paired differences by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from reports.statistics import Estimate, estimate, paired_difference
+
+
+@pytest.mark.parametrize("size", [5, 40, 3000])
+def test_intervals_equal_scipys(size: int) -> None:
+    values = np.random.default_rng(size).exponential(size=size)
+    ours = estimate(values)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=1, batch=200).confidence_interval
+    spread = theirs.high - theirs.low
+    assert ours.mean == pytest.approx(values.mean())
+    assert abs(ours.low - theirs.low) < 0.05 * spread
+    assert abs(ours.high - theirs.high) < 0.05 * spread
+
+
+def test_an_interval_is_the_same_every_time() -> None:
+    values = np.random.default_rng(0).random(30)
+    assert estimate(values) == estimate(values)
+
+
+def test_one_example_proves_nothing() -> None:
+    assert estimate(np.array([0.7])) == Estimate(0.7, 0.7, 0.7, 1)
+    assert not estimate(np.array([0.7])).excludes_zero
+
+
+def test_differences_are_paired() -> None:
+    full = {0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0, 4: 9.0}
+    ours = {0: 0.9, 1: -0.1, 2: 0.9, 3: -0.1, 7: 5.0}
+    found = paired_difference(ours, full)
+    assert found is not None
+    assert found.mean == pytest.approx(-0.1)
+    assert (found.n, found.excludes_zero) == (4, True)
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
