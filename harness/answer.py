@@ -27,6 +27,14 @@ class Answer:
     tokens: list[int]
     stop_reason: str | None = None
     end: Counts | None = None  # what the cell held when it had ended
+    width: int = 0  # drafts of the next step at most
+
+    def adapt(self, offered: int, accepted: int) -> None:
+        """Wider while drafts hold, narrower when they do not. Depends on tokens only, never on time."""
+        if accepted == offered > 0:
+            self.width = min(MOST_DRAFTS, 2 * self.width + 1)
+        elif accepted < 0.4 * offered:
+            self.width //= 2
 
     def add(self, tokens: Iterable[int], stop_ids: frozenset[int], most: int) -> None:
         for token in tokens:
@@ -43,7 +51,6 @@ class Drafts:
     """Which token came after which two, or else after which one, last seen anywhere among the cells of one prompt."""
 
     after: dict[tuple[int, ...], int] = field(default_factory=dict)
-    width: int = 0
 
     def learn(self, tokens: Sequence[int]) -> None:
         for place in range(1, len(tokens)):
@@ -59,13 +66,6 @@ class Drafts:
             drafted.append(c)
             last = (last[-1], c)
         return drafted
-
-    def adapt(self, offered: int, accepted: int) -> None:
-        """Wider while drafts hold, narrower when they do not. Depends on tokens only, never on time."""
-        if offered == 0 or accepted < 0.4 * offered:
-            self.width //= 2
-        elif accepted > 0.7 * offered:
-            self.width = min(MOST_DRAFTS, 2 * self.width + 1)
 
 
 def generate(
@@ -103,28 +103,25 @@ def _drop_ended(cache: RowCache, answers: Sequence[Answer], active: list[int]) -
 
 
 def _step(model: Model, cache: RowCache, answers: Sequence[Answer], drafts: Drafts, stop_ids: frozenset[int], most: int) -> None:
-    """One pass of the model: every cell's last token, and its drafts behind it."""
-    width = min(drafts.width, most - min(len(answer.tokens) for answer in answers) - 1)
-    offered = [drafts.propose(answer.tokens, max(width, 1)) for answer in answers]
-    rows = [[a.tokens[-1], *(d[:width] + [0] * width)[:width]] for a, d in zip(answers, offered, strict=True)]
-    logits = model.decode(cache, torch.tensor(rows, device=model.device), keep=width + 1)
-    said = logits.argmax(-1).tolist()  # [C, width + 1]
-    right = [_agreeing(draft[: width or 1], words) for draft, words in zip(offered, said, strict=True)]
-    taken = [min(count, width) for count in right]
-    for answer, words, count in zip(answers, said, taken, strict=True):
-        answer.add(words[: count + 1], stop_ids, most)
-        drafts.learn(answer.tokens[-(count + 3) :])
-    cache.crop([width - count for count in taken])
-    if width or sum(right) > 0.7 * len(right):  # at width 0 the guess is made but not run: it says when to begin
-        drafts.adapt(len(right) * max(width, 1), sum(right))
+    """One pass of the model: every cell's last token, with its drafts behind it."""
+    guesses = [drafts.propose(answer.tokens, max(answer.width, 1)) for answer in answers]
+    pieces = [[answer.tokens[-1], *guess[: answer.width]] for answer, guess in zip(answers, guesses, strict=True)]
+    said = model.decode_ragged(cache, pieces).argmax(-1).split([len(piece) for piece in pieces])
+    taken_back = []
+    for answer, guess, piece, words in zip(answers, guesses, pieces, said, strict=True):
+        spoken = words.tolist()
+        right = _agreeing(guess, spoken)
+        taken = min(right, len(piece) - 1)
+        answer.add(spoken[: taken + 1], stop_ids, most)
+        drafts.learn(answer.tokens[-(taken + 3) :])
+        answer.adapt(len(guess), right)  # at width 0 the guess is made but not run: it says when to begin
+        taken_back.append(len(piece) - 1 - taken)
+    cache.crop(taken_back)
 
 
-def _agreeing(draft: Sequence[int], said: Sequence[int]) -> int:
-    """How many tokens of a draft the model would have said itself."""
-    for number, (guess, word) in enumerate(zip(draft, said, strict=False)):
-        if guess != word:
-            return number
-    return min(len(draft), len(said))
+def _agreeing(guess: Sequence[int], said: Sequence[int]) -> int:
+    """How many tokens of a draft the model says itself."""
+    return next((n for n, (ours, its) in enumerate(zip(guess, said, strict=False)) if ours != its), min(len(guess), len(said)))
 
 
 def forced(model: Model, cache: RowCache, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

@@ -9,6 +9,7 @@ model's call. No transformers cache is involved.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from harness.attention import attend
 from harness.cache import Arena, ModelShape, Needs, Prefill, Stripe
 from harness.observe import AttentionSettings, Observer
-from harness.rows import RowCache
+from harness.rows import RowCache, Step
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox")
 UNDERSTOOD = {"dropout", "scaling", "position_ids", "sliding_window", "softcap", "use_cache", "is_causal", "rows_pass"}
@@ -34,17 +35,18 @@ class UnsupportedModel(ValueError):
 
 @dataclass
 class DecodePass:
-    """New tokens of the cells of a cache."""
+    """New tokens of the cells of a cache, side by side in one sequence."""
 
     cache: RowCache
-    positions: Tensor  # [C, Q]
+    step: Step
     layers_run: int = 0
 
     def attention(self, index: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        """query: [Hq, N, D]; key, value: [H, N, D]. Gives [Hq, N, D]."""
         layer = self.cache.layers[index]
-        layer.append(key, value, self.positions)
+        layer.append(key, value, self.step)
         self.layers_run += 1
-        return attend(layer, query, self.positions, settings.scaling, settings.softcap)
+        return attend(layer, query, self.step, settings.scaling, settings.softcap)
 
 
 class Model:
@@ -108,16 +110,35 @@ class Model:
     @torch.inference_mode()
     def decode(self, cache: RowCache, ids: Tensor, keep: int = 1) -> Tensor:
         """Appends the tokens `ids` [C, Q] to the cells, and gives the logits of the last `keep` of them, [C, keep, V]."""
-        step = DecodePass(cache, cache.positions(ids.shape[1]))
-        logits = self._forward(ids, step.positions, step, keep)
-        if step.layers_run != self.shape.layers:
-            raise UnsupportedModel(f"attention of model {self.name!r} ran in {step.layers_run} layers while decoding")
-        cache.seen += ids.shape[1]
-        return logits
+        cells, tokens = ids.shape
+        last = (torch.arange(cells)[:, None] * tokens + torch.arange(tokens - keep, tokens)).view(-1)
+        return self._extend(cache, ids.reshape(-1), [tokens] * cells, last.to(ids.device)).view(cells, keep, -1)
 
-    def _forward(self, ids: Tensor, positions: Tensor, rows_pass: Observer | DecodePass, keep: int) -> Tensor:
+    @torch.inference_mode()
+    def decode_ragged(self, cache: RowCache, pieces: Sequence[Sequence[int]]) -> Tensor:
+        """Appends each cell's own tokens, and gives the logits of all of them side by side, [N, V]."""
+        ids = torch.tensor([token for piece in pieces for token in piece], device=self.device)
+        return self._extend(cache, ids, [len(piece) for piece in pieces], torch.arange(len(ids), device=self.device))
+
+    def _extend(self, cache: RowCache, ids: Tensor, counts: Sequence[int], keep: Tensor) -> Tensor:
+        work = DecodePass(cache, cache.step(counts))
+        positions = torch.as_tensor(work.step.positions, device=ids.device)[None]
+        logits = self._forward(ids[None], positions, work, keep)
+        if work.layers_run != self.shape.layers:
+            raise UnsupportedModel(f"attention of model {self.name!r} ran in {work.layers_run} layers while decoding")
+        cache.seen = cache.seen + work.step.counts
+        return logits[0]
+
+    def _forward(self, ids: Tensor, positions: Tensor, work: Observer | DecodePass, keep: int | Tensor) -> Tensor:
+        # a mask of four dimensions is passed through as it is, so that none is made of cells that stand side by side
+        mask = None if isinstance(work, Observer) else torch.empty(1, 1, 1, 1, device=ids.device)
         return self.network(
-            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, rows_pass=rows_pass
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=False,
+            logits_to_keep=keep,
+            rows_pass=work,
         ).logits
 
 
@@ -151,7 +172,7 @@ def register(base: str) -> str:
         seen = AttentionSettings(settings["scaling"], settings.get("softcap"), settings.get("sliding_window"))
         index: int = module.layer_idx  # type: ignore[assignment]
         if isinstance(rows_pass, DecodePass):
-            return rows_pass.attention(index, query, key, value, seen).transpose(1, 2).contiguous(), None
+            return rows_pass.attention(index, query[0], key[0], value[0], seen).transpose(0, 1).contiguous()[None], None
         out = _official(base, module)(module, query, key, value, mask, **settings)[0]
         if rows_pass is not None:
             rows_pass.see(index, query[0], key[0], value[0], seen)

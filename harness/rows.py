@@ -30,7 +30,7 @@ class Counts:
     bytes_allocated: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
     """Neighbouring rows of equal width, length and capacity: `rows` of the table, one strided block of the pool."""
 
@@ -39,127 +39,120 @@ class Group:
     start: int
     capacity: int
     length: int
+    tokens: int  # new ones of each row's cell
+
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start
 
     def block(self, pool: Tensor) -> Tensor:
         """[P, D] -> [rows, length, D], a view."""
-        count = self.rows.stop - self.rows.start
-        block = pool[self.start : self.start + count * self.capacity]
-        return block.view(count, self.capacity, -1)[:, : self.length]
+        block = pool[self.start : self.start + self.count * self.capacity]
+        return block.view(self.count, self.capacity, -1)[:, : self.length]
+
+
+@dataclass(frozen=True)
+class Step:
+    """New tokens of the cells, side by side: the first cell's, then the second's, ... Cells may bring different numbers."""
+
+    counts: np.ndarray  # [C] tokens of each cell
+    positions: np.ndarray  # [N] original positions
+
+    @property
+    def starts(self) -> np.ndarray:
+        """[C] where each cell's tokens begin."""
+        return np.cumsum(self.counts) - self.counts
 
 
 class RowLayer:
-    """The rows of one layer. `cell`, `source`, ... are numpy columns of one table, in the order of the pool."""
+    """The rows of one layer: a table with one line a row, in the order of the pool, kept on the host."""
 
-    def __init__(self, pool: tuple[Tensor, Tensor, Tensor], shape: ModelShape, window: int | None) -> None:
+    def __init__(self, pool: tuple[Tensor, Tensor, Tensor], shape: ModelShape, window: int | None, table: np.ndarray) -> None:
         self.keys, self.values, self.positions = pool
-        self.shape, self.window = shape, window
-        self.table = np.zeros((0, 7), dtype=np.int64)
-        self._derive()
+        self.shape, self.window, self.table = shape, window, table
 
     cell = property(lambda self: self.table[:, 0])
     stripe = property(lambda self: self.table[:, 1])
-    first = property(lambda self: self.table[:, 2])
+    first = property(lambda self: self.table[:, 2])  # query head
     width = property(lambda self: self.table[:, 3])
     start = property(lambda self: self.table[:, 4])
     capacity = property(lambda self: self.table[:, 5])
     length = property(lambda self: self.table[:, 6])
 
-    def _derive(self) -> None:
-        """Everything that follows from the table, on the device where attention wants it."""
-        device = self.keys.device
-        source = self.cell * self.shape.kv_heads + self.first // self.shape.group
-        heads = [np.arange(f, f + w) + c * self.shape.query_heads for f, w, c in self.table[:, [2, 3, 0]]]
-        flat = np.concatenate(heads) if heads else np.zeros(0, dtype=np.int64)
-        self.source = torch.as_tensor(source, device=device)  # [R] head of the incoming keys
-        self.cells = torch.as_tensor(self.cell.copy(), device=device)  # [R]
-        self.reader_list = torch.as_tensor(flat, device=device)  # [sum of widths] query heads, in the order of rows
-        self.merges = len(np.unique(flat)) < len(flat)  # some query head reads several rows
-        self.striped = bool(self.stripe.any())
-        self._refresh()
+    @property
+    def striped(self) -> bool:
+        return bool(self.stripe.any())
 
-    def _refresh(self) -> None:
-        self.end = torch.as_tensor(self.start + self.length, device=self.keys.device)  # [R] where the next entry goes
-        self.groups = list(self._group())
-
-    def _group(self) -> list[Group]:
-        table = self.table
-        groups: list[Group] = []
-        if not len(table):
-            return groups
-        follows = (table[1:, 4] == table[:-1, 4] + table[:-1, 5]) & (table[1:, [3, 5, 6]] == table[:-1, [3, 5, 6]]).all(1)
-        edges = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(table)]
-        for a, b in pairwise(edges):
-            width, start, capacity, length = (int(x) for x in table[a, 3:7])
-            groups.append(Group(slice(a, b), width, start, capacity, length))
-        return groups
-
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor, stripes: Tensor | None = None) -> None:
+    def append(self, keys: Tensor, values: Tensor, step: Step, stripes: np.ndarray | None = None) -> None:
         """Writes the new tokens behind the rows that take them.
 
         Args:
-            keys, values: [C, H, Q, D], the cells' new tokens.
-            positions: [C, Q].
-            stripes: [C, Q], the stripe that takes each token; None where a layer has only one.
+            keys, values: [H, N, D], the tokens of `step`.
+            stripes: [N], the stripe that takes each token; None where a layer has only one.
         """
-        tokens = keys.shape[2]
+        row, token = self.pairs(step)
         if self.striped:
             if stripes is None:
                 raise ValueError("rows of several stripes need to know which stripe takes each token")
-            self._append_routed(keys, values, positions, stripes)
-            return
-        if len(self.table) and int((self.length + tokens - self.capacity).max()) > 0:
-            raise ValueError(f"no room for {tokens} more tokens: make the cache with more room")
-        where = (self.end[:, None] + torch.arange(tokens, device=self.end.device)).view(-1)  # [R * Q]
-        self._write(where, keys.flatten(0, 1)[self.source], values.flatten(0, 1)[self.source], positions[self.cells])
-        self.length[:] += tokens
-        self.end += tokens
-        for group in self.groups:
-            group.length += tokens
-
-    def _append_routed(self, keys: Tensor, values: Tensor, positions: Tensor, stripes: Tensor) -> None:
-        mine = torch.as_tensor(self.stripe.copy(), device=keys.device)
-        takes = stripes[self.cells] == mine[:, None]  # [R, Q]
-        row, token = takes.nonzero(as_tuple=True)
-        where = self.end[row] + (takes.cumsum(1) - 1)[row, token]
-        added = takes.sum(1).cpu().numpy()
-        if int((self.length + added - self.capacity).max(initial=0)) > 0:
-            raise ValueError("no room for more tokens: make the cache with more room")
-        source = (self.source[row], token)
-        self._write(where, keys.flatten(0, 1)[source], values.flatten(0, 1)[source], positions[self.cells[row], token])
+            takes = stripes[token] == self.stripe[row]
+            row, token = row[takes], token[takes]
+        added = np.bincount(row, minlength=len(self.table))
+        if (self.length + added > self.capacity).any():
+            raise ValueError(f"no room for {int(added.max())} more tokens: make the cache with more room")
+        behind = np.arange(len(row)) - np.repeat(np.cumsum(added) - added, added)  # the how-manieth new entry of its row
+        where = self._index((self.start + self.length)[row] + behind)
+        source = self._index((self.first // self.shape.group)[row] * keys.shape[1] + token)
+        self.keys.index_copy_(0, where, keys.reshape(-1, keys.shape[2])[source])
+        self.values.index_copy_(0, where, values.reshape(-1, values.shape[2])[source])
+        self.positions.index_copy_(0, where, self._index(step.positions[token]).int())
         self.length[:] += added
-        self._refresh()
 
-    def _write(self, where: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        self.keys.index_copy_(0, where, keys.reshape(where.shape[0], -1))
-        self.values.index_copy_(0, where, values.reshape(where.shape[0], -1))
-        self.positions.index_copy_(0, where, positions.reshape(-1).int())
+    def pairs(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
+        """Every row with every new token of its cell, as (row, token), row by row."""
+        counts = step.counts[self.cell]
+        row = np.repeat(np.arange(len(self.table)), counts)
+        within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return row, step.starts[self.cell[row]] + within
 
-    def crop(self, seen: np.ndarray) -> None:
-        """Forgets the entries at and behind position `seen[cell]` of each cell."""
-        for row, (cell, start, length) in enumerate(self.table[:, [0, 4, 6]]):
-            held = self.positions[start : start + length]
-            self.length[row] = int((held < int(seen[cell])).sum())
-        self._refresh()
+    def groups(self, step: Step) -> list[Group]:
+        """Runs of rows of equal width, length and capacity, whose cells bring equally many tokens."""
+        if not len(self.table):
+            return []
+        table, news = self.table, step.counts[self.cell]
+        follows = (table[1:, 4] == table[:-1, 4] + table[:-1, 5]) & (news[1:] == news[:-1])
+        follows &= (table[1:, [3, 5, 6]] == table[:-1, [3, 5, 6]]).all(1)
+        edges = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(table)]
+        found = []
+        for a, b in pairwise(edges):
+            width, start, capacity, length = table[a, 3:7].tolist()
+            found.append(Group(slice(a, b), width, start, capacity, length, int(news[a])))
+        return found
 
-    def crop_tail(self, drop: np.ndarray) -> None:
-        """Forgets the last `drop[cell]` tokens of each cell, where every row took every token."""
-        if not drop.any():
+    def readers(self, step: Step) -> np.ndarray:
+        """Which query (head * N + token) reads, row by row: the row's first head's new tokens, its second head's, ..."""
+        news = step.counts[self.cell]
+        sizes = self.width * news
+        row = np.repeat(np.arange(len(self.table)), sizes)
+        within = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        head, token = np.divmod(within, news[row])
+        return (self.first[row] + head) * len(step.positions) + step.starts[self.cell[row]] + token
+
+    def _index(self, numbers: np.ndarray) -> Tensor:
+        return torch.as_tensor(numbers, device=self.keys.device)
+
+    def crop(self, seen: np.ndarray, drop: np.ndarray) -> None:
+        """Forgets each cell's last `drop[cell]` tokens, those at and behind position `seen[cell]`."""
+        if not self.striped:  # every row took every token
+            self.length[:] -= drop[self.cell]
             return
-        dropped = drop[self.cell]
-        self.length[:] -= dropped
-        if (drop == drop[0]).all():
-            self.end -= int(drop[0])
-            for group in self.groups:
-                group.length -= int(drop[0])
-        else:
-            self._refresh()
+        for row, (cell, start, length) in enumerate(self.table[:, [0, 4, 6]]):
+            self.length[row] = int((self.positions[start : start + length] < int(seen[cell])).sum())
 
     def keep(self, cells: Sequence[int]) -> None:
         """Only these cells stay; they are renumbered in this order."""
         number = {cell: new for new, cell in enumerate(cells)}
         self.table = self.table[np.isin(self.cell, list(cells))]
         self.cell[:] = [number[cell] for cell in self.cell.tolist()]
-        self._derive()
 
 
 class RowCache:
@@ -173,17 +166,19 @@ class RowCache:
     def cells(self) -> int:
         return len(self.seen)
 
-    def positions(self, tokens: int) -> Tensor:
-        """Positions of the next `tokens` tokens, [C, tokens]."""
-        new = torch.as_tensor(self.seen, device=self.layers[0].keys.device)
-        return new[:, None] + torch.arange(tokens, device=new.device)
+    def step(self, counts: Sequence[int]) -> Step:
+        """The next `counts[cell]` tokens of each cell, not yet read."""
+        many = np.asarray(counts, dtype=np.int64)
+        within = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
+        return Step(many, np.repeat(self.seen, many) + within)
 
     def crop(self, drop: Sequence[int] | np.ndarray) -> None:
         """Takes back the last `drop[cell]` tokens, all of them appended after compaction."""
         drop = np.asarray(drop, dtype=np.int64)
-        self.seen -= drop
-        for layer in self.layers:
-            layer.crop(self.seen) if layer.striped else layer.crop_tail(drop)
+        self.seen = self.seen - drop
+        if drop.any():
+            for layer in self.layers:
+                layer.crop(self.seen, drop)
 
     def keep(self, cells: Sequence[int]) -> None:
         self.seen = self.seen[list(cells)]
@@ -213,9 +208,7 @@ def compact(prefill: Prefill, selections: Sequence[Selection], room: int, arena:
     layers, offset = [], 0
     for kv, (table, rows), size in zip(prefill.layers, plans, sizes, strict=True):
         pool = tuple(flat[offset : offset + size] for flat in (keys, values, positions))
-        layer = RowLayer(pool, prefill.shape, kv.window)  # type: ignore[arg-type]
-        layer.table = table
-        layer._derive()
+        layer = RowLayer(pool, prefill.shape, kv.window, table)  # type: ignore[arg-type]
         for row, start, length in zip(rows, table[:, 4].tolist(), table[:, 6].tolist(), strict=True):
             _fill(layer, slice(start, start + length), kv, row)
         layers.append(layer)

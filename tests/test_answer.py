@@ -30,7 +30,7 @@ def test_answers_are_the_models_own_whatever_is_drafted(family: str, most_drafts
     ids = tokens(30, seed=6)
     prefill = read(family, ids)
     first = int(prefill.logits.argmax())
-    drafts = Drafts(width=most_drafts)
+    drafts = Drafts()
     drafts.learn(ids.tolist())
     cache = compact(prefill, [keep_all(prefill)] * 2, 48)
     answers = generate(tiny(family), cache, [first, first], drafts, frozenset(), 40)
@@ -41,14 +41,14 @@ def test_answers_are_the_models_own_whatever_is_drafted(family: str, most_drafts
 def test_drafts_save_passes() -> None:
     """What one cell has said is the next one's draft."""
     prefill = read("llama", tokens(30, seed=6))
-    model, plain = tiny("llama"), tiny("llama").decode
+    model, plain = tiny("llama"), tiny("llama").decode_ragged
     first, drafts, passes = [int(prefill.logits.argmax())], Drafts(), []
 
     def counting(*arguments, **options):
         passes[-1] += 1
         return plain(*arguments, **options)
 
-    model.decode = counting  # type: ignore[method-assign]
+    model.decode_ragged = counting  # type: ignore[method-assign]
     try:
         answers = []
         for _ in range(2):
@@ -56,7 +56,7 @@ def test_drafts_save_passes() -> None:
             cache = compact(prefill, [keep_all(prefill)], 72)
             answers.append(generate(model, cache, first, drafts, frozenset(), 64)[0].tokens)
     finally:
-        del model.decode  # type: ignore[attr-defined]
+        del model.decode_ragged  # type: ignore[attr-defined]
     assert answers[0] == answers[1]
     assert passes[1] < passes[0] / 2
 

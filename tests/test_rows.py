@@ -48,35 +48,25 @@ def test_attention_equals_its_reference(striped: bool, window: int | None, softc
         rng = random.Random(f"{striped}/{window}/{softcap}/{seed}")
         cache = random_cache(rng, window, striped)
         layer = cache.layers[0]
-        for count in (3, 1, 1, 7, 1):
-            new = torch.randn(3, 3, KV_HEADS, count, DIM)
-            queries = torch.randn(3, HEADS, count, DIM)
-            positions = cache.positions(count)
-            stripes = torch.tensor([[rng.randrange(3) for _ in range(count)] for _ in range(3)]) if striped else None
-            layer.append(new[:, 0], new[:, 1], positions, stripes)
-            cache.seen += count
-            if striped and any(not _readable(cache, cell, head) for cell in range(3) for head in range(HEADS)):
-                continue
-            ours = attend(layer, queries, positions, 0.25, softcap)
-            theirs = attend_reference(layer, queries, positions, 0.25, softcap)
-            assert torch.allclose(ours, theirs, atol=2e-6, equal_nan=True)
-
-
-def _readable(cache: RowCache, cell: int, head: int) -> bool:
-    table = cache.layers[0].table
-    mine = table[(table[:, 0] == cell) & (table[:, 2] <= head) & (head < table[:, 2] + table[:, 3])]
-    return bool(mine[:, 6].sum())
+        for counts in ((3, 3, 3), (1, 1, 1), (1, 4, 2), (7, 7, 7), (1, 1, 5)):
+            step = cache.step(counts)
+            new, queries = torch.randn(2, KV_HEADS, sum(counts), DIM), torch.randn(HEADS, sum(counts), DIM)
+            stripes = np.array([rng.randrange(3) for _ in range(sum(counts))]) if striped else None
+            layer.append(new[0], new[1], step, stripes)
+            cache.seen = cache.seen + step.counts
+            ours = attend(layer, queries, step, 0.25, softcap)
+            assert torch.allclose(ours, attend_reference(layer, queries, step, 0.25, softcap), atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_in_half_precision_stays_close(dtype: torch.dtype) -> None:
     cache = random_cache(random.Random(5), None, False, dtype)
     layer = cache.layers[0]
-    new = torch.randn(2, 3, KV_HEADS, 4, DIM, dtype=dtype)
-    layer.append(new[0], new[1], cache.positions(4))
-    queries = torch.randn(3, HEADS, 4, DIM, dtype=dtype)
-    ours = attend(layer, queries, cache.positions(4), 0.25)
-    assert torch.allclose(ours.float(), attend_reference(layer, queries, cache.positions(4), 0.25).float(), atol=3e-2)
+    step = cache.step([4, 1, 4])
+    new, queries = torch.randn(2, KV_HEADS, 9, DIM, dtype=dtype), torch.randn(HEADS, 9, DIM, dtype=dtype)
+    layer.append(new[0], new[1], step)
+    ours = attend(layer, queries, step, 0.25)
+    assert torch.allclose(ours.float(), attend_reference(layer, queries, step, 0.25).float(), atol=3e-2)
 
 
 def test_slack_is_never_read() -> None:
@@ -85,22 +75,23 @@ def test_slack_is_never_read() -> None:
     for start, capacity, length in layer.table[:, [4, 5, 6]]:
         layer.keys[start + length : start + capacity] = float("nan")
         layer.values[start + length : start + capacity] = float("nan")
-    new = torch.randn(2, 3, KV_HEADS, 2, DIM)
-    layer.append(new[0], new[1], cache.positions(2))
-    assert not attend(layer, torch.randn(3, HEADS, 2, DIM), cache.positions(2), 0.25).isnan().any()
+    step = cache.step([2, 2, 2])
+    new = torch.randn(2, KV_HEADS, 6, DIM)
+    layer.append(new[0], new[1], step)
+    assert not attend(layer, torch.randn(HEADS, 6, DIM), step, 0.25).isnan().any()
 
 
 def test_the_order_of_a_rows_entries_does_not_matter() -> None:
     cache = random_cache(random.Random(2), None, False)
     layer = cache.layers[0]
-    queries, positions = torch.randn(3, HEADS, 1, DIM), cache.positions(1)
-    before = attend(layer, queries, positions, 0.25)
+    queries, step = torch.randn(HEADS, 3, DIM), cache.step([1, 1, 1])
+    before = attend(layer, queries, step, 0.25)
     for start, length in layer.table[:, [4, 6]]:
         where = torch.arange(start, start + length)
         mixed = where[torch.randperm(length)]
         for pool in (layer.keys, layer.values, layer.positions):
             pool[where] = pool[mixed].clone()
-    assert torch.allclose(before, attend(layer, queries, positions, 0.25), atol=1e-6)
+    assert torch.allclose(before, attend(layer, queries, step, 0.25), atol=1e-6)
 
 
 @pytest.mark.parametrize("striped", [False, True])
@@ -108,16 +99,17 @@ def test_cropping_takes_back_exactly_what_was_appended(striped: bool) -> None:
     rng = random.Random(3)
     cache = random_cache(rng, None, striped)
     layer = cache.layers[0]
-    stripes = torch.tensor([[rng.randrange(3) for _ in range(5)] for _ in range(3)]) if striped else None
-    new = torch.randn(2, 3, KV_HEADS, 5, DIM)
+    stripes = np.array([rng.randrange(3) for _ in range(15)]) if striped else None
+    new = torch.randn(2, KV_HEADS, 15, DIM)
     before = layer.table.copy()
-    layer.append(new[0], new[1], cache.positions(5), stripes)
-    cache.seen += 5
+    layer.append(new[0], new[1], cache.step([5, 5, 5]), stripes)
+    cache.seen = cache.seen + 5
     cache.crop([5, 0, 2])
     assert cache.seen.tolist() == [50, 55, 53]
     for row, old in zip(layer.table.tolist(), before.tolist(), strict=True):
         kept = {0: 0, 1: 5, 2: 3}[row[0]]
-        taken = kept if stripes is None else int((stripes[row[0], :kept] == row[1]).sum())
+        mine = None if stripes is None else stripes[5 * row[0] : 5 * row[0] + kept]
+        taken = kept if mine is None else int((mine == row[1]).sum())
         assert row[6] == old[6] + taken
     again = layer.table.copy()
     cache.crop([0, 5, 3])
@@ -153,5 +145,10 @@ def test_cells_at_different_tokens_get_their_own_positions() -> None:
     cache = compact(prefill, [keep_all(prefill)] * 2, 20)
     tiny("llama").decode(cache, tokens(4).expand(2, -1))
     cache.crop([1, 3])
-    assert cache.positions(2).tolist() == [[13, 14], [11, 12]]
-    assert np.array_equal(cache.seen, [13, 11])
+    assert cache.step([2, 1]).positions.tolist() == [13, 14, 11]
+    together = tiny("llama").decode_ragged(cache, [[7, 8], [9]])
+    for cell, (piece, read_before) in enumerate((([7, 8], 3), ([9], 1))):
+        alone = compact(prefill, [keep_all(prefill)], 20)
+        tiny("llama").decode(alone, tokens(4)[None, :read_before])
+        logits = tiny("llama").decode(alone, torch.tensor([piece]), keep=len(piece))[0]
+        assert torch.allclose(logits, together[:2] if cell == 0 else together[2:], atol=1e-5)
