@@ -1,8 +1,13 @@
 """The quality benchmarks, by name. This table is the only list; it has no logic."""
 
 from benchmarks.base import Task
+from benchmarks.facts import NeedleText, Recall, RecallMany, TwoHop
 from benchmarks.random_tokens import RandomTokens
 
 BENCHMARKS: dict[str, Task] = {
+    "recall": Recall(),
+    "two_hop": TwoHop(),
+    "recall_many": RecallMany(),
+    "needle_text": NeedleText(),
     "random_tokens": RandomTokens(),
 }

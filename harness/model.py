@@ -173,14 +173,24 @@ def register(base: str) -> str:
         index: int = module.layer_idx  # type: ignore[assignment]
         if isinstance(rows_pass, DecodePass):
             return rows_pass.attention(index, query[0], key[0], value[0], seen).transpose(0, 1).contiguous()[None], None
-        out = _official(base, module)(module, query, key, value, mask, **settings)[0]
-        if rows_pass is not None:
-            rows_pass.see(index, query[0], key[0], value[0], seen)
-        return out, None
+        official = _official(base, module)
+        if rows_pass is None:
+            return official(module, query, key, value, mask, **settings)
+        rows_pass.see(index, query[0], key[0], value[0], seen)
+        if index < rows_pass.shape.layers - 1:
+            return official(module, query, key, value, mask, **settings)
+        # of the last layer nobody reads more than the last token's output
+        last_mask = None if mask is None else mask[..., -1:, :]
+        last = official(module, query[:, :, -1:], key, value, last_mask, **settings)[0]  # [1, 1, Hq, D]
+        return last.new_zeros(1, query.shape[2], *last.shape[2:]).index_copy_(1, _last(query), last), None
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
+
+
+def _last(query: Tensor) -> Tensor:
+    return torch.tensor([query.shape[2] - 1], device=query.device)
 
 
 def _official(base: str, module: torch.nn.Module) -> Any:

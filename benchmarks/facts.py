@@ -1,0 +1,174 @@
+"""Facts scattered in filler, and questions about them: one fact, a fact found through another, several, a lone needle.
+
+Every name, number and place is drawn from the seed and the example's number; nothing but the context tells the answer. What is
+not asked about distracts. Scored on the exact words of the answer.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from benchmarks.base import CountTokens, Example, Metric
+from benchmarks.prose import sentences
+
+NAMES = tuple(
+    """Mira Oslo Tavi Ruben Lena Odin Zara Kofi Yuki Ivo Priya Noor Enzo Dalia Anouk Bodhi
+    Cleo Dario Elif Farid Gwen Hana Idris Jorge Keiko Luca Malik Nadia Omar Petra Quinn Rosa
+    Sven Talia Uma Viktor Wanda Xavi Yara Zeno Amara Boris Chidi Daphne Emeka Freya Goran Hilda
+    Ines Jonas Karim Leila Milo Nils Olga Pavel Rania Stefan Tariq Ursula Vera Wim Ximena Yusuf
+    Zelda Aiko Bilal Carmen Dmitri Esme Felipe Greta Hugo Ingrid Jamal Katya Lars Mateo Nina Otto
+    Paloma Rafael Silvia Teo Umberto Vanya Willa Yosef Zaki Astrid Bruno Chloe Dunja Elsa Fiona Sorin""".split()
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """Codes of some names, and friends of some."""
+
+    codes: dict[str, str]  # "37 82"
+    friends: dict[str, str]  # of anyone: a name with a code
+
+    @classmethod
+    def draw(cls, rng: random.Random, facts: int, links: int) -> World:
+        """All numbers differ; about half of those who have a friend have a code of their own."""
+        names = rng.sample(NAMES, 2 * facts)
+        numbers = [f"{number:02d}" for number in rng.sample(range(100), 2 * facts)]
+        coded = names[:facts]
+        codes = {name: f"{numbers[2 * i]} {numbers[2 * i + 1]}" for i, name in enumerate(coded)}
+        friends = {name: rng.choice([other for other in coded if other != name]) for name in rng.sample(names, links)}
+        return cls(codes, friends)
+
+    def statements(self) -> dict[tuple[str, str], str]:
+        """By (kind, name)."""
+        facts = {("code", name): f"The code of {name} is {code}." for name, code in self.codes.items()}
+        return facts | {("friend", name): f"The friend of {name} is {friend}." for name, friend in self.friends.items()}
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answer: str
+    about: tuple[tuple[str, str], ...]  # the statements that it needs
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the tasks share: a world in filler. A task says what is asked of it."""
+
+    length: int = 1024  # tokens of the prompt, at most; a sentence less at least
+    facts: int = 8
+    links: int = 4
+    metrics = (Metric("exact", unit="share"),)
+    size = None
+    data = ""
+
+    def ask(self, rng: random.Random, world: World) -> Question:
+        raise NotImplementedError
+
+    def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
+        name = self.name  # type: ignore[attr-defined]
+        rng = random.Random(f"{name}/{seed}/{index}")
+        world = World.draw(rng, self.facts, self.links)
+        question = self.ask(rng, world)
+        said = list(world.statements().items())
+        rng.shuffle(said)
+        asked = f" Question: {question.text}"
+        room = self.length - count_tokens(asked) - sum(count_tokens(" " + text) for _, text in said)
+        filler = _fill(room, f"{name}/{seed}/{index}/filler", count_tokens)
+        context, depths = _weave(rng, filler, [text for _, text in said])
+        found = [depths[number] for number, (what, _) in enumerate(said) if what in question.about]
+        most = count_tokens(" " + question.answer)
+        columns: dict[str, str | int | float] = {"length": self.length, "depth": round(sum(found) / len(found), 3)}
+        return Example(index, context + asked, len(context), (question.answer,), most, None, columns)
+
+    def score(self, answer: str, example: Example) -> dict[str, float]:
+        """1 if the answer begins with exactly the right words, whatever the punctuation."""
+        wanted = words(example.answers[0])
+        return {"exact": float(words(answer)[: len(wanted)] == wanted)}
+
+
+@dataclass(frozen=True)
+class Recall(Facts):
+    """One fact of many: the code of a name."""
+
+    name = "recall@1"
+
+    def ask(self, rng: random.Random, world: World) -> Question:
+        who = rng.choice(list(world.codes))
+        return Question(f"the code of {who} is", world.codes[who], (("code", who),))
+
+
+@dataclass(frozen=True)
+class TwoHop(Facts):
+    """A fact found through another: the code of a name's friend. The answer names the friend first."""
+
+    name = "two_hop@1"
+
+    def ask(self, rng: random.Random, world: World) -> Question:
+        who = rng.choice(list(world.friends))
+        friend = world.friends[who]
+        answer = f"{friend} {world.codes[friend]}"
+        return Question(f"the code of the friend of {who} is", answer, (("friend", who), ("code", friend)))
+
+
+@dataclass(frozen=True)
+class RecallMany(Facts):
+    """Several facts at once: the codes of four names, in the order in which they are asked."""
+
+    name = "recall_many@1"
+
+    def ask(self, rng: random.Random, world: World) -> Question:
+        who = rng.sample(list(world.codes), 4)
+        listed = f"{who[0]}, {who[1]}, {who[2]} and {who[3]}"
+        answer = " ".join(world.codes[name] for name in who)
+        return Question(f"the codes of {listed} are", answer, tuple(("code", name) for name in who))
+
+
+@dataclass(frozen=True)
+class NeedleText(Facts):
+    """A lone fact in prose, nothing else to mistake it for."""
+
+    facts: int = 1
+    links: int = 0
+    name = "needle_text@1"
+
+    def ask(self, rng: random.Random, world: World) -> Question:
+        (who,) = world.codes
+        return Question(f"the code of {who} is", world.codes[who], (("code", who),))
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
+def _fill(tokens: int, seed: str, count_tokens: CountTokens) -> list[str]:
+    """Sentences of prose, as many as fit into `tokens`."""
+    found: list[str] = []
+    for text in sentences(seed):
+        tokens -= _size(text, count_tokens)
+        if tokens < 0:
+            return found
+        found.append(text)
+    return found
+
+
+@cache
+def _size(text: str, count_tokens: CountTokens) -> int:
+    return count_tokens(" " + text)
+
+
+def _weave(rng: random.Random, filler: Sequence[str], statements: Sequence[str]) -> tuple[str, list[float]]:
+    """The statements at random places between the sentences, in their order; and how deep each one lies, 0 to 1."""
+    places = sorted(rng.randint(0, len(filler)) for _ in statements)
+    text, starts, done = "", [], 0
+    for place, statement in zip(places, statements, strict=True):
+        text += "".join(f" {line}" for line in filler[done:place])
+        starts.append(len(text))
+        text += f" {statement}"
+        done = place
+    text += "".join(f" {line}" for line in filler[done:])
+    return text, [start / len(text) for start in starts]
