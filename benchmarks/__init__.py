@@ -2,6 +2,7 @@
 
 from benchmarks.base import Task
 from benchmarks.facts import NeedleText, Recall, RecallMany, TwoHop
+from benchmarks.perplexity import PerplexityOwn
 from benchmarks.random_tokens import RandomTokens
 
 BENCHMARKS: dict[str, Task] = {
@@ -9,5 +10,6 @@ BENCHMARKS: dict[str, Task] = {
     "two_hop": TwoHop(),
     "recall_many": RecallMany(),
     "needle_text": NeedleText(),
+    "perplexity_own": PerplexityOwn(),
     "random_tokens": RandomTokens(),
 }

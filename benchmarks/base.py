@@ -33,6 +33,7 @@ class Example:
     max_new_tokens: int
     ids: tuple[int, ...] | None = None
     columns: dict[str, str | int | float] = field(default_factory=dict)  # length, depth, ...
+    forced: bool = False  # what lies behind the context is not asked but scored: how likely is it, given the cache?
 
 
 class Task(Protocol):

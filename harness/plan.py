@@ -195,7 +195,7 @@ def record_of(model: Model, todo: Todo, prompt: Prompt | None, cell: Cell, outco
     if reason or prompt is None:
         return Record(key, "failed" if outcome.failed else "skipped", env, reason=reason, columns=todo.example.columns)
     assert outcome.answer is not None and outcome.counts is not None
-    text = decode(model, outcome.answer.tokens)
+    text = None if prompt.forced else decode(model, outcome.answer.tokens)
     end = outcome.answer.end
     return Record(
         key,
@@ -203,7 +203,7 @@ def record_of(model: Model, todo: Todo, prompt: Prompt | None, cell: Cell, outco
         env,
         answer=text,
         stop_reason=outcome.answer.stop_reason,
-        metrics=todo.task.score(text, todo.example),
+        metrics={"nll": outcome.fidelity["loss"]} if prompt.forced else todo.task.score(str(text), todo.example),
         fidelity=outcome.fidelity,
         columns=todo.example.columns,
         prompt_tokens=len(prompt.ids),

@@ -19,6 +19,7 @@ class Prompt:
 
     ids: list[int]
     context: int
+    forced: tuple[int, ...] = ()  # tokens behind them whose likelihood is the score; nothing is generated then
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase | None, example: Example, protoc
         dropped = len(ids) - limit
         ids = ids[:head] + ids[len(ids) - tail :]
         context = min(context, head) if context <= head + dropped else context - dropped
+    if example.forced:
+        if not 0 < context < len(ids) - 1:
+            raise CannotPrompt("nothing to read, or nothing to score behind it")
+        return Prompt(ids[:context], context, tuple(ids[context:]))
     if protocol.prompt == "question_in":
         return Prompt(ids, len(ids))
     if context >= len(ids):

@@ -93,7 +93,7 @@ class Documents:
         return self._known[text]
 
     def _all(self, lines: Sequence[str]) -> list[list[int]]:
-        return self._encode([f" {line}" for line in lines], add_special_tokens=False)["input_ids"]
+        return self._encode([f" {line}" for line in lines], add_special_tokens=False)["input_ids"] if lines else []
 
     def repeats(self, length: int) -> Document:
         """A span of random tokens, again and again: what teaches a model to look back."""

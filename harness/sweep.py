@@ -136,10 +136,10 @@ class _Example:
     @property
     def room(self) -> int:
         """Tokens that a cell may yet take: the question, its answer, and drafts that are taken back."""
-        return len(self.prompt.ids) - self.prompt.context + self.most + MOST_DRAFTS
+        return len(self.prompt.ids) - self.prompt.context + len(self.prompt.forced) + self.most + MOST_DRAFTS
 
     def answer_all(self, cells: list[tuple[Cell, Selection]]) -> Iterator[tuple[Cell, Outcome]]:
-        if self.sweep.with_fidelity:
+        if self.sweep.with_fidelity or self.prompt.forced:
             mine = [pair for pair in cells if not isinstance(pair[0].method, Eviction)]
             cells = [pair for pair in cells if isinstance(pair[0].method, Eviction)]
             outcome = self._answer_full()
@@ -157,7 +157,7 @@ class _Example:
             with memory_errors():
                 cache, logits = self._open([everything])
                 outcome = self._outcomes([everything])[0]
-                read = cache.seen.copy()
+                read = cache.seen
                 outcome.answer = self._generate(cache, logits)[0]
                 cache.crop(cache.seen - read)
                 with stopwatch(self.sweep.model.device, self.sweep.laps.fidelity):
@@ -236,6 +236,8 @@ class _Example:
         return None if self.prompt.context == len(self.prompt.ids) else logits.float().log_softmax(-1)
 
     def _generate(self, cache: RowCache, logits: Tensor) -> list[Answer]:
+        if self.prompt.forced:
+            return [Answer(list(self.prompt.forced), "forced") for _ in range(cache.cells)]
         model, protocol = self.sweep.model, self.sweep.protocol
         stop_ids = model.stop_ids if protocol.stop == "eos" else frozenset()
         with stopwatch(model.device, self.sweep.laps.decode):

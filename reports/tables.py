@@ -132,6 +132,19 @@ def markdown(found: Sequence[Line]) -> str:
     return "\n".join(parts)
 
 
+def not_measured(records: Iterable[Record]) -> str:
+    """What was skipped or failed, and why, so that every gap in a table is explained."""
+    reasons: dict[tuple[str, str, str], int] = {}
+    for record in records:
+        if record.status != "ok":
+            what = (record.status, f"{record.key.method} {record.key.budget} on {_benchmark(record)}", record.reason or "")
+            reasons[what] = reasons.get(what, 0) + 1
+    if not reasons:
+        return ""
+    listed = [f"- {status}: {cell}, {count} examples: {reason}" for (status, cell, reason), count in sorted(reasons.items())]
+    return "\n".join(["## Not measured", "", *listed, ""])
+
+
 HEADER = ("method", "budget", "bytes kept", "allocated", "n", "score", "against full", "KL to full", "same top token")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from reports.plots import plot
-from reports.tables import frame, lines, markdown
+from reports.tables import frame, lines, markdown, not_measured
 from results.store import StoreError, read_rows
 
 
@@ -15,13 +15,14 @@ def write_report(out: Path) -> list[Path]:
     Raises:
         StoreError: no rows, rows of another schema, or a folder that cannot be written to.
     """
-    found = lines(read_rows(out))
+    records = read_rows(out)
+    found = lines(records)
     folder = out / "report"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         table, text = folder / "scores.csv", folder / "scores.md"
         frame(found).to_csv(table, index=False)
-        text.write_text(INTRODUCTION + markdown(found))
+        text.write_text(INTRODUCTION + markdown(found) + not_measured(records))
         return [text, table, *plot(found, folder)]
     except OSError as error:
         raise StoreError(f"cannot write the report to {folder}: {error.strerror}") from None

@@ -293,6 +293,19 @@ def test_the_window_ends_where_the_protocol_says(prompt: str) -> None:
         assert torch.allclose(queries, captured[layer][0, :, -8:], atol=1e-5)
 
 
+def test_a_likelihood_over_a_compacted_cache_is_that_of_masked_attention(family: str) -> None:
+    ids = tokens(T + 20, seed=5)
+    prompt = Prompt(ids[:T].tolist(), T, tuple(ids[T:].tolist()))
+    cells = [Cell("full", METHODS["full"], None), Cell("snapkv", METHODS["snapkv"], Budget.parse("11"))]
+    found = dict(Sweep(tiny(family), Protocol(), with_fidelity=False).example(prompt, cells, 0))
+    kept = selection("snapkv", read(family, ids[:T]), total_of(read(family, ids[:T]), "11"))
+    for cell, evicted in zip(cells, (None, kept), strict=True):
+        logprobs = masked_logits(family, ids, T, evicted).log_softmax(-1)
+        nll = -sum(float(logprobs[place, ids[place + 1]]) for place in range(T, T + 19)) / 19
+        assert found[cell].fidelity["loss"] == pytest.approx(nll, rel=1e-4)
+        assert found[cell].answer.stop_reason == "forced"  # type: ignore[union-attr]
+
+
 def test_compression_is_counted() -> None:
     prefill_ids = tokens(50).tolist()
     cells = [Cell("snapkv", METHODS["snapkv"], Budget.parse(budget)) for budget in ("12", "49", "50", "60", "100%")]
