@@ -33,7 +33,6 @@ class Example:
     max_new_tokens: int
     ids: tuple[int, ...] | None = None
     columns: dict[str, str | int | float] = field(default_factory=dict)  # length, depth, ...
-    forced: bool = False  # what lies behind the context is not asked but scored: how likely is it, given the cache?
 
 
 class Task(Protocol):
@@ -51,6 +50,11 @@ class Task(Protocol):
     @property
     def size(self) -> int | None:
         """How many examples there are; None: as many as one likes."""
+        ...
+
+    @property
+    def forced(self) -> bool:
+        """What lies behind the context is not asked but scored: how likely is it, given the cache?"""
         ...
 
     @property

@@ -64,6 +64,7 @@ class Facts:
     links: int = 4
     metrics = (Metric("exact", unit="share"),)
     size = None
+    forced = False
     data = ""
 
     def ask(self, rng: random.Random, world: World) -> Question:

@@ -19,6 +19,7 @@ class PerplexityOwn:
     name = "perplexity_own@1"
     metrics = (Metric("nll", unit="nats", higher_is_better=False),)
     size = None
+    forced = True
     data = ""
 
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
@@ -27,7 +28,7 @@ class PerplexityOwn:
         read = _up_to(self.length, made, count_tokens)
         scored = _up_to(self.scored, _partly_again(read, made, rng), count_tokens)
         context, rest = ("".join(f" {line}" for line in lines) for lines in (read, scored))
-        return Example(index, context + rest, len(context), (), 0, None, {"length": self.length}, forced=True)
+        return Example(index, context + rest, len(context), (), 0, None, {"length": self.length})
 
     def score(self, answer: str, example: Example) -> dict[str, float]:
         return {}

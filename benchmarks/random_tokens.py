@@ -17,6 +17,7 @@ class RandomTokens:
     name = "random_tokens@1"
     metrics: tuple[Metric, ...] = ()
     size = None
+    forced = False
     data = ""
 
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:

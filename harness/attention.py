@@ -6,6 +6,8 @@ log-sum-exp.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -77,8 +79,7 @@ def _hide(layer: RowLayer, group: Group, step: Step, logits: Tensor) -> None:
     tokens = group.tokens
     if layer.window is None and not layer.striped:
         if tokens > 1:  # the new tokens are the last entries of every row
-            later = torch.ones(tokens, tokens, dtype=torch.bool, device=logits.device).triu(1)
-            logits[..., -tokens:].masked_fill_(later, float("-inf"))
+            logits[..., -tokens:].masked_fill_(_later(tokens, logits.device), float("-inf"))
         return
     held = group.block(layer.positions[:, None])[:, None, None, :, 0]  # [rows, 1, 1, length]
     new = step.starts[layer.cell[group.rows]][:, None] + np.arange(tokens)
@@ -87,6 +88,12 @@ def _hide(layer: RowLayer, group: Group, step: Step, logits: Tensor) -> None:
     if layer.window is not None:
         hidden |= held <= asking - layer.window
     logits.masked_fill_(hidden, float("-inf"))
+
+
+@lru_cache(maxsize=64)
+def _later(tokens: int, device: torch.device) -> Tensor:
+    """Which of the new tokens lie behind which, [Q, Q]. Nobody writes to it."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
 
 
 def _merge(out: Tensor, lse: Tensor, reader: Tensor, queries: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.base import Example, Task
@@ -86,7 +86,7 @@ class Tally:
 def left_to_do(model: Model, work: Work, store: Store | None) -> Iterator[Todo]:
     """Prompts with at least one cell that has no finished row. Without a store: all of them."""
     for task in work.tasks.values():
-        for protocol in work.protocols:
+        for protocol in protocols_of(task, work):
             for index in work.examples(task):
                 example = task.example(index, work.seed, token_counter(model))
                 limit = protocol.truncation or model.max_tokens - _most(example, protocol)
@@ -96,6 +96,13 @@ def left_to_do(model: Model, work: Work, store: Store | None) -> Iterator[Todo]:
                 keys = {cell: key for cell, key in keys.items() if store is None or not store.finished(key)}
                 if keys:
                     yield Todo(task, example, protocol, limit, keys)
+
+
+def protocols_of(task: Task, work: Work) -> tuple[Protocol, ...]:
+    """A likelihood has no question: what is scored always comes after the compressed context."""
+    if not task.forced:
+        return work.protocols
+    return tuple(dict.fromkeys(replace(protocol, prompt="question_after") for protocol in work.protocols))
 
 
 def key_of(model: Model, work: Work, task: Task, example: Example, protocol: Protocol, cell: Cell) -> Key:
@@ -144,14 +151,16 @@ def cannot_run(model: Model, todo: Todo) -> list[str]:
     return [f"{cell.name}: {why}" for cell, why in _open(model, todo)[1].items()]
 
 
-def run(sweep_of: Callable[[Protocol], Sweep], work: Work, store: Store, env: str, progress: Callable[[int], Any]) -> Tally:
+def run(
+    sweep_of: Callable[[Protocol], Sweep], model: Model, work: Work, store: Store, env: str, progress: Callable[[int], Any]
+) -> Tally:
     """Runs what has no row and stores a record a cell, as they are finished."""
     tally = Tally()
-    sweeps = {protocol: sweep_of(protocol) for protocol in work.protocols}
-    model = next(iter(sweeps.values())).model
+    sweeps: dict[Protocol, Sweep] = {}
     for todo in left_to_do(model, work, store):
+        sweep = sweeps.setdefault(todo.protocol, sweep_of(todo.protocol))
         prompt, skipped = _open(model, todo)
-        for cell, outcome in _outcomes(sweeps[todo.protocol], todo, prompt, skipped):
+        for cell, outcome in _outcomes(sweep, todo, prompt, skipped):
             record = record_of(model, todo, prompt, cell, outcome, env)
             store.write(record)
             tally.add(record.status, record.reason)
@@ -162,7 +171,7 @@ def run(sweep_of: Callable[[Protocol], Sweep], work: Work, store: Store, env: st
 def _open(model: Model, todo: Todo) -> tuple[Prompt | None, dict[Cell, str]]:
     """The prompt, and the cells that cannot run on it, with reasons."""
     try:
-        prompt = tokenize(model.tokenizer, todo.example, todo.protocol, todo.limit)
+        prompt = tokenize(model.tokenizer, todo.example, todo.protocol, todo.limit, todo.task.forced)
     except CannotPrompt as reason:
         return None, dict.fromkeys(todo.keys, str(reason))
     skipped = {}

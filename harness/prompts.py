@@ -38,7 +38,9 @@ class CannotPrompt(ValueError):
     """This example has no prompt under this protocol: it is skipped with this reason."""
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: Protocol, limit: int) -> Prompt:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: Protocol, limit: int, forced: bool = False
+) -> Prompt:
     """The prompt as ids, at most `limit` of them: a longer one keeps its first and last half.
 
     Raises:
@@ -52,7 +54,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase | None, example: Example, protoc
         dropped = len(ids) - limit
         ids = ids[:head] + ids[len(ids) - tail :]
         context = min(context, head) if context <= head + dropped else context - dropped
-    if example.forced:
+    if forced:
         if not 0 < context < len(ids) - 1:
             raise CannotPrompt("nothing to read, or nothing to score behind it")
         return Prompt(ids[:context], context, tuple(ids[context:]))

@@ -144,8 +144,10 @@ class Documents:
         ]
 
     def _weave(self, document: Document, items: Sequence[list[tuple[list[int], int]]], tokens: int) -> None:
-        """The items at random sentence ends of `tokens` tokens of filler."""
+        """The items at random sentence ends of `tokens` tokens of filler, or anywhere in it where there is little."""
         lines = self._filler(tokens)
+        if tokens <= 60:
+            lines = [[token] for line in lines for token in line]
         places = sorted(self.rng.randint(0, len(lines)) for _ in items)
         for number in range(len(lines) + 1):
             for item in (item for place, item in zip(places, items, strict=True) if place == number):

@@ -17,7 +17,7 @@ from harness.env import record_environment
 from harness.load import UnknownModel, load
 from harness.measure import keep_freed_memory
 from harness.model import Model, UnsupportedModel
-from harness.plan import BadRequest, Shard, Tally, Work, check, left_to_do, run
+from harness.plan import BadRequest, Shard, Tally, Work, check, left_to_do, protocols_of, run
 from harness.plan import cannot_run as cells_that_cannot
 from harness.prompts import PromptProtocol, Protocol
 from harness.shapes import SHAPES
@@ -119,7 +119,7 @@ def _run_on(model: Model, options: argparse.Namespace, suite: Suite, work: Work,
         def sweep_of(protocol: Protocol) -> Sweep:
             return Sweep(model, protocol, options.cell_bytes or CELL_BYTES, suite.fidelity)
 
-        return run(sweep_of, work, store, env, bar.update)
+        return run(sweep_of, model, work, store, env, bar.update)
 
 
 def plan_request(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -140,7 +140,7 @@ def _plan_of(model: Model, work: Work, store: Store | None) -> dict[str, Any]:
             skipped[reason] = skipped.get(reason, 0) + 1
         cells += len(todo.keys) - len(reasons)
         prefills += len(todo.keys) > len(reasons)
-    asked = sum(len(work.examples(task)) for task in work.tasks.values()) * len(work.protocols) * len(work.cells())
+    asked = sum(len(work.examples(task)) * len(protocols_of(task, work)) for task in work.tasks.values()) * len(work.cells())
     finished = asked - cells - sum(skipped.values())
     return {"model": model.name, "cells": cells, "prefills": prefills, "finished": finished, "skipped": skipped}
 

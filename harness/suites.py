@@ -26,11 +26,10 @@ EVICTING = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyrami
 
 SUITES: dict[str, Suite] = {
     "default": Suite(
-        about="every eviction method at equal bytes on a small random model: what `python run_all.py` runs",
-        models=("random:tiny-llama",),
+        about="every eviction method at equal bytes on the embedded model: what `python run_all.py` runs",
         methods=("full", *EVICTING),
         budgets=("16", "32", "64", "128", "25%"),
-        benchmarks=("random_tokens",),
+        benchmarks=("recall", "two_hop", "recall_many", "perplexity_own"),
         prompts=("question_in", "question_after"),
         limit=10,
     ),

@@ -59,13 +59,14 @@ LONG = {  # facts, links, questions for four: from, to
     2048: ((8, 28), (4, 10), 4),
 }
 PHASES = (
-    Phase("one code", 800, {64: 1.0}, 0.25, (1.0, 0.0, 0.0), (ANSWER, 0.05)),
+    Phase("one code", 1500, {64: 1.0}, 0.25, (1.0, 0.0, 0.0), (ANSWER, 0.05)),
     Phase("every question", 1200, {64: 1.0}, 0.10, (0.2, 0.25, 0.55), (ANSWER_OF_MANY, 0.12)),
     Phase("128 tokens", 300, {64: 0.2, 128: 0.8}, 0.15),
     Phase("256 tokens", 350, {128: 0.3, 256: 0.7}, 0.10),
     Phase("512 tokens", 350, {128: 0.1, 256: 0.2, 512: 0.7}, 0.08),
     Phase("1024 tokens", 600, {256: 0.1, 512: 0.2, 1024: 0.55, 2048: 0.15}, 0.06),
 )
+NAMES = {ANSWER: "answers", ANSWER_OF_MANY: "answers of four", FILLER: "filler", TEMPLATE: "wording", REPEAT: "repeated spans"}
 TOKENS = 4096  # a step
 WEIGHTS = {ANSWER: 1.0, FILLER: 0.3, TEMPLATE: 0.1, REPEAT: 0.5, ANSWER_OF_MANY: 1.0}  # of each kind's mean loss
 MUON_RATE, ADAM_RATE, WARM_STEPS, DECAY_STEPS = 0.02, 3e-3, 20, 1000
@@ -159,7 +160,7 @@ def train(
             if len(recent) == 50 or done == phase.steps - 1:
                 means = {kind: mean for kind in WEIGHTS if (mean := _mean(recent, kind)) is not None}
                 history.append({"phase": phase.name, "step": step, "seconds": time.perf_counter() - start, "loss": means})
-                bar.set_postfix({"answers": means.get(ANSWER), "of many": means.get(ANSWER_OF_MANY)})
+                bar.set_postfix({NAMES[kind]: round(mean, 3) for kind, mean in means.items()})
                 recent = []
                 if phase.until and means.get(phase.until[0], 9.0) < phase.until[1]:
                     break
@@ -178,9 +179,8 @@ def draw(history: list[dict[str, object]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = {ANSWER: "answers", ANSWER_OF_MANY: "answers of four", FILLER: "filler", REPEAT: "repeated spans"}
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for kind, name in names.items():
+    for kind, name in NAMES.items():
         points = [(entry["step"], entry["loss"][kind]) for entry in history if kind in entry["loss"]]  # type: ignore[index, operator]
         axis.plot(*zip(*points, strict=True), label=name)
     axis.set(xlabel="step", ylabel="loss, nats a token", yscale="log", title="Training of the embedded model")

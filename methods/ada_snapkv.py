@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from methods.allocators import Uniform
@@ -33,19 +32,24 @@ class AdaptiveHeads:
         for layer in range(rows.layers):
             mine = np.flatnonzero(rows.layer == layer)
             part = even[mine] - rows.floor[mine]  # beyond what is protected
-            won = self._won([scores[row] for row in mine.tolist()], part)
+            won = self._won([scores[row].cpu().numpy() for row in mine.tolist()], part)
             base = rows.floor[mine] + self.floor * part
             weights = (1 - self.floor) * won
             counts[mine] = share_out(int(even[mine].sum()), weights, rows.floor[mine], rows.length[mine], base)
         return counts
 
     @staticmethod
-    def _won(scores: Sequence[Tensor], part: np.ndarray) -> np.ndarray:
+    def _won(scores: Sequence[np.ndarray], part: np.ndarray) -> np.ndarray:
         """How many of the layer's best weighted entries each row has. `part` [R]: the even number a row."""
-        weighted, owner = [], []
-        for row, (values, size) in enumerate(zip(scores, part.tolist(), strict=True)):
-            free = values[values.isfinite()].sort(descending=True).values
-            weighted.append(free * (free[:size].sum() / free.sum().clamp_min(1e-20)))
-            owner.append(torch.full((len(free),), row))
-        order = torch.cat(weighted).argsort(descending=True, stable=True)[: int(part.sum())]
-        return np.bincount(torch.cat(owner)[order.cpu()].numpy(), minlength=len(part)).astype(np.int64)
+        weighted = []
+        for values, size in zip(scores, part.tolist(), strict=True):
+            free = np.sort(values[np.isfinite(values)])[::-1]
+            weighted.append(free * (free[:size].sum() / max(float(free.sum()), 1e-20)))
+        wanted = int(part.sum())
+        if not wanted:
+            return np.zeros(len(part), dtype=np.int64)
+        worst = np.partition(np.concatenate(weighted), -wanted)[-wanted]  # the last one to win
+        won = np.array([(values > worst).sum() for values in weighted])
+        for row, values in enumerate(weighted):  # of those that equal it, the first rows' win
+            won[row] += min(wanted - int(won.sum()), int((values == worst).sum()))
+        return won

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 
 from reports.statistics import Estimate
@@ -20,6 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
 KNOWN = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
+LEAST_KL = 1e-6  # below this two caches predict the same in float32
 SHOWN = (("score", "score", True), ("kl", "KL to the full cache, nats", False), ("top1", "same top token as full", True))
 
 
@@ -36,7 +38,8 @@ def plot(found: Sequence[Line], folder: Path) -> list[Path]:
             _draw(axis, [line for line in found if line.panel == panel], field)
             axis.set_title(f"{panel[1]}, {panel[2]}", fontsize=9)
             axis.set_xlabel("bytes kept, share of the full cache (measured)", fontsize=8)
-            axis.set_ylabel(label, fontsize=8)
+            metric = next((line.metric for line in found if line.panel == panel and line.metric), label)
+            axis.set_ylabel(metric if field == "score" else label, fontsize=8)
     labelled: dict[str, Any] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
@@ -50,7 +53,11 @@ def plot(found: Sequence[Line], folder: Path) -> list[Path]:
 
 
 def _draw(axis: Axes, found: Sequence[Line], field: str) -> None:
-    methods = list(dict.fromkeys(line.method.split("@")[0] for line in found))
+    methods = sorted(
+        {line.method.split("@")[0] for line in found}, key=lambda name: (KNOWN.index(name) if name in KNOWN else 99, name)
+    )
+    if field == "kl":
+        axis.set_yscale("log")
     for method in methods:
         points = [
             (line.byte_share, value)
@@ -58,24 +65,33 @@ def _draw(axis: Axes, found: Sequence[Line], field: str) -> None:
             if line.method.split("@")[0] == method and line.byte_share is not None and (value := getattr(line, field))
         ]
         if method == "full":
-            for _, value in points:
+            for _, value in points if field != "kl" else ():  # its own KL is 0
                 axis.axhline(value.mean, color="black", linewidth=1, label="full")
         elif points:
             _line(axis, sorted(points, key=lambda point: point[0]), method)
     axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axis.set_xticks(*_ticks(found))
+    axis.minorticks_off()
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.tick_params(labelsize=8)
-    if field == "kl":
-        axis.set_yscale("symlog", linthresh=1e-4)
+
+
+def _ticks(found: Sequence[Line]) -> tuple[list[float], list[str]]:
+    """A tick at every share that was measured, but for those too close to another to be read."""
+    shares: list[float] = []
+    for share in sorted({line.byte_share for line in found if line.byte_share}):
+        if not shares or share > 1.2 * shares[-1]:
+            shares.append(share)
+    return shares, [f"{share:.1%}" if share < 0.1 else f"{share:.0%}" for share in shares]
 
 
 def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], method: str) -> None:
     number = KNOWN.index(method) if method in KNOWN else sum(map(ord, method))
     style = number % len(COLOURS)
     shares = [share for share, _ in points]
-    means = [value.mean for _, value in points]
-    spread = [[max(0.0, v.mean - v.low) for _, v in points], [max(0.0, v.high - v.mean) for _, v in points]]
+    least = LEAST_KL if axis.get_yscale() == "log" else -np.inf
+    means = [max(value.mean, least) for _, value in points]
+    spread = [[max(0.0, v.mean - max(v.low, least)) for _, v in points], [max(0.0, v.high - v.mean) for _, v in points]]
     axis.errorbar(
         shares,
         means,

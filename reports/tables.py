@@ -31,6 +31,7 @@ class Line:
     byte_share: float | None  # measured: kept over the full cache of the unconverted model
     allocated_share: float | None
     entries: float | None  # mean, right after compaction
+    metric: str | None  # the benchmark's main one: what `score` is
     score: Estimate | None
     score_difference: Estimate | None  # to full, paired
     kl: Estimate | None
@@ -86,6 +87,7 @@ def _line(where: Where, records: Sequence[Record], full: Sequence[Record]) -> Li
         byte_share=_share(done, "bytes_kept"),
         allocated_share=_share(done, "bytes_allocated"),
         entries=float(np.mean([record.entries for record in done])) if done else None,
+        metric=next((next(iter(record.metrics)) for record in done if record.metrics), None),
         score=_estimate(scores.values()),
         score_difference=paired_difference(scores, baseline),
         kl=_estimate(record.fidelity["kl"] for record in done if record.fidelity),
@@ -128,7 +130,9 @@ def markdown(found: Sequence[Line]) -> str:
     parts = []
     for panel in dict.fromkeys(line.panel for line in found):
         mine = [line for line in found if line.panel == panel]
-        parts += [f"## {panel[1]}, {panel[2]}, {panel[0]}", "", f"Protocol: {panel[3]}", "", *_table(mine), ""]
+        metric = next((line.metric for line in mine if line.metric), None)
+        what = f"Score: {metric}. Protocol: {panel[3]}" if metric else f"Protocol: {panel[3]}"
+        parts += [f"## {panel[1]}, {panel[2]}, {panel[0]}", "", what, "", *_table(mine), ""]
     return "\n".join(parts)
 
 

@@ -66,10 +66,10 @@ def test_chat_templates_wrap_the_prompt_and_move_the_cut() -> None:
 
 
 def test_what_is_to_be_scored_is_kept_apart_and_nothing_is_asked() -> None:
-    given = Example(0, "abcdef", 4, (), 0, forced=True)
-    prompt = tokenize(BYTES, given, Protocol(), 100)
+    given = Example(0, "abcdef", 4, (), 0)
+    prompt = tokenize(BYTES, given, Protocol(), 100, forced=True)
     assert BYTES.decode(prompt.ids) == "abcd"
     assert BYTES.decode(list(prompt.forced)) == "ef"
     assert prompt.context == len(prompt.ids)
     with pytest.raises(CannotPrompt, match="nothing to score"):
-        tokenize(BYTES, Example(0, "abcd", 4, (), 0, forced=True), Protocol(), 100)
+        tokenize(BYTES, Example(0, "abcd", 4, (), 0), Protocol(), 100, forced=True)

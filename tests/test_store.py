@@ -142,7 +142,7 @@ CELLS = 30 * 5
 
 def _sweep(out: Path) -> None:
     store = Store(out)
-    run(lambda protocol: Sweep(tiny("llama"), protocol), WORK, store, "env", lambda _: None)
+    run(lambda protocol: Sweep(tiny("llama"), protocol), tiny("llama"), WORK, store, "env", lambda _: None)
 
 
 def finished(out: Path) -> list[str]:
