@@ -83,11 +83,12 @@ def _refuse(error: Exception) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.suite == "sweep-speed":
-        from harness.speed import sweep_speed
+    if options.suite in ("sweep-speed", "attention-speed"):
+        from harness.speed import attention_speed, sweep_speed
         from methods import METHODS
 
-        print(json.dumps(sweep_speed(METHODS, options.verify)))
+        line = sweep_speed(METHODS, options.verify) if options.suite == "sweep-speed" else attention_speed()
+        print(json.dumps(line))
         return 0
     from harness.request import run_request
 

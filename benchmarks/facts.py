@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -56,7 +57,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Facts(ABC):
     """What the tasks share: a world in filler. A task says what is asked of it."""
 
     length: int = 1024  # tokens of the prompt, at most; a sentence less at least
@@ -67,11 +68,15 @@ class Facts:
     forced = False
     data = ""
 
-    def ask(self, rng: random.Random, world: World) -> Question:
-        raise NotImplementedError
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @abstractmethod
+    def ask(self, rng: random.Random, world: World) -> Question: ...
 
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
-        name = self.name  # type: ignore[attr-defined]
+        name = self.name
         rng = random.Random(f"{name}/{seed}/{index}")
         world = World.draw(rng, self.facts, self.links)
         question = self.ask(rng, world)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from results.store import StoreError
+
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "accelerate", "datasets", "lm-eval", "triton", "flash-attn")
 
 
@@ -28,15 +30,22 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def record_environment(out: Path, device: torch.device) -> str:
-    """Writes `<out>/env/<id>.json` if it is not there, and gives the id."""
+    """Writes `<out>/env/<id>.json` if it is not there, and gives the id.
+
+    Raises:
+        StoreError: the folder cannot be written to.
+    """
     text = json.dumps(environment(device), indent=1, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     path = out / "env" / f"{name}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(text + "\n")
-        draft.replace(path)
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(f".{os.getpid()}")
+            draft.write_text(text + "\n")
+            draft.replace(path)
+    except OSError as error:
+        raise StoreError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
     return name
 
 

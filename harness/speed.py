@@ -1,4 +1,6 @@
-"""The suite `sweep-speed`: what a sweep of 31 cells costs beside the plain prefills of its prompts.
+"""The suites that measure the harness itself: `sweep-speed` and `attention-speed`. Each prints one JSON line.
+
+`sweep-speed`: what a sweep of 31 cells costs beside the plain prefills of its prompts.
 
 Floor, by arithmetic: the prefills, once; every kept entry read once a decode step; the weights read once a step.
 """
@@ -11,10 +13,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.random_tokens import RandomTokens
-from harness.cache import Budget
+from harness.attention import attend
+from harness.cache import Budget, LayerKV, ModelShape, Prefill, Row, Stripe
 from harness.measure import keep_freed_memory, peak_resident_bytes
 from harness.model import Model
 from harness.prompts import Prompt, Protocol, tokenize
+from harness.rows import compact
 from harness.sweep import Cell, Sweep
 from methods.base import Method
 
@@ -61,6 +65,41 @@ def sweep_speed(methods: dict[str, Method], verify: bool = False) -> dict[str, f
             for cell in cells
         )
     return {name: round(number, 4) for name, number in line.items()}
+
+
+def attention_speed() -> dict[str, float]:
+    """Decode attention of one layer at shares of the full cache, beside the same share of the full cache's time.
+
+    8,000 tokens, 8 KV heads of size 128 with 4 query heads each, one thread. A cache of one entry a head is the fixed overhead,
+    which is taken off both.
+    """
+    torch.set_num_threads(1)
+    tokens, heads, group, dim = 8000, 8, 4, 128
+    keys, values = torch.randn(2, heads, tokens, dim).unbind(0)
+    kv = LayerKV(0, tokens, keys, values, dim**-0.5, group, query_heads=heads * group)
+    shape = ModelShape(1, heads * group, heads, dim, (None,), 4)
+    prefill = Prefill(torch.zeros(tokens), torch.zeros(1), (kv,), ((Stripe(group),),), shape)
+    query, line = torch.randn(heads * group, 1, dim), {}
+
+    def seconds(kept: int) -> float:
+        rows = tuple(Row(head * group, group, 0, torch.randperm(tokens)[:kept].sort().values) for head in range(heads))
+        caches = [compact(prefill, [(rows,)], 1) for _ in range(8)]  # more than the processor's caches hold
+        laps = []
+        for turn in range(80):
+            cache = caches[turn % len(caches)]
+            step = cache.step([1])
+            start = time.perf_counter()
+            attend(cache.layers[0], query, step, dim**-0.5)
+            laps.append(time.perf_counter() - start)
+        return sorted(laps[8:])[36]
+
+    fixed = seconds(1)
+    full = line["full_ms"] = seconds(tokens)
+    for share in (0.1, 0.25, 0.5):
+        mine = line[f"kept_{share:.0%}_ms"] = seconds(int(share * tokens))
+        line[f"kept_{share:.0%}_over_its_share"] = (mine - fixed) / (share * (full - fixed)) / 1000
+    line["fixed_ms"] = fixed
+    return {name: round(number * 1000, 3) for name, number in line.items()}
 
 
 def speed_model() -> Model:

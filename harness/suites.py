@@ -46,4 +46,8 @@ SUITES: dict[str, Suite] = {
         about="cost of a sweep of 31 cells beside the plain prefills of its prompts; prints one JSON line, stores nothing",
         models=("random:sweep-speed",),
     ),
+    "attention-speed": Suite(
+        about="decode attention at 10 to 50 % of a full cache, beside that share of the full cache's time; one JSON line",
+        models=(),
+    ),
 }

@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from methods.allocators import Uniform
-from methods.base import Rows, share_out
+from methods.base import Rows
+from methods.sharing import share_out
 
 
 @dataclass(frozen=True)

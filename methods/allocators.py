@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from methods.base import Rows, share_out
+from methods.base import Rows
+from methods.sharing import share_out
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ FAULTS = (
     Fault("question out of the window", "harness/observe.py", "tokens - min(self.needs.window, tokens) :]", "-9:-1]"),
     Fault("values of another row", "harness/attention.py", "group.block(layer.values)", "group.block(layer.values).roll(1, 0)"),
     Fault("slack read", "harness/rows.py", "[:, : self.length]", "[:, : self.length + 1]"),
-    Fault("remainder lost", "methods/base.py", "counts[open_rows] += 1", "total -= left"),
+    Fault("remainder lost", "methods/sharing.py", "counts[open_rows] += 1", "total -= left"),
     Fault(
         "drafts not checked",
         "harness/answer.py",

@@ -12,11 +12,12 @@ from harness.observe import AttentionSettings, column_sums
 from methods import METHODS
 from methods.ada_snapkv import AdaptiveHeads
 from methods.allocators import Uniform
-from methods.base import Protected, Rows, rank, score_prefill, share_out
+from methods.base import Protected, Rows, rank, score_prefill
 from methods.h2o import HeavyHitters
 from methods.knorm import SmallKeys
 from methods.pyramidkv import Pyramid
 from methods.random import ByLot
+from methods.sharing import share_out
 from methods.snapkv import WindowAttention
 from methods.streaming_llm import SinksAndRecent
 from methods.tova import LastQuery
