@@ -27,7 +27,7 @@ EVICTING = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyrami
 SUITES: dict[str, Suite] = {
     "default": Suite(
         about="every eviction method at equal bytes on the embedded model: what `python run_all.py` runs",
-        methods=("full", *EVICTING),
+        methods=("full", *EVICTING, "snapkv(kernel=5)", "ada_snapkv(kernel=5)"),
         budgets=("16", "32", "64", "128", "25%"),
         benchmarks=("recall", "two_hop", "recall_many", "perplexity_own"),
         prompts=("question_in", "question_after"),

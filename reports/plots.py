@@ -53,9 +53,7 @@ def plot(found: Sequence[Line], folder: Path) -> list[Path]:
 
 
 def _draw(axis: Axes, found: Sequence[Line], field: str) -> None:
-    methods = sorted(
-        {line.method.split("@")[0] for line in found}, key=lambda name: (KNOWN.index(name) if name in KNOWN else 99, name)
-    )
+    methods = sorted({line.method.split("@")[0] for line in found}, key=_order)
     if field == "kl":
         axis.set_yscale("log")
     for method in methods:
@@ -85,9 +83,14 @@ def _ticks(found: Sequence[Line]) -> tuple[list[float], list[str]]:
     return shares, [f"{share:.1%}" if share < 0.1 else f"{share:.0%}" for share in shares]
 
 
+def _order(method: str) -> tuple[int, str]:
+    name = method.split("(")[0]
+    return (KNOWN.index(name) if name in KNOWN else len(KNOWN), method)
+
+
 def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], method: str) -> None:
-    number = KNOWN.index(method) if method in KNOWN else sum(map(ord, method))
-    style = number % len(COLOURS)
+    name, *setting = method.split("(")  # another setting of a method: its colour and marker, not filled
+    style = (KNOWN.index(name) if name in KNOWN else sum(map(ord, name))) % len(COLOURS)
     shares = [share for share, _ in points]
     least = LEAST_KL if axis.get_yscale() == "log" else -np.inf
     means = [max(value.mean, least) for _, value in points]
@@ -99,6 +102,7 @@ def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], method: str) -> 
         label=method,
         color=COLOURS[style],
         marker=MARKERS[style],
+        fillstyle="none" if setting else "full",
         linestyle=DASHES[style],
         linewidth=1.2,
         markersize=4,

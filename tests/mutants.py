@@ -39,8 +39,8 @@ FAULTS = (
     Fault(
         "drafts not checked",
         "harness/answer.py",
-        "taken = [min(count, width) for count in right]",
-        "taken = [width] * len(right)",
+        "taken = min(right, len(piece) - 1)",
+        "taken = len(piece) - 1",
     ),
     Fault("ended cells' rows stay", "harness/rows.py", "self.table[np.isin(self.cell, list(cells))]", "self.table.copy()"),
     Fault(

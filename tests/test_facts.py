@@ -6,6 +6,7 @@ import hashlib
 import random
 import re
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,20 @@ from benchmarks.facts import NAMES, Facts, Recall, RecallMany, TwoHop, World, wo
 from benchmarks.perplexity import PerplexityOwn
 from benchmarks.prose import sentences
 from harness.load import byte_tokenizer
-from harness.reference_data import ANSWER, ANSWER_OF_MANY, REPEAT, TEMPLATE, UNSCORED, Documents, Plan, build_tokenizer
-from harness.train_reference import Phase, train
+from harness.reference_data import (
+    ANSWER,
+    ANSWER_OF_MANY,
+    REPEAT,
+    TEMPLATE,
+    UNSCORED,
+    Documents,
+    Plan,
+    book_sentences,
+    build_tokenizer,
+)
+from harness.train_reference import Phase, main, train
 
+BOOKS = Path(__file__).parent.parent.parent / "shared" / "data" / "lm" / "books"
 TASKS = [task for task in BENCHMARKS.values() if isinstance(task, Facts)]
 COUNT = lambda text: len(text.split())  # noqa: E731
 
@@ -166,3 +178,19 @@ def test_a_few_steps_of_training_learn_something(tokenizer: PreTrainedTokenizerF
     assert [entry["loss"] for entry in history] == [entry["loss"] for entry in same]
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_training_without_books_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "--data-dir" in lines[0]
+
+
+@pytest.mark.skipif(not BOOKS.is_dir(), reason="the books are not here (../shared/data)")
+def test_books_become_sentences_and_some_are_held_out() -> None:
+    training, held_out = book_sentences(BOOKS, held_out=False), book_sentences(BOOKS, held_out=True)
+    assert len(training) > 50_000
+    assert 1_000 < len(held_out) < len(training) / 5
+    assert not set(held_out[:200]) <= set(training)
+    assert all("\n" not in line for line in training[:1000])
