@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -61,12 +62,16 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, device: torch.devi
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").exists() or not weights:
         raise UnknownModel(f"model {name!r}: {folder} holds no config.json with *.safetensors")
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if _has_tokenizer(folder) else None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnknownModel(f"model {name!r} cannot be read from {folder}: {reason}") from None
     digest = hashlib.sha256()
     for path in weights:
         with path.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if _has_tokenizer(folder) else None
     shown = name if name == "reference" else folder.name
     return Model(_on(network, device), tokenizer, shown, digest.hexdigest()[:16])
 

@@ -73,6 +73,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: 
         return list(example.ids), example.context_end
     if tokenizer is None:
         raise CannotPrompt("the model has no tokenizer for a prompt in words")
+    if not tokenizer.is_fast:
+        raise CannotPrompt("the tokenizer does not say where its tokens lie in the text: it needs a tokenizer.json")
     text, end = example.prompt, example.context_end
     if protocol.chat == "template":
         if not tokenizer.chat_template:

@@ -242,6 +242,18 @@ def test_choices() -> None:
             choose("method", text, METHODS)
 
 
+def test_a_broken_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for text, weights in (("not json", b""), ('{"model_type": "llama"}', b"torn"), ('{"model_type": "nonsense"}', b"")):
+        (folder / "config.json").write_text(text)
+        (folder / "model.safetensors").write_bytes(weights)
+        assert call(*small(tmp_path / "out", "--model", str(folder))) == 2
+        lines = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("run_all.py")]
+        assert len(lines) == 1
+        assert "cannot be read" in lines[0]
+
+
 def test_shards() -> None:
     assert Shard.parse("2/3") == Shard(2, 3)
     for text in ("0/2", "x", "1/", "-1/2", "2"):
