@@ -68,6 +68,16 @@ class Facts(ABC):
     forced = False
     data = ""
 
+    least_facts = 2
+    least_links = 0
+
+    def __post_init__(self) -> None:
+        most = len(NAMES) // 2
+        if not self.least_facts <= self.facts <= most:
+            raise ValueError(f"facts {self.facts} must lie between {self.least_facts} and {most}")
+        if not self.least_links <= self.links <= (2 * self.facts if self.facts > 1 else 0):
+            raise ValueError(f"links {self.links} must lie between {self.least_links} and twice the facts")
+
     @property
     @abstractmethod
     def name(self) -> str: ...
@@ -84,6 +94,8 @@ class Facts(ABC):
         rng.shuffle(said)
         asked = f" Question: {question.text}"
         room = self.length - count_tokens(asked) - sum(count_tokens(" " + text) for _, text in said)
+        if room < 0:
+            raise ValueError(f"its facts and question alone do not fit into {self.length} tokens")
         filler = _fill(room, f"{name}/{seed}/{index}/filler", count_tokens)
         context, depths = _weave(rng, filler, [text for _, text in said])
         found = [depths[number] for number, (what, _) in enumerate(said) if what in question.about]
@@ -113,6 +125,7 @@ class TwoHop(Facts):
     """A fact found through another: the code of a name's friend. The answer names the friend first."""
 
     name = "two_hop@1"
+    least_links = 1
 
     def ask(self, rng: random.Random, world: World) -> Question:
         who = rng.choice(list(world.friends))
@@ -126,6 +139,7 @@ class RecallMany(Facts):
     """Several facts at once: the codes of four names, in the order in which they are asked."""
 
     name = "recall_many@1"
+    least_facts = 4
 
     def ask(self, rng: random.Random, world: World) -> Question:
         who = rng.sample(list(world.codes), 4)
@@ -141,6 +155,11 @@ class NeedleText(Facts):
     facts: int = 1
     links: int = 0
     name = "needle_text@1"
+    least_facts = 1
+
+    def __post_init__(self) -> None:
+        if (self.facts, self.links) != (1, 0):
+            raise ValueError("a lone needle has one fact and no links")
 
     def ask(self, rng: random.Random, world: World) -> Question:
         (who,) = world.codes

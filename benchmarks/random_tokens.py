@@ -20,6 +20,10 @@ class RandomTokens:
     forced = False
     data = ""
 
+    def __post_init__(self) -> None:
+        if min(self.length, self.max_new_tokens, self.vocabulary) < 1 or self.question < 0:
+            raise ValueError("length, max_new_tokens and vocabulary must be at least 1, question at least 0")
+
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
         rng = random.Random(f"{self.name}/{seed}/{index}")
         ids = tuple(rng.randrange(self.vocabulary) for _ in range(self.length + self.question))

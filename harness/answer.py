@@ -104,7 +104,7 @@ def _drop_ended(cache: RowCache, answers: Sequence[Answer], active: list[int]) -
 
 def _step(model: Model, cache: RowCache, answers: Sequence[Answer], drafts: Drafts, stop_ids: frozenset[int], most: int) -> None:
     """One pass of the model: every cell's last token, with its drafts behind it."""
-    guesses = [drafts.propose(answer.tokens, max(answer.width, 1)) for answer in answers]
+    guesses = [drafts.propose(a.tokens, min(max(a.width, 1), most - len(a.tokens) - 1)) for a in answers]
     pieces = [[answer.tokens[-1], *guess[: answer.width]] for answer, guess in zip(answers, guesses, strict=True)]
     said = model.decode_ragged(cache, pieces).argmax(-1).split([len(piece) for piece in pieces])
     taken_back = []
@@ -112,7 +112,9 @@ def _step(model: Model, cache: RowCache, answers: Sequence[Answer], drafts: Draf
         spoken = words.tolist()
         right = _agreeing(guess, spoken)
         taken = min(right, len(piece) - 1)
+        before = len(answer.tokens)
         answer.add(spoken[: taken + 1], stop_ids, most)
+        taken = len(answer.tokens) - before - 1  # drafts behind an end are no part of the answer
         drafts.learn(answer.tokens[-(taken + 3) :])
         answer.adapt(len(guess), right)  # at width 0 the guess is made but not run: it says when to begin
         taken_back.append(len(piece) - 1 - taken)

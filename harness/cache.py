@@ -114,7 +114,8 @@ class Budget:
         if self.share is None:
             return str(self.entries_a_head)
         percent = self.share * 100
-        return f"{percent.numerator}%" if percent.denominator == 1 else f"{float(percent):g}%"
+        exact = (Decimal(percent.numerator) / Decimal(percent.denominator)).normalize()
+        return f"{exact:f}%"
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class LayerKV:
     softcap: float | None = None
     window: int | None = None
     query_heads: int = 0
+    prompt: int = 0  # a checksum of the prompt's ids, for what is drawn by lot
 
     @property
     def positions(self) -> Tensor:
@@ -178,7 +180,7 @@ class LayerKV:
         hidden = self.positions > asking
         if self.window is not None:
             hidden |= self.positions <= asking - self.window
-        return logits.masked_fill(hidden, float("-inf")).softmax(-1)
+        return logits.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)  # a query that sees no candidate
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def _settings(kind: str, text: str, inside: str) -> dict[str, Any]:
 
 def _with(entry: Any, settings: dict[str, Any]) -> Any:
     """A frozen dataclass with settings changed, its own or those of the dataclasses it is made of."""
-    mine = {field.name for field in fields(entry)}
+    mine = {field.name for field in fields(entry)} - {"version"}  # a version is what the code is, not a setting
     parts = {name: getattr(entry, name) for name in mine if is_dataclass(getattr(entry, name))}
     changes: dict[str, Any] = {}
     for key, value in settings.items():
@@ -64,8 +64,10 @@ def _with(entry: Any, settings: dict[str, Any]) -> Any:
         if owner is not None:
             changes[owner] = _with(changes.get(owner, parts[owner]), {key: value})
         elif key in mine - set(parts):
-            if type(getattr(entry, key)) not in (type(value), type(None)) and not isinstance(value, int):
-                raise TypeError(f"{key} is of type {type(getattr(entry, key)).__name__}, {value!r} is not")
+            kind = type(getattr(entry, key))
+            value = float(value) if kind is float and type(value) is int else value
+            if type(value) is not kind:
+                raise TypeError(f"{key} is of type {kind.__name__}, {value!r} is not")
             changes[key] = value
         else:
             known = sorted((mine - set(parts)) | {f.name for part in parts.values() for f in fields(part)})

@@ -26,6 +26,19 @@ def _on(network: Any, device: torch.device) -> Any:
     return network.to(device)
 
 
+def check_name(name: str) -> None:
+    """Refuses what can be refused before anything is loaded.
+
+    Raises:
+        UnknownModel: no such shape or folder.
+    """
+    shape = name.removeprefix("random:")
+    if shape != name and shape not in SHAPES:
+        raise UnknownModel(f"no shape {shape!r}; known: {', '.join(SHAPES)}")
+    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
+        raise UnknownModel(f"model {name!r}: no such folder")
+
+
 def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Model:
     """
     Args:
@@ -36,20 +49,17 @@ def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | No
         UnknownModel: nothing there, or not reachable.
         UnsupportedModel: a family that the harness does not reach.
     """
+    check_name(name)
     if name.startswith("random:"):
         return _random(name, dtype, device)
     folder = REFERENCE if name == "reference" else Path(name)
     if folder.is_dir():
         return _from_folder(folder, name, dtype, device)
-    if name == "reference" or name.startswith((".", "/")) or name.count("/") > 1:
-        raise UnknownModel(f"model {name!r}: no such folder")
     return _from_hub(name, dtype, device, revision)
 
 
 def _random(name: str, dtype: torch.dtype, device: torch.device) -> Model:
     shape = name.removeprefix("random:")
-    if shape not in SHAPES:
-        raise UnknownModel(f"no shape {shape!r}; known: {', '.join(SHAPES)}")
     config = AutoConfig.for_model(**SHAPES[shape])
     torch.manual_seed(0)
     with device:
@@ -101,4 +111,4 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-__all__ = ["UnknownModel", "UnsupportedModel", "byte_tokenizer", "load"]
+__all__ = ["UnknownModel", "UnsupportedModel", "byte_tokenizer", "check_name", "load"]

@@ -9,6 +9,7 @@ model's call. No transformers cache is involved.
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from harness.rows import RowCache, Step
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox")
 UNDERSTOOD = {"dropout", "scaling", "position_ids", "sliding_window", "softcap", "use_cache", "is_causal", "rows_pass"}
+LENGTH_DEPENDENT = ("longrope", "dynamic")
 MATTERS_NOT = {"output_attentions", "output_hidden_states", "return_dict"}
 
 
@@ -69,6 +71,11 @@ class Model:
                 f"model {name!r} is of the family {config.model_type!r}, which the harness does not reach; "
                 f"reached: {', '.join(FAMILIES)}"
             )
+        if any(kind in str(getattr(config, "rope_parameters", "")) for kind in LENGTH_DEPENDENT):
+            raise UnsupportedModel(
+                f"model {name!r} turns its keys by an angle that depends on the prompt's length ({' or '.join(LENGTH_DEPENDENT)} "
+                "RoPE): keys kept from before would not match those that come later"
+            )
         self.shape = shape_of(network)
         base = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
         network.set_attn_implementation(register(base))
@@ -97,7 +104,8 @@ class Model:
 
         The prefill lives in the memory of `arena`, until the next one in the same arena.
         """
-        observer = Observer(self.shape, needs, arena or Arena())
+        checksum = zlib.crc32(ids.to(device="cpu", dtype=torch.int64).numpy().tobytes())
+        observer = Observer(self.shape, needs, arena or Arena(), checksum)
         logits = self._forward(ids[None], torch.arange(len(ids), device=ids.device)[None], observer, 1)
         if [layer.index for layer in observer.layers] != list(range(self.shape.layers)):
             raise UnsupportedModel(

@@ -23,6 +23,7 @@ class Observer:
     shape: ModelShape
     needs: Needs
     arena: Arena = field(default_factory=Arena)
+    prompt: int = 0  # checksum of the ids
     layers: list[LayerKV] = field(default_factory=list)
     lap: Lap = field(default_factory=Lap)
 
@@ -52,6 +53,7 @@ class Observer:
                     softcap=settings.softcap,
                     window=settings.window,
                     query_heads=self.shape.query_heads,
+                    prompt=self.prompt,
                 )
             )
 

@@ -85,14 +85,15 @@ class Tally:
 
 def left_to_do(model: Model, work: Work, store: Store | None) -> Iterator[Todo]:
     """Prompts with at least one cell that has no finished row. Without a store: all of them."""
-    for task in work.tasks.values():
+    for label, task in work.tasks.items():
         for protocol in protocols_of(task, work):
             for index in work.examples(task):
-                example = task.example(index, work.seed, token_counter(model))
+                example = _example(model, label, task, index, work.seed)
                 limit = protocol.truncation or model.max_tokens - _most(example, protocol)
                 if limit < 2:
                     raise BadRequest(f"{task.name}: answers of {_most(example, protocol)} tokens leave no room for a prompt")
-                keys = {cell: key_of(model, work, task, example, protocol, cell) for cell in work.cells()}
+                name = f"{label}@{task.name.split('@')[1]}"
+                keys = {cell: key_of(model, work, (name, task), example, protocol, cell) for cell in work.cells()}
                 keys = {cell: key for cell, key in keys.items() if store is None or not store.finished(key)}
                 if keys:
                     yield Todo(task, example, protocol, limit, keys)
@@ -105,14 +106,25 @@ def protocols_of(task: Task, work: Work) -> tuple[Protocol, ...]:
     return tuple(dict.fromkeys(replace(protocol, prompt="question_after") for protocol in work.protocols))
 
 
-def key_of(model: Model, work: Work, task: Task, example: Example, protocol: Protocol, cell: Cell) -> Key:
+def _example(model: Model, label: str, task: Task, index: int, seed: int) -> Example:
+    try:
+        example = task.example(index, seed, token_counter(model))
+    except ValueError as error:
+        raise BadRequest(f"benchmark {label}: {error}") from None
+    words = model.network.config.vocab_size
+    if example.ids is not None and max(example.ids, default=0) >= words:
+        raise BadRequest(f"benchmark {label}: token {max(example.ids)} is not one of the {words} of model {model.name}")
+    return example
+
+
+def key_of(model: Model, work: Work, named: tuple[str, Task], example: Example, protocol: Protocol, cell: Cell) -> Key:
     most = _most(example, protocol)
     return Key(
         model=model.name,
         revision=model.revision,
-        benchmark=task.name,
-        benchmark_params=repr(task),
-        data=task.data,
+        benchmark=named[0],
+        benchmark_params=repr(named[1]),
+        data=named[1].data,
         example=example.index,
         method=f"{cell.name}@{cell.method.version}",
         params=repr(cell.method),

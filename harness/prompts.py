@@ -81,10 +81,11 @@ def _ids(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: 
             raise CannotPrompt("the tokenizer has no chat template: use --chat raw")
         message = [{"role": "user", "content": example.prompt}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        at = text.find(example.prompt)
+        bare = example.prompt.strip()  # many templates trim what they are given
+        at = text.find(bare)
         if at < 0:
             raise CannotPrompt("the chat template changes the prompt's text, so its context cannot be found in it")
-        end += at
+        end += at - example.prompt.find(bare)
     encoded = tokenizer(text, add_special_tokens=protocol.chat == "raw", return_offsets_mapping=True)
-    holds = [number for number, (start, _) in enumerate(encoded["offset_mapping"]) if start < end]
+    holds = [number for number, (start, stop) in enumerate(encoded["offset_mapping"]) if start < min(stop, end)]
     return list(encoded["input_ids"]), holds[-1] + 1 if holds else 0

@@ -14,7 +14,7 @@ from benchmarks import BENCHMARKS
 from harness.cache import Budget
 from harness.choices import UnknownChoice, choose, split
 from harness.env import record_environment
-from harness.load import UnknownModel, load
+from harness.load import UnknownModel, check_name, load
 from harness.measure import keep_freed_memory
 from harness.model import Model, UnsupportedModel
 from harness.plan import BadRequest, Shard, Tally, Work, check, left_to_do, protocols_of, run
@@ -100,6 +100,8 @@ def run_request(options: argparse.Namespace) -> int:
     store = Store(options.out)
     keep_freed_memory()
     failed = 0
+    for name in suite.models:
+        check_name(name)
     for name in suite.models:
         model = load_model(options, name)
         check(model, work)

@@ -20,6 +20,10 @@ class HeavyHitters:
     recent: int = 1  # newest positions kept in any case; 8, with a share of 0, is KVCache-Factory's H2O
     needs = Needs(column_sums=True)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.recent_share <= 1 or self.recent < 0:
+            raise ValueError(f"recent_share {self.recent_share} must lie between 0 and 1, recent {self.recent} be 0 or more")
+
     @property
     def protected(self) -> Protected:
         return Protected(last=self.recent, recent_share=self.recent_share)

@@ -22,6 +22,6 @@ class ByLot:
         return Protected(last=self.window)
 
     def score(self, layer: LayerKV) -> Tensor:
-        lots = torch.Generator().manual_seed(self.seed * 1_000_003 + layer.index)
+        lots = torch.Generator().manual_seed(layer.prompt * 2**20 + self.seed * 1009 + layer.index)
         heads = layer.query_heads // layer.width
         return torch.rand(heads, layer.keys.shape[1], generator=lots).to(layer.keys.device)

@@ -28,6 +28,8 @@ class WindowAttention:
     def __post_init__(self) -> None:
         if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"window {self.window} must be at least 1 and kernel {self.kernel} odd")
+        if self.pooling not in ("max", "mean"):
+            raise ValueError(f"pooling {self.pooling!r} is neither max nor mean")
 
     @property
     def needs(self) -> Needs:

@@ -19,6 +19,10 @@ class SinksAndRecent:
     sinks: int = 4
     needs = Needs()
 
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise ValueError(f"sinks {self.sinks} must be 0 or more")
+
     @property
     def protected(self) -> Protected:
         return Protected(first=self.sinks, last=1)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+LEAST = 6  # examples: with fewer, even a difference that all of them share may be chance (two-sided sign test)
+
+Example = TypeVar("Example", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        return self.n > 1 and (self.low > 0 or self.high < 0)
+        return self.n >= LEAST and (self.low > 0 or self.high < 0)
 
 
 def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
@@ -45,9 +50,9 @@ def _chunks(size: int) -> list[int]:
     return [piece] * whole + ([rest] if rest else [])
 
 
-def paired_difference(ours: dict[int, float], baseline: dict[int, float], seed: int = 0) -> Estimate | None:
+def paired_difference(ours: Mapping[Example, float], baseline: Mapping[Example, float], seed: int = 0) -> Estimate | None:
     """Of the examples that both answered; None if there are none."""
-    shared = sorted(set(ours) & set(baseline))
+    shared = sorted(set(ours) & set(baseline), key=str)
     if not shared:
         return None
     return estimate(np.array([ours[i] - baseline[i] for i in shared]), seed)

@@ -48,7 +48,8 @@ def lines(records: Iterable[Record]) -> list[Line]:
     groups: dict[Where, list[Record]] = {}
     for record in records:
         key = record.key
-        where = (key.model, _benchmark(record), key.prompt, " ".join(key.protocol[1:]), key.method, key.budget)
+        asked = f"{key.revision} {key.benchmark_params} {key.data} {key.max_new_tokens}"  # told apart, but not shown
+        where = (key.model, _benchmark(record), key.prompt, " ".join(key.protocol[1:]), asked, key.method, key.budget)
         groups.setdefault(where, []).append(record)
     return [_line(where, groups[where], _full(where, groups)) for where in sorted(groups, key=_order)]
 
@@ -56,11 +57,11 @@ def lines(records: Iterable[Record]) -> list[Line]:
 def _benchmark(record: Record) -> str:
     """The benchmark with the length that its rows carry: lengths are columns, and are not averaged together."""
     length = record.columns.get("length")
-    return record.key.benchmark if length is None else f"{record.key.benchmark} {length}"
+    return record.key.benchmark if length is None or "length=" in record.key.benchmark else f"{record.key.benchmark} {length}"
 
 
 def _full(where: Where, groups: dict[Where, list[Record]]) -> list[Record]:
-    return next((rows for other, rows in groups.items() if other[:4] == where[:4] and other[4].startswith("full@")), [])
+    return next((rows for other, rows in groups.items() if other[:5] == where[:5] and other[5].startswith("full@")), [])
 
 
 def _order(where: Where) -> tuple[object, ...]:
@@ -72,7 +73,7 @@ def _order(where: Where) -> tuple[object, ...]:
 def _line(where: Where, records: Sequence[Record], full: Sequence[Record]) -> Line:
     done = [record for record in records if record.status == "ok"]
     scores, baseline = _by_example(done), _by_example(record for record in full if record.status == "ok")
-    model, benchmark, prompt, protocol, method, budget = where
+    model, benchmark, prompt, protocol, _, method, budget = where
     return Line(
         model,
         benchmark,
@@ -96,9 +97,9 @@ def _line(where: Where, records: Sequence[Record], full: Sequence[Record]) -> Li
     )
 
 
-def _by_example(records: Iterable[Record]) -> dict[int, float]:
-    """The main metric (a benchmark's first) of each example."""
-    return {r.key.example: next(iter(r.metrics.values())) for r in records if r.metrics}
+def _by_example(records: Iterable[Record]) -> dict[tuple[int, int], float]:
+    """The main metric (a benchmark's first) of each example, by seed and number."""
+    return {(r.key.seed, r.key.example): next(iter(r.metrics.values())) for r in records if r.metrics}
 
 
 def _estimate(values: Iterable[float]) -> Estimate | None:

@@ -68,13 +68,19 @@ class Store:
         start = self._read_to.get(path, 0)
         if not path.exists() or path.stat().st_size <= start:
             return
-        with path.open("rb") as handle:
-            handle.seek(start)
-            new = handle.read()
+        try:
+            with path.open("rb") as handle:
+                handle.seek(start)
+                new = handle.read()
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror}; choose another folder with --out") from None
         whole = new[: new.rfind(b"\n") + 1]
         self._read_to[path] = start + len(whole)
         for row in _parsed(whole):
-            record = Record.from_json(row)
+            try:
+                record = Record.from_json(row)
+            except ValueError as error:
+                raise StoreError(f"{path}: {error}; choose another folder with --out") from None
             if self._status.get(record.key.id) != "ok":
                 self._status[record.key.id] = record.status
 

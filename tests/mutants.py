@@ -49,7 +49,9 @@ FAULTS = (
     Fault("lost row after a tear", "results/store.py", 'b"\\n" if torn else b""', 'b""', "tests/test_store.py"),
     Fault("doubled rows", "results/store.py", 'if self._status.get(record.key.id) == "ok":', "if False:", "tests/test_store.py"),
     Fault("lock dropped", "results/store.py", "fcntl.flock(handle, fcntl.LOCK_EX)", "pass", "tests/test_store.py"),
-    Fault("cut in front of the question", "harness/prompts.py", "if start < end]", "if start <= end]", "tests/test_prompts.py"),
+    Fault(
+        "cut in front of the question", "harness/prompts.py", "start < min(stop, end)]", "start <= end]", "tests/test_prompts.py"
+    ),
     Fault(
         "unpaired differences",
         "reports/statistics.py",

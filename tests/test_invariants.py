@@ -202,11 +202,26 @@ def test_a_cell_answers_as_if_alone_with_a_prefill_of_its_own(family: str, promp
         assert len(found) == len(chosen)
         return found
 
+    def tied(cell: Cell, ours: list[int], theirs: list[int]) -> bool:
+        """Do they part where the two best logits lie within rounding of each other?"""
+        place = next(n for n, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        read_first = asked.context
+        prefill = read(family, torch.tensor(ids[:read_first]))
+        kept = selection(cell.name, prefill, total_of(prefill, str(cell.budget))) if cell.budget else None
+        logits = masked_logits(family, torch.tensor(ids + ours[:place]), read_first, kept)[-1]
+        best = logits.topk(2).values
+        return float(best[0] - best[1]) < 1e-4
+
     together = answers(cells)
     in_small_batches = answers(cells, cell_bytes=200_000, with_fidelity=False)
-    assert together == in_small_batches
+    exceptions = 0
     for cell in cells:
-        assert answers([cell], with_fidelity=False)[cell.name, str(cell.budget)] == together[cell.name, str(cell.budget)]
+        name = (cell.name, str(cell.budget))
+        for other in (in_small_batches[name], answers([cell], with_fidelity=False)[name]):
+            if other != together[name]:
+                assert tied(cell, together[name], other), name
+                exceptions += 1
+    assert exceptions <= 2
     assert len({tuple(answer) for answer in together.values()}) > 3, "all cells say the same: the test would see nothing"
 
 

@@ -97,6 +97,7 @@ def test_knorm_streaming_and_random() -> None:
     assert torch.equal(ByLot().score(layer), ByLot().score(layer))
     assert not torch.equal(ByLot().score(layer), ByLot(seed=1).score(layer))
     assert not torch.equal(ByLot().score(layer), ByLot().score(prefill.layers[0]))
+    assert not torch.equal(ByLot().score(layer), ByLot().score(read("llama", tokens(40, seed=1)).layers[1]))
 
 
 def test_rank_puts_the_later_of_equals_first() -> None:
@@ -180,6 +181,8 @@ def test_budgets() -> None:
     assert Budget.parse("100%").entries(shape, 25, "kv") == 140
     assert str(Budget.parse(" 25.0% ")) == "25%"
     assert str(Budget.parse("12.5%")) == "12.5%"
+    assert str(Budget.parse("100%")) == "100%"
+    assert str(Budget.parse("12.34567%")) != str(Budget.parse("12.345671%"))
     assert Budget.parse("25%") == Budget.parse("25.00%")
 
 

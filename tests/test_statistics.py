@@ -31,10 +31,13 @@ def test_one_example_proves_nothing() -> None:
 
 
 def test_differences_are_paired() -> None:
-    full = {0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0, 4: 9.0}
-    ours = {0: 0.9, 1: -0.1, 2: 0.9, 3: -0.1, 7: 5.0}
+    full = {0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0, 4: 9.0, 5: 3.0, 6: 2.0}
+    ours = {0: 0.9, 1: -0.1, 2: 0.9, 3: -0.1, 7: 5.0, 5: 2.9, 6: 1.9}
     found = paired_difference(ours, full)
     assert found is not None
     assert found.mean == pytest.approx(-0.1)
-    assert (found.n, found.excludes_zero) == (4, True)
+    assert (found.n, found.excludes_zero) == (6, True)
+    few = paired_difference({0: 0.0, 1: 0.0}, {0: 1.0, 1: 1.0})
+    assert few is not None
+    assert not few.excludes_zero, "two examples prove nothing, however alike"
     assert paired_difference({0: 1.0}, {1: 1.0}) is None

@@ -77,6 +77,8 @@ def test_rows_of_another_schema_are_refused_by_name(tmp_path: Path) -> None:
     path.write_text(json.dumps(row | {"schema": 99}) + "\n")
     with pytest.raises(StoreError, match="schema 99"):
         read_rows(tmp_path)
+    with pytest.raises(StoreError, match="schema 99"):
+        Store(tmp_path).finished(KEY)
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
