@@ -141,3 +141,18 @@ def test_forcing_leaves_the_cache_as_it_was() -> None:
     cache.crop([1])
     assert sum(part.shape[1] for _, part in forced(model, cache, [3, 4, 5])) == 3
     assert torch.allclose(model.decode(cache, tokens(1)[None]), before, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [5, 14, 21])
+def test_drafts_never_reach_behind_the_answers_end(most: int) -> None:
+    """Not in the counts, and not beyond the positions that the model has (OPT's are learned: one more would be an error)."""
+    model = tiny("opt")
+    ids = tokens(model.max_tokens - most, seed=6)
+    prefill = read("opt", ids)
+    drafts = Drafts()
+    for _ in range(2):  # the second time everything is drafted
+        cache = compact(prefill, [keep_all(prefill)], most + 7)
+        answer = generate(model, cache, [int(prefill.logits.argmax())], drafts, frozenset(), most)[0]
+        assert len(answer.tokens) == most
+        assert answer.end is not None
+        assert answer.end.entries == model.shape.full_entries(len(ids) + most - 1)
