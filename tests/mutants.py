@@ -42,6 +42,7 @@ FAULTS = (
         "taken = min(right, len(piece) - 1)",
         "taken = len(piece) - 1",
     ),
+    Fault("drafts behind the end counted", "harness/answer.py", "taken = len(answer.tokens) - before - 1", "taken += 0"),
     Fault("ended cells' rows stay", "harness/rows.py", "self.table[np.isin(self.cell, list(cells))]", "self.table.copy()"),
     Fault(
         "merge ignores the sums", "harness/attention.py", "weight = torch.exp(lse - top[reader])", "weight = torch.ones_like(lse)"

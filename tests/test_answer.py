@@ -61,17 +61,21 @@ def test_drafts_save_passes() -> None:
     assert passes[1] < passes[0] / 2
 
 
-def test_a_cell_ends_at_its_end_token_and_keeps_its_counts() -> None:
+def test_a_cell_ends_at_its_end_token_and_keeps_its_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tokens(30, seed=6)
     said = plain_greedy("llama", ids, 20)
     stop = next(token for token in said[3:] if token not in said[:3])
     prefill = read("llama", ids)
-    cache = compact(prefill, [keep_all(prefill)], 40)
-    answer = generate(tiny("llama"), cache, [said[0]], Drafts(), frozenset({stop}), 20)[0]
-    assert answer.tokens == said[: said.index(stop) + 1]
-    assert answer.stop_reason == "end"
-    assert answer.end is not None
-    assert answer.end.entries == 6 * (30 + len(answer.tokens) - 1)
+    known = Drafts()
+    known.learn(said)
+    for drafts, width in ((Drafts(), 0), (known, 7)):  # drafts that go on behind the end are no part of the answer
+        monkeypatch.setattr(harness.answer, "Answer", lambda tokens, width=width: Answer(tokens, width=width))
+        cache = compact(prefill, [keep_all(prefill)], 40)
+        answer = generate(tiny("llama"), cache, [said[0]], drafts, frozenset({stop}), 20)[0]
+        assert answer.tokens == said[: said.index(stop) + 1]
+        assert answer.stop_reason == "end"
+        assert answer.end is not None
+        assert answer.end.entries == 6 * (30 + len(answer.tokens) - 1)
 
 
 def test_an_answer_takes_nothing_behind_its_end() -> None:
