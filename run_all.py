@@ -25,6 +25,12 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="what there is", description="what there is")
     listing.add_argument("what", choices=("methods", "benchmarks", "suites", "models"))
     listing.add_argument("--json", action="store_true", help="as JSON")
+    about = "estimate head scores for HeadKV, and draw them"
+    _add_importance(commands.add_parser("importance", help=about, description=about))
+    about = "choose HeadKV's beta on held-out examples, for `run --examples test`"
+    beta = commands.add_parser("beta", help=about, description=about)
+    _add_request(beta)
+    beta.add_argument("--betas", help="with commas (default: the paper's grid)")
     report = commands.add_parser("report", help="tables and plots from stored rows", description="no model is needed")
     report.add_argument("--out", type=Path, default=OUT, help="folder of the rows (default: %(default)s)")
     return main
@@ -50,11 +56,38 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU, bfloat16 on a GPU)")
     add("--cell-bytes", type=int, help="rows of the cells decoded together, at most this many bytes")
     add("--shard", default="1/1", help="i/n: the i-th of n shares of the examples (default: %(default)s)")
+    add("--data-dir", type=Path, help="folder with data sets and published head scores; looked into before the hub")
+    add("--head-scores", help="files or folders of head scores for HeadKV, with commas")
+    add("--examples", choices=("all", "held_out", "test"), default="all", help="all, or the 15%% held out, or the other 85%%")
     add("--no-fidelity", action="store_true", help="do not compare with the full cache token by token")
     if command.prog.endswith("plan"):
         add("--json", action="store_true", help="as JSON")
     else:
         add("--verify", action="store_true", help="sweep-speed only: decode every cell alone too, count differing answers")
+
+
+def _add_importance(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_model(command)
+    add("--kind", choices=("r", "er", "r2"), required=True, help="retrieval, enhanced retrieval, retrieval and reasoning")
+    add("--needles", choices=("text", "facts"), help="English sentences, or those of the embedded model (default: by model)")
+    add("--haystack", type=Path, help="folder of .txt files (default: generated prose)")
+    add("--max-length", type=int, help="tokens of the longest prompt (default: 10,000, or what the model has positions for)")
+    add("--lengths", type=int, default=5, help="evenly spaced up to the longest (default: %(default)s)")
+    add("--depths", type=int, default=10, help="evenly spaced (default: %(default)s)")
+    add("--attempts", type=int, default=100, help="needles hidden and asked for (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--teacher-forced", action="store_true", help="our own option: feed the right answers, for models too weak to give them")
+    add("--out", type=Path, help="file for the scores (default: results/head_scores/<model>_<kind>.json)")
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", required=True, help="reference, random:<shape>, a folder or a hub id")
+    add("--revision", help="of a hub id")
+    add("--chat", choices=("raw", "template"), default="raw", help="(default: %(default)s)")
+    add("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU, bfloat16 on a GPU)")
 
 
 def main(arguments: list[str]) -> int:
@@ -63,7 +96,7 @@ def main(arguments: list[str]) -> int:
         parser().print_help()
         return 2
     try:
-        return {"run": _run, "plan": _plan, "list": _list, "report": _report}[options.command](options)
+        return COMMANDS[options.command](options)
     except StoreError as error:
         return _refuse(error)
     except ValueError as error:
@@ -124,6 +157,36 @@ def _report(options: argparse.Namespace) -> int:
     for path in write_report(options.out):
         print(path)
     return 0
+
+
+def _importance(options: argparse.Namespace) -> int:
+    from harness.request import importance_request
+    from reports.heads import head_map
+
+    scores, out = importance_request(options)
+    forced = ", teacher-forced (ours)" if scores.settings["teacher_forced"] else ""
+    shares = scores.values / scores.values.sum()
+    title = f"{scores.variant}, {scores.kind}{forced}"
+    head_map(shares, title, out.with_suffix(".png"))
+    print(f"{title}: {scores.successes} of {scores.attempts} attempts succeeded, {1 / (shares**2).sum():.1f} effective heads")
+    print(out)
+    print(out.with_suffix(".png"))
+    return 0
+
+
+def _beta(options: argparse.Namespace) -> int:
+    from harness.beta import beta_request
+
+    choices, path = beta_request(options)
+    for choice in choices:
+        tried = ", ".join(f"{beta}: {mean:.3g}" for beta, mean in choice.means.items())
+        what = f"{choice.model}, {choice.prompt}, {choice.method} at {choice.budget}"
+        print(f"{what}: beta {choice.beta:g}, of {choice.examples} examples ({tried})")
+    print(path)
+    return 0
+
+
+COMMANDS = {"run": _run, "plan": _plan, "list": _list, "report": _report, "importance": _importance, "beta": _beta}
 
 
 if __name__ == "__main__":

@@ -96,6 +96,32 @@ def _later(tokens: int, device: torch.device) -> Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
 
 
+def probabilities(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
+    """Attention probabilities over the full cache of a single cell, by original position: what an observer of decoding sees.
+
+    Args:
+        queries: [Hq, N, D], as for `attend`.
+
+    Returns:
+        [Hq, N, n] float32, n positions so far; 0 for those that have left the window.
+    """
+    (group,) = layer.groups(step)  # every head holds the same positions
+    keys = group.block(layer.keys)  # [H, length, D]
+    asked = (queries.float() * scaling).unflatten(0, (group.count, -1)).flatten(1, 2)  # [H, G * N, D]
+    logits = (asked @ keys.float().transpose(1, 2)).view(queries.shape[0], queries.shape[1], -1)  # [Hq, N, length]
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    held = layer.positions[group.start : group.start + group.length].long()
+    asking = torch.as_tensor(step.positions, device=held.device)[:, None]
+    hidden = held > asking
+    if layer.window is not None:
+        hidden |= held <= asking - layer.window
+    weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+    if layer.window is None:
+        return weights
+    return weights.new_zeros(*weights.shape[:2], int(held[-1]) + 1).index_copy_(2, held, weights)
+
+
 def _merge(out: Tensor, lse: Tensor, reader: Tensor, queries: int) -> Tensor:
     """The partial softmaxes of each query as one.
 

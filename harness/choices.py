@@ -56,7 +56,10 @@ def _settings(kind: str, text: str, inside: str) -> dict[str, Any]:
 
 def _with(entry: Any, settings: dict[str, Any]) -> Any:
     """A frozen dataclass with settings changed, its own or those of the dataclasses it is made of."""
-    mine = {field.name for field in fields(entry)} - {"version"}  # a version is what the code is, not a setting
+    mine = {field.name for field in fields(entry)} - {
+        "version",
+        "scores",
+    }  # what the code is, and what a model brings: no settings
     parts = {name: getattr(entry, name) for name in mine if is_dataclass(getattr(entry, name))}
     changes: dict[str, Any] = {}
     for key, value in settings.items():

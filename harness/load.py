@@ -10,10 +10,12 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from harness.model import Model, UnsupportedModel
 from harness.shapes import SHAPES
 
+transformers_logging.disable_progress_bar()  # a bar a checkpoint, amid our own
 REFERENCE = Path(__file__).parent / "reference"
 
 

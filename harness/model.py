@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from harness.attention import attend
+from harness.attention import attend, probabilities
 from harness.cache import Arena, ModelShape, Needs, Prefill, Stripe
 from harness.observe import AttentionSettings, Observer
 from harness.rows import RowCache, Step
@@ -29,6 +29,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_
 UNDERSTOOD = {"dropout", "scaling", "position_ids", "sliding_window", "softcap", "use_cache", "is_causal", "rows_pass"}
 LENGTH_DEPENDENT = ("longrope", "dynamic")
 MATTERS_NOT = {"output_attentions", "output_hidden_states", "return_dict"}
+
+Watch = Callable[[int, Tensor], None]  # given a layer's index and the attention of its new queries, [Hq, N, n]
 
 
 class UnsupportedModel(ValueError):
@@ -41,6 +43,7 @@ class DecodePass:
 
     cache: RowCache
     step: Step
+    watch: Watch | None = None
     layers_run: int = 0
 
     def attention(self, index: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
@@ -48,6 +51,8 @@ class DecodePass:
         layer = self.cache.layers[index]
         layer.append(key, value, self.step)
         self.layers_run += 1
+        if self.watch:
+            self.watch(index, probabilities(layer, query, self.step, settings.scaling, settings.softcap))
         return attend(layer, query, self.step, settings.scaling, settings.softcap)
 
 
@@ -116,11 +121,15 @@ class Model:
         return prefill, observer.lap.seconds
 
     @torch.inference_mode()
-    def decode(self, cache: RowCache, ids: Tensor, keep: int = 1) -> Tensor:
-        """Appends the tokens `ids` [C, Q] to the cells, and gives the logits of the last `keep` of them, [C, keep, V]."""
+    def decode(self, cache: RowCache, ids: Tensor, keep: int = 1, watch: Watch | None = None) -> Tensor:
+        """Appends the tokens `ids` [C, Q] to the cells, and gives the logits of the last `keep` of them, [C, keep, V].
+
+        Args:
+            watch: sees the attention of every layer; for the full cache of one cell only.
+        """
         cells, tokens = ids.shape
         last = (torch.arange(cells)[:, None] * tokens + torch.arange(tokens - keep, tokens)).view(-1)
-        return self._extend(cache, ids.reshape(-1), [tokens] * cells, last.to(ids.device)).view(cells, keep, -1)
+        return self._extend(cache, ids.reshape(-1), [tokens] * cells, last.to(ids.device), watch).view(cells, keep, -1)
 
     @torch.inference_mode()
     def decode_ragged(self, cache: RowCache, pieces: Sequence[Sequence[int]]) -> Tensor:
@@ -128,8 +137,8 @@ class Model:
         ids = torch.tensor([token for piece in pieces for token in piece], device=self.device)
         return self._extend(cache, ids, [len(piece) for piece in pieces], torch.arange(len(ids), device=self.device))
 
-    def _extend(self, cache: RowCache, ids: Tensor, counts: Sequence[int], keep: Tensor) -> Tensor:
-        work = DecodePass(cache, cache.step(counts))
+    def _extend(self, cache: RowCache, ids: Tensor, counts: Sequence[int], keep: Tensor, watch: Watch | None = None) -> Tensor:
+        work = DecodePass(cache, cache.step(counts), watch)
         positions = torch.as_tensor(work.step.positions, device=ids.device)[None]
         logits = self._forward(ids[None], positions, work, keep)
         if work.layers_run != self.shape.layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.base import Example, Task
 from harness.cache import Budget
@@ -35,6 +35,14 @@ class Shard:
         return cls(int(number), int(of))
 
 
+Part = Literal["all", "held_out", "test"]
+
+
+def is_held_out(example: int) -> bool:
+    """3 of every 20 examples, 15 %: for choosing settings, such as HeadKV's beta."""
+    return example % 20 < 3
+
+
 @dataclass(frozen=True)
 class Work:
     """What to run on one model."""
@@ -46,6 +54,8 @@ class Work:
     limit: int
     seed: int
     shard: Shard = Shard()
+    part: Part = "all"
+    fidelity: bool = True
 
     def cells(self) -> list[Cell]:
         found = []
@@ -54,9 +64,10 @@ class Work:
             found += [Cell(name, method, budget) for budget in budgets]
         return found
 
-    def examples(self, task: Task) -> range:
+    def examples(self, task: Task) -> list[int]:
         count = self.limit if task.size is None else min(self.limit, task.size)
-        return range(self.shard.number - 1, count, self.shard.of)
+        numbers = range(self.shard.number - 1, count, self.shard.of)
+        return [n for n in numbers if self.part == "all" or is_held_out(n) == (self.part == "held_out")]
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,7 @@ def key_of(model: Model, work: Work, named: tuple[str, Task], example: Example, 
         max_new_tokens=most,
         dtype=str(model.network.dtype).removeprefix("torch."),
         seed=work.seed,
+        fidelity=work.fidelity,
     )
 
 

@@ -73,19 +73,44 @@ def _ids(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: 
         return list(example.ids), example.context_end
     if tokenizer is None:
         raise CannotPrompt("the model has no tokenizer for a prompt in words")
+    encoded = encode(tokenizer, example.prompt, protocol.chat)
+    end = example.context_end + encoded.shift
+    holds = [number for number, (start, stop) in enumerate(encoded.offsets) if start < min(stop, end)]
+    return encoded.ids, holds[-1] + 1 if holds else 0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text as tokens, and where each lies in what the tokenizer was given."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # characters
+    shift: int  # characters that the chat template puts in front of the text
+
+    def tokens_of(self, start: int, stop: int) -> tuple[int, int]:
+        """[first, last) tokens that hold any of the text's characters [start, stop)."""
+        start, stop = start + self.shift, stop + self.shift
+        inside = [number for number, (a, b) in enumerate(self.offsets) if a < min(b, stop) and b > start]
+        return inside[0], inside[-1] + 1
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: Chat) -> Encoded:
+    """
+    Raises:
+        CannotPrompt: the tokenizer is a slow one, has no chat template, or one that changes the text.
+    """
     if not tokenizer.is_fast:
         raise CannotPrompt("the tokenizer does not say where its tokens lie in the text: it needs a tokenizer.json")
-    text, end = example.prompt, example.context_end
-    if protocol.chat == "template":
+    shift, given = 0, text
+    if chat == "template":
         if not tokenizer.chat_template:
             raise CannotPrompt("the tokenizer has no chat template: use --chat raw")
-        message = [{"role": "user", "content": example.prompt}]
-        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        bare = example.prompt.strip()  # many templates trim what they are given
-        at = text.find(bare)
+        message = [{"role": "user", "content": text}]
+        given = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        bare = text.strip()  # many templates trim what they are given
+        at = given.find(bare)
         if at < 0:
             raise CannotPrompt("the chat template changes the prompt's text, so its context cannot be found in it")
-        end += at - example.prompt.find(bare)
-    encoded = tokenizer(text, add_special_tokens=protocol.chat == "raw", return_offsets_mapping=True)
-    holds = [number for number, (start, stop) in enumerate(encoded["offset_mapping"]) if start < min(stop, end)]
-    return list(encoded["input_ids"]), holds[-1] + 1 if holds else 0
+        shift = at - text.find(bare)
+    found = tokenizer(given, add_special_tokens=chat == "raw", return_offsets_mapping=True)
+    return Encoded(list(found["input_ids"]), list(found["offset_mapping"]), shift)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -14,6 +15,8 @@ from benchmarks import BENCHMARKS
 from harness.cache import Budget
 from harness.choices import UnknownChoice, choose, split
 from harness.env import record_environment
+from harness.head_scores import with_head_scores
+from harness.importance import LONGEST_NEEDLE, Estimate, Haystack, estimate_scores
 from harness.load import UnknownModel, check_name, load
 from harness.measure import keep_freed_memory
 from harness.model import Model, UnsupportedModel
@@ -24,9 +27,10 @@ from harness.shapes import SHAPES
 from harness.suites import SUITES, Suite
 from harness.sweep import CELL_BYTES, Sweep
 from methods import METHODS
-from results.store import Store
+from methods.headkv import BadScores, HeadScores
+from results.store import Store, slug
 
-REFUSED = (BadRequest, UnknownChoice, UnknownModel, UnsupportedModel)
+REFUSED = (BadRequest, BadScores, UnknownChoice, UnknownModel, UnsupportedModel)
 
 
 def suite_of(options: argparse.Namespace) -> Suite:
@@ -73,6 +77,8 @@ def work_of(options: argparse.Namespace, suite: Suite) -> Work:
         limit=suite.limit,
         seed=suite.seed,
         shard=Shard.parse(options.shard),
+        part=options.examples,
+        fidelity=suite.fidelity,
     )
 
 
@@ -104,8 +110,9 @@ def run_request(options: argparse.Namespace) -> int:
         check_name(name)
     for name in suite.models:
         model = load_model(options, name)
-        check(model, work)
-        tally = _run_on(model, options, suite, work, store)
+        mine = with_head_scores(work, model, head_score_files(options), options.data_dir)
+        check(model, mine)
+        tally = _run_on(model, options, suite, mine, store)
         failed += tally.failed
         print(f"{name}: {tally.ok} cells done, {tally.skipped} skipped, {tally.failed} failed", file=sys.stderr)
         for reason, count in tally.reasons.items():
@@ -129,7 +136,38 @@ def plan_request(options: argparse.Namespace) -> list[dict[str, Any]]:
     suite = suite_of(options)
     work = work_of(options, suite)
     store = Store(options.out) if (options.out / "rows").is_dir() else None
-    return [_plan_of(load_model(options, name), work, store) for name in suite.models]
+    models = (load_model(options, name) for name in suite.models)
+    return [_plan_of(m, with_head_scores(work, m, head_score_files(options), options.data_dir), store) for m in models]
+
+
+def head_score_files(options: argparse.Namespace) -> list[Path]:
+    return [Path(text) for text in split(options.head_scores or "")]
+
+
+def importance_request(options: argparse.Namespace) -> tuple[HeadScores, Path]:
+    """Estimates head scores, and gives them with the file that holds them."""
+    check_name(options.model)
+    haystack = Haystack.of(options.haystack)
+    model = load_model(options, options.model)
+    estimate = Estimate(
+        kind=options.kind,
+        needles=options.needles or ("facts" if model.name == "reference" else "text"),
+        haystack=haystack.sha256,
+        max_length=options.max_length or min(10_000, model.max_tokens - LONGEST_NEEDLE),
+        lengths=options.lengths,
+        depths=options.depths,
+        attempts=options.attempts,
+        seed=options.seed,
+        chat=options.chat,
+        teacher_forced=options.teacher_forced,
+    )
+    if estimate.max_length > model.max_tokens - LONGEST_NEEDLE:
+        raise BadRequest(
+            f"--max-length {estimate.max_length} leaves no room for an answer: {model.name} has {model.max_tokens} positions"
+        )
+    out = options.out or Path("results/head_scores") / f"{slug(model.name)}_{estimate.kind}.json"
+    with tqdm(total=estimate.attempts, unit="attempt", desc=model.name, file=sys.stderr) as bar:
+        return estimate_scores(model, estimate, haystack, out, bar.update), out
 
 
 def _plan_of(model: Model, work: Work, store: Store | None) -> dict[str, Any]:

@@ -23,11 +23,12 @@ class Suite:
 
 
 EVICTING = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
+HEADKV = ("headkv_r", "headkv_er", "headkv_r2")
 
 SUITES: dict[str, Suite] = {
     "default": Suite(
         about="every eviction method at equal bytes on the embedded model: what `python run_all.py` runs",
-        methods=("full", *EVICTING, "snapkv(kernel=5)", "ada_snapkv(kernel=5)"),
+        methods=("full", *EVICTING, *HEADKV, "snapkv(kernel=5)", "ada_snapkv(kernel=5)"),
         budgets=("16", "32", "64", "128", "25%"),
         benchmarks=("recall", "two_hop", "recall_many", "perplexity_own"),
         prompts=("question_in", "question_after"),
@@ -41,6 +42,14 @@ SUITES: dict[str, Suite] = {
         benchmarks=("random_tokens(length=128)",),
         prompts=("question_in", "question_after"),
         limit=2,
+    ),
+    "headkv-ablation": Suite(
+        about="HeadKV against SnapKV, uniform, and its own scores dealt out to other heads, on the embedded model",
+        methods=("full", "snapkv", "ada_snapkv", *HEADKV, *(f"headkv_r2(shuffle={seed})" for seed in (1, 2, 3)), "headkv_paper"),
+        budgets=("16", "32", "64", "128"),
+        benchmarks=("recall", "two_hop", "recall_many"),
+        limit=100,
+        seed=11,
     ),
     "sweep-speed": Suite(
         about="cost of a sweep of 31 cells beside the plain prefills of its prompts; prints one JSON line, stores nothing",

@@ -4,6 +4,7 @@ from methods.ada_snapkv import AdaptiveHeads
 from methods.allocators import Uniform
 from methods.base import Eviction, Full, Method
 from methods.h2o import HeavyHitters
+from methods.headkv import HeadShares, PaperHeadShares
 from methods.knorm import SmallKeys
 from methods.pyramidkv import Pyramid
 from methods.random import ByLot
@@ -21,4 +22,8 @@ METHODS: dict[str, Method] = {
     "snapkv": Eviction(WindowAttention(), Uniform()),
     "pyramidkv": Eviction(WindowAttention(), Pyramid()),
     "ada_snapkv": Eviction(WindowAttention(), AdaptiveHeads()),
+    "headkv_r": Eviction(WindowAttention(), HeadShares("r", beta=1.5)),
+    "headkv_er": Eviction(WindowAttention(), HeadShares("er")),
+    "headkv_r2": Eviction(WindowAttention(), HeadShares("r2")),
+    "headkv_paper": Eviction(WindowAttention(), PaperHeadShares("r2")),
 }

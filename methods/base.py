@@ -6,7 +6,7 @@ Everything else (prompts, copying, decoding, files) is the harness's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +61,7 @@ class Rows:
     first: np.ndarray  # first query head that reads the row
     width: np.ndarray  # how many read it
     layers: int
+    tokens: int  # of the prompt
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -144,10 +145,20 @@ class Eviction:
     def needs(self) -> Needs:
         return self.scorer.needs
 
+    @property
+    def head_scores(self) -> str | None:
+        """The kind of head scores that the allocator is to be given for each model, if any."""
+        return getattr(self.allocator, "kind", None)
+
+    def with_head_scores(self, scores: object) -> Eviction:
+        return replace(self, allocator=replace(self.allocator, scores=scores))  # type: ignore[type-var, call-arg]
+
     def cannot_run(self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity) -> str | None:
         """Why a cell makes no sense, or None."""
         heads = shape.query_heads if granularity == "query" else shape.kv_heads
         sizes = [shape.candidates(layer, tokens) for layer in range(shape.layers)]
+        if self.head_scores and getattr(self.allocator, "scores", None) is None:
+            return f"it needs {self.head_scores} head scores of this model: see `run_all.py importance` and --head-scores"
         floor = heads * sum(self.scorer.protected.count(size, tokens) for size in sizes)
         return too_small(budget.entries(shape, tokens, granularity), floor, heads * shape.layers)
 
@@ -190,7 +201,7 @@ def row_sizes(prefill: Prefill, protected: Protected) -> Rows:
             columns += [(*sizes, first, stripe.width) for first in range(0, prefill.shape.query_heads, stripe.width)]
     table = np.array(columns, dtype=np.int64)
     layers, lengths, floors, firsts, widths = table.T
-    return Rows(layers, lengths, floors, firsts, widths, len(prefill.layers))
+    return Rows(layers, lengths, floors, firsts, widths, len(prefill.layers), prefill.tokens)
 
 
 def select(prefill: Prefill, scores: Scores, counts: np.ndarray, recent_share: float) -> Selection:

@@ -11,7 +11,8 @@ def share_out(
     """Whole numbers that sum to `total`: clip(base + x * weight, floor, cap), with x such that the sum comes out.
 
     What a capped row cannot hold goes to the others by their weights, and once all weighted rows are full, evenly. What
-    rounding leaves over goes out one each, in flat order.
+    rounding leaves over goes out one each, to the largest fractions first and in flat order among equals: so a row that
+    weighs more never gets less.
 
     Raises:
         ValueError: `total` is below the sum of the floors or above that of the caps.
@@ -21,8 +22,10 @@ def share_out(
     base = np.broadcast_to(np.asarray(base, dtype=np.float64), weights.shape)
     exact = _water(float(total), weights.astype(np.float64), floors, caps, base)
     counts = np.clip(np.floor(exact + 1e-6).astype(np.int64), floors, caps)
+    fractions = np.round(exact - counts, 6)  # what differs by less is equal
     while (left := total - int(counts.sum())) > 0:
-        open_rows = np.flatnonzero(counts < caps)[:left]
+        order = np.argsort(-fractions, kind="stable")
+        open_rows = order[(counts < caps)[order]][:left]
         counts[open_rows] += 1
     while (over := int(counts.sum()) - total) > 0:
         counts[np.flatnonzero(counts > floors)[::-1][:over]] -= 1

@@ -48,8 +48,9 @@ def lines(records: Iterable[Record]) -> list[Line]:
     groups: dict[Where, list[Record]] = {}
     for record in records:
         key = record.key
-        asked = f"{key.revision} {key.benchmark_params} {key.data} {key.max_new_tokens}"  # told apart, but not shown
-        where = (key.model, _benchmark(record), key.prompt, " ".join(key.protocol[1:]), asked, key.method, key.budget)
+        asked = f"{key.revision} {key.benchmark_params} {key.data} {key.max_new_tokens} {key.fidelity}"  # told apart, not shown
+        method = (key.method, key.params, key.budget)
+        where = (key.model, _benchmark(record), key.prompt, " ".join(key.protocol[1:]), asked, *method)
         groups.setdefault(where, []).append(record)
     return [_line(where, groups[where], _full(where, groups)) for where in sorted(groups, key=_order)]
 
@@ -65,15 +66,15 @@ def _full(where: Where, groups: dict[Where, list[Record]]) -> list[Record]:
 
 
 def _order(where: Where) -> tuple[object, ...]:
-    *rest, method, budget = where
+    *rest, method, params, budget = where
     size = float(budget.removesuffix("%")) if budget else 0.0
-    return (*rest, not method.startswith("full@"), method, budget.endswith("%"), size)
+    return (*rest, not method.startswith("full@"), method, params, budget.endswith("%"), size)
 
 
 def _line(where: Where, records: Sequence[Record], full: Sequence[Record]) -> Line:
     done = [record for record in records if record.status == "ok"]
     scores, baseline = _by_example(done), _by_example(record for record in full if record.status == "ok")
-    model, benchmark, prompt, protocol, _, method, budget = where
+    model, benchmark, prompt, protocol, _, method, _, budget = where
     return Line(
         model,
         benchmark,

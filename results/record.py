@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-SCHEMA = 1
+SCHEMA = 2
 
 Status = Literal["ok", "skipped", "failed"]
 Column = str | int | float
@@ -35,6 +35,7 @@ class Key:
     max_new_tokens: int
     dtype: str
     seed: int
+    fidelity: bool  # is the cell compared with the full cache token by token?
 
     @property
     def id(self) -> str:

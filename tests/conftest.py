@@ -6,12 +6,16 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness.cache import Needs, Prefill
 from harness.model import Model
+from methods import METHODS
+from methods.base import Eviction, Method
+from methods.headkv import HeadScores
 
 torch.set_num_threads(1)
 
@@ -61,6 +65,19 @@ def tiny(family: str) -> Model:
     if family not in _MODELS:
         _MODELS[family] = Model(network(family), None, f"tiny-{family}", "0")
     return _MODELS[family]
+
+
+def head_scores(layers: int = 3, heads: int = 4, kind: str = "r2") -> HeadScores:
+    """A power law over the heads, two runs."""
+    runs = np.random.default_rng(3).permutation(1.0 / (1 + np.arange(2 * layers * heads))).reshape(2, layers, heads)
+    return HeadScores("tiny", "0", kind, runs, attempts=2)  # type: ignore[arg-type]
+
+
+def with_scores(method: Method) -> Method:
+    return method.with_head_scores(head_scores()) if isinstance(method, Eviction) and method.head_scores else method
+
+
+SCORED = {name: with_scores(method) for name, method in METHODS.items()}  # every method, ready to run on a tiny model
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:

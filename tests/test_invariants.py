@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, network, read, tiny, tokens
+from conftest import FAMILIES, SCORED, network, read, tiny, tokens
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, FalconConfig, FalconForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -16,19 +16,18 @@ from harness.model import Model, UnsupportedModel
 from harness.prompts import Prompt, Protocol
 from harness.rows import ROOM_STEP, compact
 from harness.sweep import Cell, Sweep
-from methods import METHODS
 from methods.ada_snapkv import AdaptiveHeads
 from methods.allocators import Uniform
 from methods.base import Eviction, score_prefill
 from methods.pyramidkv import Pyramid
 from methods.snapkv import WindowAttention
 
-EVICTING = [name for name, method in METHODS.items() if isinstance(method, Eviction)]
+EVICTING = [name for name, method in SCORED.items() if isinstance(method, Eviction)]
 T = 60
 
 
 def selection(name: str, prefill: Prefill, total: int) -> Selection:
-    method = METHODS[name]
+    method = SCORED[name]
     assert isinstance(method, Eviction)
     return method.compress(prefill, total, score_prefill(method.scorer, prefill))
 
@@ -127,10 +126,13 @@ def test_exactly_the_budget_is_held(family: str, method: str, granularity: str) 
         everything = compact(prefill, [keep_all(prefill)], 0).counts()[0].entries
         for budget in ("9", "17", "33", "50", "50%", "97%", "100%"):
             total = Budget.parse(budget).entries(prefill.shape, length, granularity)  # type: ignore[arg-type]
-            if METHODS[method].cannot_run(prefill.shape, Budget.parse(budget), length, granularity):  # type: ignore[union-attr]
+            if SCORED[method].cannot_run(prefill.shape, Budget.parse(budget), length, granularity):  # type: ignore[union-attr]
                 continue
-            cache = compact(prefill, [selection(method, prefill, total)], 0)
-            assert cache.counts()[0].entries == min(total, everything)
+            entries = compact(prefill, [selection(method, prefill, total)], 0).counts()[0].entries
+            if method.endswith("_paper"):  # loses what a full head cannot hold, and rounds: its record shows the real share
+                assert entries <= min(total + len(prefill.layers) * prefill.shape.query_heads / 2, everything)
+            else:
+                assert entries == min(total, everything)
 
 
 def test_cannot_run_says_so_exactly_where_compress_would_fail(family: str) -> None:
@@ -139,7 +141,7 @@ def test_cannot_run_says_so_exactly_where_compress_would_fail(family: str) -> No
         prefill = read(family, tokens(length))
         for name in EVICTING:
             for budget in ("1", "4", "7", "8", "5%", "20%", "40%"):
-                why = METHODS[name].cannot_run(prefill.shape, Budget.parse(budget), length, "kv")  # type: ignore[union-attr]
+                why = SCORED[name].cannot_run(prefill.shape, Budget.parse(budget), length, "kv")  # type: ignore[union-attr]
                 try:
                     selection(name, prefill, total_of(prefill, budget))
                     fails = None
@@ -153,7 +155,7 @@ def test_cannot_run_says_so_exactly_where_compress_would_fail(family: str) -> No
 @pytest.mark.parametrize("method", EVICTING)
 def test_no_evicted_entry_outscores_a_kept_one_and_ties_go_to_the_later(family: str, method: str) -> None:
     prefill = read(family, tokens(T, seed=2))
-    eviction = METHODS[method]
+    eviction = SCORED[method]
     assert isinstance(eviction, Eviction)
     scores = score_prefill(eviction.scorer, prefill)
     kept = eviction.compress(prefill, total_of(prefill, "13"), scores)
@@ -193,8 +195,8 @@ def test_nobody_writes_to_the_prefill(family: str, method: str) -> None:
 def test_a_cell_answers_as_if_alone_with_a_prefill_of_its_own(family: str, prompt: str) -> None:
     ids = tokens(T + 8, seed=3).tolist()
     asked = Prompt(ids, T if prompt == "question_after" else len(ids))
-    cells = [Cell("full", METHODS["full"], None)]
-    cells += [Cell(name, METHODS[name], Budget.parse(budget)) for name in EVICTING for budget in ("12", "45%", "60%")]
+    cells = [Cell("full", SCORED["full"], None)]
+    cells += [Cell(name, SCORED[name], Budget.parse(budget)) for name in EVICTING for budget in ("12", "45%", "60%")]
 
     def answers(chosen: list[Cell], **settings) -> dict[tuple[str, str], list[int]]:
         sweep = Sweep(tiny(family), Protocol(prompt=prompt), **settings)  # type: ignore[arg-type]
@@ -275,7 +277,7 @@ def test_a_layer_that_attention_does_not_reach_is_noticed() -> None:
     model = Model(net, None, "m", "0")
     net.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     with pytest.raises(UnsupportedModel, match="2 of 3 layers"):
-        model.prefill(tokens(10), METHODS["full"].needs)
+        model.prefill(tokens(10), SCORED["full"].needs)
 
 
 @pytest.mark.parametrize("prompt", ["question_in", "question_after"])
@@ -311,7 +313,7 @@ def test_the_window_ends_where_the_protocol_says(prompt: str) -> None:
 def test_a_likelihood_over_a_compacted_cache_is_that_of_masked_attention(family: str) -> None:
     ids = tokens(T + 20, seed=5)
     prompt = Prompt(ids[:T].tolist(), T, tuple(ids[T:].tolist()))
-    cells = [Cell("full", METHODS["full"], None), Cell("snapkv", METHODS["snapkv"], Budget.parse("11"))]
+    cells = [Cell("full", SCORED["full"], None), Cell("snapkv", SCORED["snapkv"], Budget.parse("11"))]
     found = dict(Sweep(tiny(family), Protocol(), with_fidelity=False).example(prompt, cells, 0))
     kept = selection("snapkv", read(family, ids[:T]), total_of(read(family, ids[:T]), "11"))
     for cell, evicted in zip(cells, (None, kept), strict=True):
@@ -323,7 +325,7 @@ def test_a_likelihood_over_a_compacted_cache_is_that_of_masked_attention(family:
 
 def test_compression_is_counted() -> None:
     prefill_ids = tokens(50).tolist()
-    cells = [Cell("snapkv", METHODS["snapkv"], Budget.parse(budget)) for budget in ("12", "49", "50", "60", "100%")]
+    cells = [Cell("snapkv", SCORED["snapkv"], Budget.parse(budget)) for budget in ("12", "49", "50", "60", "100%")]
     outcomes = dict(Sweep(tiny("llama"), Protocol()).example(Prompt(prefill_ids, 50), cells, 3))
     said = {str(cell.budget): outcome.compressed for cell, outcome in outcomes.items()}
     assert said == {"12": True, "49": True, "50": False, "60": False, "100%": False}

@@ -107,7 +107,7 @@ def test_rank_puts_the_later_of_equals_first() -> None:
 
 def rows_of(layer: list[int], length: list[int], floor: list[int]) -> Rows:
     first = np.zeros(len(layer), dtype=np.int64)
-    return Rows(np.array(layer), np.array(length), np.array(floor), first, first + 1, max(layer) + 1)
+    return Rows(np.array(layer), np.array(length), np.array(floor), first, first + 1, max(layer) + 1, max(length))
 
 
 def test_ada_snapkv_by_hand() -> None:

@@ -24,7 +24,9 @@ from methods import METHODS
 from results.record import Key, Record
 from results.store import Store, StoreError, read_rows
 
-KEY = Key("m", "r", "b@1", "B()", "", 0, "snapkv@1", "S()", "128", "question_in", "raw", 100, "kv", "", "eos", 8, "float32", 0)
+KEY = Key(
+    "m", "r", "b@1", "B()", "", 0, "snapkv@1", "S()", "128", "question_in", "raw", 100, "kv", "", "eos", 8, "float32", 0, True
+)
 
 
 def record(example: int = 0, status: str = "ok", **more) -> Record:
