@@ -92,7 +92,7 @@ class HeadScores:
     def successes(self) -> int:
         return len(self.runs)
 
-    @property
+    @cached_property
     def values(self) -> np.ndarray:
         """[L, Hq] float64: the mean over the successful runs."""
         return np.asarray(self.runs.mean(0))

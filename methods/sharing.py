@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 
 
@@ -48,8 +50,7 @@ def _water(total: float, weights: np.ndarray, floors: np.ndarray, caps: np.ndarr
         return _water(total, rest, floors, caps, most) if float(most.sum()) < total else most
     edges = np.concatenate([(floors - base)[growing] / weights[growing], (caps - base)[growing] / weights[growing]])
     edges = np.unique(np.maximum(edges, 0.0))
-    sums = np.array([filled(x).sum() for x in edges])
-    at = int(np.searchsorted(sums, total))
+    at = bisect_left(edges, total, key=lambda x: float(filled(x).sum()))
     start, stop = float(edges[at - 1]) if at else 0.0, float(edges[at])
-    bottom, top = float(filled(start).sum()), float(sums[at])
+    bottom, top = float(filled(start).sum()), float(filled(stop).sum())
     return filled(start + (stop - start) * ((total - bottom) / (top - bottom) if top > bottom else 0.0))

@@ -47,6 +47,18 @@ FAULTS = (
     Fault(
         "merge ignores the sums", "harness/attention.py", "weight = torch.exp(lse - top[reader])", "weight = torch.ones_like(lse)"
     ),
+    Fault(
+        "heads by order",
+        "methods/headkv.py",
+        "places[at, head] for head",
+        "list(places.values())[at * width + head] for head",
+        "tests/test_headkv.py",
+    ),
+    Fault("token match dropped", "methods/headkv.py", " & (ids[top] == said)", "", "tests/test_headkv.py"),
+    Fault(
+        "smaller fractions first", "methods/sharing.py", "np.argsort(-fractions", "np.argsort(fractions", "tests/test_headkv.py"
+    ),
+    Fault("scores of another model", "methods/headkv.py", "if ours != theirs or", "if False and", "tests/test_headkv.py"),
     Fault("lost row after a tear", "results/store.py", 'b"\\n" if torn else b""', 'b""', "tests/test_store.py"),
     Fault("doubled rows", "results/store.py", 'if self._status.get(record.key.id) == "ok":', "if False:", "tests/test_store.py"),
     Fault("lock dropped", "results/store.py", "fcntl.flock(handle, fcntl.LOCK_EX)", "pass", "tests/test_store.py"),
