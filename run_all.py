@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def parser() -> argparse.ArgumentParser:
     beta = commands.add_parser("beta", help=about, description=about)
     _add_request(beta)
     beta.add_argument("--betas", help="with commas (default: the paper's grid)")
+    about = "official scores of predictions made elsewhere"
+    score = commands.add_parser("score", help=about, description=about)
+    score.add_argument("benchmark", choices=("longbench",))
+    score.add_argument("path", type=Path, help="<task>.jsonl (.gz, .xz) of LongBench's own form, or a folder of them")
+    score.add_argument("--extended", action="store_true", help="LongBench-E: by length")
+    score.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    score.add_argument("--json", action="store_true", help="as JSON")
     report = commands.add_parser("report", help="tables and plots from stored rows", description="no model is needed")
     report.add_argument("--out", type=Path, default=OUT, help="folder of the rows (default: %(default)s)")
     return main
@@ -50,7 +58,8 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add("--truncation", type=int, help="tokens of a prompt; longer ones keep their two ends (default: the model's positions)")
     add("--max-new-tokens", type=int, help="of an answer (default: the benchmark's)")
     add("--limit", type=int, help="examples of each benchmark")
-    add("--seed", type=int, help="of generated examples")
+    add("--seed", help="of generated examples and sampled answers; several with commas")
+    add("--temperature", type=float, help="of sampled answers (default: the suite's; 0 is greedy)")
     add("--out", type=Path, default=OUT, help="folder for rows and report (default: %(default)s)")
     add("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU, bfloat16 on a GPU)")
@@ -63,6 +72,9 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     if command.prog.endswith("plan"):
         add("--json", action="store_true", help="as JSON")
     else:
+        add("--judge-url", help="an OpenAI-compatible endpoint that rates answers to instructions, such as http://host/v1")
+        add("--judge-model", help="its model; the key is read from JUDGE_API_KEY or OPENAI_API_KEY")
+        add("--judge-workers", type=int, default=8, help="questions to the judge under way at once (default: %(default)s)")
         add("--verify", action="store_true", help="sweep-speed only: decode every cell alone too, count differing answers")
 
 
@@ -123,9 +135,11 @@ def _run(options: argparse.Namespace) -> int:
         line = sweep_speed(METHODS, options.verify) if options.suite == "sweep-speed" else attention_speed()
         print(json.dumps(line))
         return 0
-    from harness.request import run_request
+    from harness.request import judge_request, run_request
 
     failed = run_request(options)
+    if options.judge_url:
+        failed += judge_request(options).statuses["unreachable"]
     return max(_report(options), 1 if failed else 0)
 
 
@@ -174,6 +188,25 @@ def _importance(options: argparse.Namespace) -> int:
     return 0
 
 
+def _score(options: argparse.Namespace) -> int:
+    from benchmarks.data import BadData
+    from benchmarks.longbench import score_files
+
+    paths = [options.path]
+    if options.path.is_dir():
+        paths = sorted(path for path in options.path.iterdir() if ".jsonl" in path.suffixes)
+    try:
+        if not paths:
+            raise BadData(f"{options.path} holds no *.jsonl, *.jsonl.gz or *.jsonl.xz")
+        found = score_files(paths, options.extended, options.workers)
+    except BadData as error:
+        return _refuse(error)
+    wide = max(len(task) for task in found)
+    text = "\n".join(f"{task:{wide}}  {value}" for task, value in found.items())
+    print(json.dumps(found, indent=1) if options.json else text)
+    return 0
+
+
 def _beta(options: argparse.Namespace) -> int:
     from harness.beta import beta_request
 
@@ -186,7 +219,15 @@ def _beta(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "plan": _plan, "list": _list, "report": _report, "importance": _importance, "beta": _beta}
+COMMANDS = {
+    "run": _run,
+    "plan": _plan,
+    "list": _list,
+    "report": _report,
+    "importance": _importance,
+    "beta": _beta,
+    "score": _score,
+}
 
 
 if __name__ == "__main__":

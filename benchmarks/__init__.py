@@ -2,6 +2,8 @@
 
 from benchmarks.base import Task
 from benchmarks.facts import NeedleText, Recall, RecallMany, TwoHop
+from benchmarks.instruct import SETS, Instruct
+from benchmarks.longbench import KINDS, LongBench
 from benchmarks.perplexity import PerplexityOwn
 from benchmarks.random_tokens import RandomTokens
 
@@ -12,4 +14,7 @@ BENCHMARKS: dict[str, Task] = {
     "needle_text": NeedleText(),
     "perplexity_own": PerplexityOwn(),
     "random_tokens": RandomTokens(),
+    **{f"longbench_{task}": LongBench(task) for task in KINDS},
+    **{f"longbench_{task}_e": LongBench(task, extended=True) for task, kind in KINDS.items() if kind.extended},
+    **{name: Instruct(name) for name in SETS},
 }

@@ -58,6 +58,11 @@ class Task(Protocol):
         ...
 
     @property
+    def chat(self) -> bool:
+        """May a chat template be put around its prompts?"""
+        ...
+
+    @property
     def data(self) -> str:
         """sha256 of the data, "" where examples are generated."""
         ...

@@ -67,6 +67,7 @@ class Facts(ABC):
     size = None
     forced = False
     data = ""
+    chat = True
 
     least_facts = 2
     least_links = 0

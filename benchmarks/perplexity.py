@@ -21,6 +21,7 @@ class PerplexityOwn:
     size = None
     forced = True
     data = ""
+    chat = True
 
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
         rng = random.Random(f"{self.name}/{seed}/{index}")

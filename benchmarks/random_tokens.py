@@ -19,6 +19,7 @@ class RandomTokens:
     size = None
     forced = False
     data = ""
+    chat = True
 
     def __post_init__(self) -> None:
         if min(self.length, self.max_new_tokens, self.vocabulary) < 1 or self.question < 0:

@@ -1,4 +1,4 @@
-"""Greedy answers of many cells at once, and how close each stays to the full cache.
+"""Answers of many cells at once, and how close each stays to the full cache.
 
 The cells of one prompt are the model's batch. They often say the same, and a small cache often repeats itself, so each step
 may carry drafts: the tokens that followed the same two tokens in any cell of this prompt. A draft counts only where it is
@@ -7,8 +7,10 @@ what the model itself says next; the rest is taken back. What a cell answers is 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,7 +19,33 @@ from harness.model import Model
 from harness.rows import Counts, RowCache
 
 MOST_DRAFTS = 7
+NOISE_KEPT = 64  # places of an answer whose noise is kept for the other cells
 FORCED_NUMBERS = 2**26  # logits held at once by the forced pass
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Which token follows from logits: the best one, or one drawn at a temperature.
+
+    A draw is the best of the logits with Gumbel noise that depends on the seed and the place in the answer alone. So all cells of
+    a prompt share their luck, their differences are the caches', and drafts can be checked as in greedy decoding.
+    """
+
+    temperature: float = 0.0
+    seed: str = ""
+
+    def choose(self, logits: Tensor, places: Sequence[int]) -> list[int]:
+        """[N, V] logits of tokens for these places of an answer -> N tokens."""
+        if self.temperature:
+            noise = torch.stack([_gumbel(self.seed, place, logits.shape[-1]) for place in places])
+            logits = logits.float() / self.temperature + noise.to(logits.device)
+        return [int(token) for token in logits.argmax(-1)]
+
+
+@lru_cache(maxsize=NOISE_KEPT)
+def _gumbel(seed: str, place: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{place}".encode()))
+    return -torch.empty(size).exponential_(generator=generator).log()
 
 
 @dataclass
@@ -69,9 +97,15 @@ class Drafts:
 
 
 def generate(
-    model: Model, cache: RowCache, first: Sequence[int], drafts: Drafts, stop_ids: frozenset[int], most: int
+    model: Model,
+    cache: RowCache,
+    first: Sequence[int],
+    drafts: Drafts,
+    stop_ids: frozenset[int],
+    most: int,
+    chooser: Chooser = Chooser(),
 ) -> list[Answer]:
-    """Greedy answers of the cells of `cache`, at most `most` tokens each, end token included.
+    """Answers of the cells of `cache`, at most `most` tokens each, end token included.
 
     Cells that have ended leave the batch; the last of them stay in the cache, which then holds the prompt and their answers but
     for the last token.
@@ -85,7 +119,7 @@ def generate(
         answer.add([token], stop_ids, most)
     active = list(range(len(answers)))
     while active := _drop_ended(cache, answers, active):
-        _step(model, cache, [answers[cell] for cell in active], drafts, stop_ids, most)
+        _step(model, cache, [answers[cell] for cell in active], drafts, stop_ids, most, chooser)
     return answers
 
 
@@ -102,14 +136,23 @@ def _drop_ended(cache: RowCache, answers: Sequence[Answer], active: list[int]) -
     return [active[number] for number in staying]
 
 
-def _step(model: Model, cache: RowCache, answers: Sequence[Answer], drafts: Drafts, stop_ids: frozenset[int], most: int) -> None:
+def _step(
+    model: Model,
+    cache: RowCache,
+    answers: Sequence[Answer],
+    drafts: Drafts,
+    stop_ids: frozenset[int],
+    most: int,
+    chooser: Chooser,
+) -> None:
     """One pass of the model: every cell's last token, with its drafts behind it."""
     guesses = [drafts.propose(a.tokens, min(max(a.width, 1), most - len(a.tokens) - 1)) for a in answers]
     pieces = [[answer.tokens[-1], *guess[: answer.width]] for answer, guess in zip(answers, guesses, strict=True)]
-    said = model.decode_ragged(cache, pieces).argmax(-1).split([len(piece) for piece in pieces])
+    places = [len(answer.tokens) + n for answer, piece in zip(answers, pieces, strict=True) for n in range(len(piece))]
+    said = iter(chooser.choose(model.decode_ragged(cache, pieces), places))
     taken_back = []
-    for answer, guess, piece, words in zip(answers, guesses, pieces, said, strict=True):
-        spoken = words.tolist()
+    for answer, guess, piece in zip(answers, guesses, pieces, strict=True):
+        spoken = [next(said) for _ in piece]
         right = _agreeing(guess, spoken)
         taken = min(right, len(piece) - 1)
         before = len(answer.tokens)

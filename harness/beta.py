@@ -49,7 +49,7 @@ def beta_request(options: argparse.Namespace) -> tuple[list[Choice], Path]:
     options.examples = "held_out"
     if run_request(options):
         raise BadRequest("some cells failed, so no beta was chosen; see the messages above")
-    choices = _choices(read_rows(options.out), named, betas, suite_of(options).seed)
+    choices = _choices(read_rows(options.out), named, betas, set(suite_of(options).seeds))
     path = options.out / "beta.json"
     try:
         path.write_text(json.dumps([asdict(choice) for choice in choices], indent=1) + "\n")
@@ -58,9 +58,9 @@ def beta_request(options: argparse.Namespace) -> tuple[list[Choice], Path]:
     return choices, path
 
 
-def _choices(records: list[Record], named: list[str], betas: list[float], seed: int) -> list[Choice]:
+def _choices(records: list[Record], named: list[str], betas: list[float], seeds: set[int]) -> list[Choice]:
     """One for each model, prompt protocol, method and budget; of equal means the larger beta, which trusts the scores less."""
-    done = [r for r in records if r.status == "ok" and r.key.seed == seed and is_held_out(r.key.example)]
+    done = [r for r in records if r.status == "ok" and r.key.seed in seeds and is_held_out(r.key.example)]
     found = []
     for where in dict.fromkeys(map(_where, done)):
         mine = [record for record in done if _where(record) == where]

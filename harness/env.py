@@ -7,11 +7,13 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from benchmarks.base import Task
 from results.store import StoreError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "accelerate", "datasets", "lm-eval", "triton", "flash-attn")
@@ -47,6 +49,25 @@ def record_environment(out: Path, device: torch.device) -> str:
     except OSError as error:
         raise StoreError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
     return name
+
+
+def record_data(out: Path, tasks: Mapping[str, Task]) -> None:
+    """Writes `<out>/data/<sha256>.json` for every data file: where it came from, its records, its licence.
+
+    Raises:
+        StoreError: the folder cannot be written to.
+    """
+    for task in tasks.values():
+        if not task.data:
+            continue
+        records = task.records()  # type: ignore[attr-defined]
+        about = {"source": records.source, "sha256": records.sha256, "records": len(records.rows), "licence": records.licence}
+        path = out / "data" / f"{records.sha256[:12]}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(about, indent=1) + "\n")
+        except OSError as error:
+            raise StoreError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
 
 
 def _version(package: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal
 
 from benchmarks.base import Example, Task
@@ -52,7 +53,7 @@ class Work:
     budgets: tuple[Budget, ...]
     protocols: tuple[Protocol, ...]
     limit: int
-    seed: int
+    seeds: tuple[int, ...]
     shard: Shard = Shard()
     part: Part = "all"
     fidelity: bool = True
@@ -77,6 +78,7 @@ class Todo:
     task: Task
     example: Example
     protocol: Protocol
+    seed: int
     limit: int  # tokens
     keys: dict[Cell, Key]
 
@@ -97,24 +99,34 @@ class Tally:
 def left_to_do(model: Model, work: Work, store: Store | None) -> Iterator[Todo]:
     """Prompts with at least one cell that has no finished row. Without a store: all of them."""
     for label, task in work.tasks.items():
-        for protocol in protocols_of(task, work):
-            for index in work.examples(task):
-                example = _example(model, label, task, index, work.seed)
-                limit = protocol.truncation or model.max_tokens - _most(example, protocol)
-                if limit < 2:
-                    raise BadRequest(f"{task.name}: answers of {_most(example, protocol)} tokens leave no room for a prompt")
-                name = f"{label}@{task.name.split('@')[1]}"
-                keys = {cell: key_of(model, work, (name, task), example, protocol, cell) for cell in work.cells()}
-                keys = {cell: key for cell, key in keys.items() if store is None or not store.finished(key)}
-                if keys:
-                    yield Todo(task, example, protocol, limit, keys)
+        wanted = product(protocols_of(task, work), work.seeds, work.examples(task))
+        for protocol, seed, index in wanted:
+            example = _example(model, label, task, index, seed)
+            limit = protocol.truncation or model.max_tokens - _most(example, protocol)
+            if limit < 2:
+                raise BadRequest(f"{task.name}: answers of {_most(example, protocol)} tokens leave no room for a prompt")
+            todo = Todo(task, example, protocol, seed, limit, {})
+            name = f"{label}@{task.name.split('@')[1]}"
+            for cell in work.cells():
+                key = key_of(model, work, name, todo, cell)
+                if store is None or not store.finished(key):
+                    todo.keys[cell] = key
+            if todo.keys:
+                yield todo
 
 
 def protocols_of(task: Task, work: Work) -> tuple[Protocol, ...]:
-    """A likelihood has no question: what is scored always comes after the compressed context."""
-    if not task.forced:
-        return work.protocols
-    return tuple(dict.fromkeys(replace(protocol, prompt="question_after") for protocol in work.protocols))
+    """Those asked for, as far as they apply to the task.
+
+    A likelihood has no question: what is scored always comes after the compressed context. Some tasks are never put into a chat
+    template.
+    """
+    found = work.protocols
+    if task.forced:
+        found = tuple(replace(protocol, prompt="question_after", temperature=0.0) for protocol in found)
+    if not task.chat:
+        found = tuple(replace(protocol, chat="raw") for protocol in found)
+    return tuple(dict.fromkeys(found))
 
 
 def _example(model: Model, label: str, task: Task, index: int, seed: int) -> Example:
@@ -128,15 +140,15 @@ def _example(model: Model, label: str, task: Task, index: int, seed: int) -> Exa
     return example
 
 
-def key_of(model: Model, work: Work, named: tuple[str, Task], example: Example, protocol: Protocol, cell: Cell) -> Key:
-    most = _most(example, protocol)
+def key_of(model: Model, work: Work, name: str, todo: Todo, cell: Cell) -> Key:
+    protocol, most = todo.protocol, _most(todo.example, todo.protocol)
     return Key(
         model=model.name,
         revision=model.revision,
-        benchmark=named[0],
-        benchmark_params=repr(named[1]),
-        data=named[1].data,
-        example=example.index,
+        benchmark=name,
+        benchmark_params=repr(todo.task),
+        data=todo.task.data,
+        example=todo.example.index,
         method=f"{cell.name}@{cell.method.version}",
         params=repr(cell.method),
         budget="" if cell.budget is None else str(cell.budget),
@@ -148,7 +160,8 @@ def key_of(model: Model, work: Work, named: tuple[str, Task], example: Example, 
         stop=protocol.stop,
         max_new_tokens=most,
         dtype=str(model.network.dtype).removeprefix("torch."),
-        seed=work.seed,
+        seed=todo.seed,
+        temperature=protocol.temperature,
         fidelity=work.fidelity,
     )
 
@@ -176,13 +189,13 @@ def cannot_run(model: Model, todo: Todo) -> list[str]:
 
 
 def run(
-    sweep_of: Callable[[Protocol], Sweep], model: Model, work: Work, store: Store, env: str, progress: Callable[[int], Any]
+    sweep_of: Callable[[Protocol, int], Sweep], model: Model, work: Work, store: Store, env: str, progress: Callable[[int], Any]
 ) -> Tally:
     """Runs what has no row and stores a record a cell, as they are finished."""
     tally = Tally()
-    sweeps: dict[Protocol, Sweep] = {}
+    sweeps: dict[tuple[Protocol, int], Sweep] = {}
     for todo in left_to_do(model, work, store):
-        sweep = sweeps.setdefault(todo.protocol, sweep_of(todo.protocol))
+        sweep = sweeps.setdefault((todo.protocol, todo.seed), sweep_of(todo.protocol, todo.seed))
         prompt, skipped = _open(model, todo)
         for cell, outcome in _outcomes(sweep, todo, prompt, skipped):
             record = record_of(model, todo, prompt, cell, outcome, env)

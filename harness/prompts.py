@@ -32,6 +32,7 @@ class Protocol:
     stop: Literal["eos", "none"] = "eos"
     truncation: int | None = None  # tokens; None: what the model has positions for
     max_new_tokens: int | None = None  # None: the benchmark's own
+    temperature: float = 0.0  # 0: greedy
 
 
 class CannotPrompt(ValueError):

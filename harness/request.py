@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,11 +12,15 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import BENCHMARKS
-from harness.cache import Budget
+from benchmarks.base import Task
+from benchmarks.data import BadData
+from harness.cache import Arena, Budget
 from harness.choices import UnknownChoice, choose, split
-from harness.env import record_environment
+from harness.env import record_data, record_environment
 from harness.head_scores import with_head_scores
 from harness.importance import LONGEST_NEEDLE, Estimate, Haystack, estimate_scores
+from harness.judge import Case, Judge, judge_rows
+from harness.judge import Tally as JudgeTally
 from harness.load import UnknownModel, check_name, load
 from harness.measure import keep_freed_memory
 from harness.model import Model, UnsupportedModel
@@ -28,9 +32,9 @@ from harness.suites import SUITES, Suite
 from harness.sweep import CELL_BYTES, Sweep
 from methods import METHODS
 from methods.headkv import BadScores, HeadScores
-from results.store import Store, slug
+from results.store import Store, read_rows, slug
 
-REFUSED = (BadRequest, BadScores, UnknownChoice, UnknownModel, UnsupportedModel)
+REFUSED = (BadData, BadRequest, BadScores, UnknownChoice, UnknownModel, UnsupportedModel)
 
 
 def suite_of(options: argparse.Namespace) -> Suite:
@@ -44,11 +48,31 @@ def suite_of(options: argparse.Namespace) -> Suite:
         "benchmarks": split(options.benchmarks) if options.benchmarks else None,
         "prompts": split(options.prompt) if options.prompt else None,
         "limit": options.limit,
-        "seed": options.seed,
+        "seeds": _seeds(options.seed) if options.seed is not None else None,
+        "temperature": options.temperature,
         "fidelity": False if options.no_fidelity else None,
     }
     wanted: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if v is not None}
     return replace(SUITES[options.suite], **wanted)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(part) for part in split(text)))
+    except ValueError:
+        raise BadRequest(f"--seed {text!r} is not a whole number, nor several with commas") from None
+
+
+def tasks_of(options: argparse.Namespace, suite: Suite) -> dict[str, Task]:
+    """The benchmarks by name, told where the user's data lie."""
+    found = dict(choose("benchmark", text, BENCHMARKS) for text in suite.benchmarks)
+    reads_data = {name for name, task in found.items() if is_dataclass(task) and hasattr(task, "data_dir")}
+    if options.data_dir and reads_data and not options.data_dir.is_dir():
+        raise BadRequest(f"--data-dir {options.data_dir}: no such folder")
+    return {
+        name: replace(task, data_dir=options.data_dir) if name in reads_data else task  # type: ignore[type-var, call-arg]
+        for name, task in found.items()
+    }
 
 
 def work_of(options: argparse.Namespace, suite: Suite) -> Work:
@@ -64,18 +88,28 @@ def work_of(options: argparse.Namespace, suite: Suite) -> Work:
         if given is not None and given < least:
             raise BadRequest(f"--{name.replace('_', '-')} {given} must be at least {least}")
     methods = dict(choose("method", text, METHODS) for text in suite.methods)
+    if suite.temperature < 0:
+        raise BadRequest(f"--temperature {suite.temperature:g} must not be below 0")
     if not budgets and any(method.takes_budget for method in methods.values()):
         raise BadRequest("these methods need --budgets, such as 128,25%")
     return Work(
-        tasks=dict(choose("benchmark", text, BENCHMARKS) for text in suite.benchmarks),
+        tasks=tasks_of(options, suite),
         methods=methods,
         budgets=budgets,
         protocols=tuple(
-            Protocol(prompt, options.chat, options.granularity, "eos", options.truncation, options.max_new_tokens)
+            Protocol(
+                prompt,
+                options.chat,
+                options.granularity,
+                "eos",
+                options.truncation,
+                options.max_new_tokens,
+                suite.temperature,
+            )
             for prompt in suite.prompts
         ),
         limit=suite.limit,
-        seed=suite.seed,
+        seeds=suite.seeds,
         shard=Shard.parse(options.shard),
         part=options.examples,
         fidelity=suite.fidelity,
@@ -106,6 +140,10 @@ def run_request(options: argparse.Namespace) -> int:
     store = Store(options.out)
     keep_freed_memory()
     failed = 0
+    if bool(options.judge_url) != bool(options.judge_model):
+        raise BadRequest("a judge needs both --judge-url and --judge-model")
+    if options.judge_workers < 1:
+        raise BadRequest(f"--judge-workers {options.judge_workers} must be at least 1")
     for name in suite.models:
         check_name(name)
     for name in suite.models:
@@ -122,11 +160,13 @@ def run_request(options: argparse.Namespace) -> int:
 
 def _run_on(model: Model, options: argparse.Namespace, suite: Suite, work: Work, store: Store) -> Tally:
     env = record_environment(options.out, model.device)
+    record_data(options.out, work.tasks)
     total = sum(len(todo.keys) for todo in left_to_do(model, work, store))
     with tqdm(total=total, unit="cell", desc=model.name, disable=total == 0, file=sys.stderr) as bar:
+        arena = Arena()  # one for all: sweeps take turns
 
-        def sweep_of(protocol: Protocol) -> Sweep:
-            return Sweep(model, protocol, options.cell_bytes or CELL_BYTES, suite.fidelity)
+        def sweep_of(protocol: Protocol, seed: int) -> Sweep:
+            return Sweep(model, protocol, options.cell_bytes or CELL_BYTES, suite.fidelity, seed, arena=arena)
 
         return run(sweep_of, model, work, store, env, bar.update)
 
@@ -170,6 +210,23 @@ def importance_request(options: argparse.Namespace) -> tuple[HeadScores, Path]:
         return estimate_scores(model, estimate, haystack, out, bar.update), out
 
 
+def judge_request(options: argparse.Namespace) -> JudgeTally:
+    """Has the judge rate what is stored of this request."""
+    work = work_of(options, suite_of(options))
+    questions = {f"{label}@{task.name.split('@')[1]}": task for label, task in work.tasks.items() if hasattr(task, "question")}
+    cases = []
+    for row in read_rows(options.out):
+        task = questions.get(row.key.benchmark)
+        if task is not None and row.status == "ok" and row.key.benchmark_params == repr(task):
+            reference = task.example(row.key.example, row.key.seed, len).answers[0]
+            cases.append(Case(row.key.id, task.question(row.key.example), reference, row.answer or ""))  # type: ignore[attr-defined]
+    judge = Judge(options.judge_url, options.judge_model, workers=options.judge_workers)
+    with tqdm(total=len(cases), unit="answer", desc=f"judge {judge.model}", disable=not cases, file=sys.stderr) as bar:
+        tally = judge_rows(judge, cases, options.out, bar.update)
+    print(f"judge {judge.model}: {tally}", file=sys.stderr)
+    return tally
+
+
 def _plan_of(model: Model, work: Work, store: Store | None) -> dict[str, Any]:
     check(model, work)
     cells = prefills = 0
@@ -180,7 +237,8 @@ def _plan_of(model: Model, work: Work, store: Store | None) -> dict[str, Any]:
             skipped[reason] = skipped.get(reason, 0) + 1
         cells += len(todo.keys) - len(reasons)
         prefills += len(todo.keys) > len(reasons)
-    asked = sum(len(work.examples(task)) * len(protocols_of(task, work)) for task in work.tasks.values()) * len(work.cells())
+    prompts = sum(len(work.examples(task)) * len(protocols_of(task, work)) for task in work.tasks.values())
+    asked = prompts * len(work.seeds) * len(work.cells())
     finished = asked - cells - sum(skipped.values())
     return {"model": model.name, "cells": cells, "prefills": prefills, "finished": finished, "skipped": skipped}
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from benchmarks.instruct import SETS
+from benchmarks.longbench import ENGLISH, HEADKV, KINDS
 from harness.prompts import PromptProtocol
 
 
@@ -18,17 +21,28 @@ class Suite:
     benchmarks: tuple[str, ...] = ()
     prompts: tuple[PromptProtocol, ...] = ("question_in",)
     limit: int = 20  # examples of each benchmark
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)  # of generated examples and sampled answers
+    temperature: float = 0.0
     fidelity: bool = True
 
 
 EVICTING = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
-HEADKV = ("headkv_r", "headkv_er", "headkv_r2")
+BY_HEAD = ("headkv_r", "headkv_er", "headkv_r2")
+COMPARED = ("full", "streaming_llm", "h2o", "snapkv", "pyramidkv", "ada_snapkv", "headkv_r", "headkv_r2")
+
+
+def longbench(about: str, tasks: Iterable[str]) -> Suite:
+    """Every record of some of LongBench's tasks."""
+    benchmarks = tuple(f"longbench_{task}" for task in tasks)
+    return Suite(about, methods=COMPARED, budgets=("128", "1024", "25%"), benchmarks=benchmarks, limit=1000)
+
+
+CATEGORIES = tuple(dict.fromkeys(kind.category for kind in KINDS.values()))
 
 SUITES: dict[str, Suite] = {
     "default": Suite(
         about="every eviction method at equal bytes on the embedded model: what `python run_all.py` runs",
-        methods=("full", *EVICTING, *HEADKV, "snapkv(kernel=5)", "ada_snapkv(kernel=5)"),
+        methods=("full", *EVICTING, *BY_HEAD, "snapkv(kernel=5)", "ada_snapkv(kernel=5)"),
         budgets=("16", "32", "64", "128", "25%"),
         benchmarks=("recall", "two_hop", "recall_many", "perplexity_own"),
         prompts=("question_in", "question_after"),
@@ -45,11 +59,38 @@ SUITES: dict[str, Suite] = {
     ),
     "headkv-ablation": Suite(
         about="HeadKV against SnapKV, uniform, and its own scores dealt out to other heads, on the embedded model",
-        methods=("full", "snapkv", "ada_snapkv", *HEADKV, *(f"headkv_r2(shuffle={seed})" for seed in (1, 2, 3)), "headkv_paper"),
+        methods=("full", "snapkv", "ada_snapkv", *BY_HEAD, *(f"headkv_r2(shuffle={seed})" for seed in (1, 2, 3)), "headkv_paper"),
         budgets=("16", "32", "64", "128"),
         benchmarks=("recall", "two_hop", "recall_many"),
         limit=100,
-        seed=11,
+        seeds=(11,),
+    ),
+    "longbench": longbench("LongBench, all 21 tasks", KINDS),
+    "longbench-en": longbench("LongBench, the 16 English tasks", ENGLISH),
+    "longbench-headkv": longbench("LongBench, the six tasks of HeadKV's main tables", HEADKV),
+    **{
+        f"longbench-{category}": longbench(
+            f"LongBench, {category}", (t for t, kind in KINDS.items() if kind.category == category)
+        )
+        for category in CATEGORIES
+    },
+    "longbench-e": longbench("LongBench-E, its 13 tasks", (f"{task}_e" for task, kind in KINDS.items() if kind.extended)),
+    "instruct": Suite(
+        about="Dolly, Self-Instruct, Vicuna, Super-Natural and Unnatural Instructions, greedy, by ROUGE-L",
+        methods=COMPARED,
+        budgets=("32", "64", "50%"),
+        benchmarks=tuple(SETS),
+        limit=1000,
+    ),
+    "instruct-sampled": Suite(
+        about="the same, sampled at temperature 1 with five seeds, as MiniLLM does",
+        methods=COMPARED,
+        budgets=("32", "64", "50%"),
+        benchmarks=tuple(SETS),
+        limit=1000,
+        seeds=(10, 20, 30, 40, 50),
+        temperature=1.0,
+        fidelity=False,
     ),
     "sweep-speed": Suite(
         about="cost of a sweep of 31 cells beside the plain prefills of its prompts; prints one JSON line, stores nothing",

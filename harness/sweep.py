@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from harness.answer import MOST_DRAFTS, Answer, Drafts, FullAnswer, generate
+from harness.answer import MOST_DRAFTS, Answer, Chooser, Drafts, FullAnswer, generate
 from harness.cache import Arena, Budget, Needs, Prefill, Selection, keep_all
 from harness.measure import Lap, OutOfMemory, memory_errors, stopwatch
 from harness.model import Model
@@ -66,6 +66,7 @@ class Sweep:
     protocol: Protocol
     cell_bytes: int = CELL_BYTES
     with_fidelity: bool = True
+    seed: int = 0  # of sampled answers
     laps: Laps = field(default_factory=Laps)
     arena: Arena = field(default_factory=Arena)
 
@@ -240,5 +241,7 @@ class _Example:
             return [Answer(list(self.prompt.forced), "forced") for _ in range(cache.cells)]
         model, protocol = self.sweep.model, self.sweep.protocol
         stop_ids = model.stop_ids if protocol.stop == "eos" else frozenset()
+        chooser = Chooser(protocol.temperature, f"{self.sweep.seed}/{self.prompt.ids}" if protocol.temperature else "")
         with stopwatch(model.device, self.sweep.laps.decode):
-            return generate(model, cache, logits.argmax(-1).tolist(), self.drafts, stop_ids, self.most)
+            first = chooser.choose(logits, [0] * cache.cells)
+            return generate(model, cache, first, self.drafts, stop_ids, self.most, chooser)

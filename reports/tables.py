@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -37,22 +37,28 @@ class Line:
     kl: Estimate | None
     top1: Estimate | None
     loss: Estimate | None
+    judge: Estimate | None = None  # 1 to 10
+    own: bool = True  # a task of ours, which the embedded model can do
 
     @property
     def panel(self) -> tuple[str, str, str, str]:
         return (self.model, self.benchmark, self.prompt, self.protocol)
 
 
-def lines(records: Iterable[Record]) -> list[Line]:
-    """One line a cell of the suite, in the order: model, benchmark, protocol, method, budget."""
+def lines(records: Iterable[Record], ratings: Mapping[str, float] | None = None) -> list[Line]:
+    """One line a cell of the suite, in the order: model, benchmark, protocol, method, budget.
+
+    Args:
+        ratings: a judge's, by row id.
+    """
     groups: dict[Where, list[Record]] = {}
     for record in records:
         key = record.key
-        asked = f"{key.revision} {key.benchmark_params} {key.data} {key.max_new_tokens} {key.fidelity}"  # told apart, not shown
-        method = (key.method, key.params, key.budget)
+        asked = f"{key.revision} {key.benchmark_params} {key.data} {key.max_new_tokens} {key.fidelity}"  # not shown
+        method = (key.method, key.params, key.budget)  # `asked` and the parameters tell apart, but are not shown
         where = (key.model, _benchmark(record), key.prompt, " ".join(key.protocol[1:]), asked, *method)
         groups.setdefault(where, []).append(record)
-    return [_line(where, groups[where], _full(where, groups)) for where in sorted(groups, key=_order)]
+    return [_line(where, groups[where], _full(where, groups), ratings or {}) for where in sorted(groups, key=_order)]
 
 
 def _benchmark(record: Record) -> str:
@@ -71,7 +77,7 @@ def _order(where: Where) -> tuple[object, ...]:
     return (*rest, not method.startswith("full@"), method, params, budget.endswith("%"), size)
 
 
-def _line(where: Where, records: Sequence[Record], full: Sequence[Record]) -> Line:
+def _line(where: Where, records: Sequence[Record], full: Sequence[Record], ratings: Mapping[str, float]) -> Line:
     done = [record for record in records if record.status == "ok"]
     scores, baseline = _by_example(done), _by_example(record for record in full if record.status == "ok")
     model, benchmark, prompt, protocol, _, method, _, budget = where
@@ -95,12 +101,22 @@ def _line(where: Where, records: Sequence[Record], full: Sequence[Record]) -> Li
         kl=_estimate(record.fidelity["kl"] for record in done if record.fidelity),
         top1=_estimate(record.fidelity["top1"] for record in done if record.fidelity),
         loss=_estimate(record.fidelity["loss"] for record in done if record.fidelity),
+        judge=_estimate(ratings[record.key.id] for record in done if record.key.id in ratings),
+        own=not records[0].key.data,
     )
 
 
 def _by_example(records: Iterable[Record]) -> dict[tuple[int, int], float]:
-    """The main metric (a benchmark's first) of each example, by seed and number."""
-    return {(r.key.seed, r.key.example): next(iter(r.metrics.values())) for r in records if r.metrics}
+    """The main metric (a benchmark's first) of each example, by seed and number.
+
+    Records of a data set are the same under every seed: there a seed is a draw of the answer, and the draws are averaged.
+    """
+    found: dict[tuple[int, int], list[float]] = {}
+    for record in records:
+        if record.metrics:
+            where = (0 if record.key.data else record.key.seed, record.key.example)
+            found.setdefault(where, []).append(next(iter(record.metrics.values())))
+    return {where: float(np.mean(values)) for where, values in found.items()}
 
 
 def _estimate(values: Iterable[float]) -> Estimate | None:
@@ -113,13 +129,16 @@ def _share(records: Sequence[Record], count: str) -> float | None:
     return float(np.mean([getattr(r, count) / r.bytes_full for r in records])) if records else None
 
 
+ESTIMATES = ("score", "score_difference", "kl", "top1", "loss", "judge")
+
+
 def frame(found: Sequence[Line]) -> pd.DataFrame:
     """The lines as a table, estimates in columns of their own: the CSV."""
     rows = []
     for line in found:
         row: dict[str, object] = {}
         for name, value in asdict(line).items():
-            if name in ("score", "score_difference", "kl", "top1", "loss"):
+            if name in ESTIMATES:
                 row |= {f"{name}_{part}": None if value is None else value[part] for part in ("mean", "low", "high")}
             else:
                 row[name] = value
@@ -134,6 +153,8 @@ def markdown(found: Sequence[Line]) -> str:
         mine = [line for line in found if line.panel == panel]
         metric = next((line.metric for line in mine if line.metric), None)
         what = f"Score: {metric}. Protocol: {panel[3]}" if metric else f"Protocol: {panel[3]}"
+        if panel[0].split("+")[0] == "reference" and not mine[0].own:
+            what += f"\n\n{PATH_ONLY}"
         parts += [f"## {panel[1]}, {panel[2]}, {panel[0]}", "", what, "", *_table(mine), ""]
     return "\n".join(parts)
 
@@ -151,11 +172,14 @@ def not_measured(records: Iterable[Record]) -> str:
     return "\n".join(["## Not measured", "", *listed, ""])
 
 
+PATH_ONLY = "The embedded model cannot do this task: these scores prove the path, not the methods, and are not to be ranked on."
 HEADER = ("method", "budget", "bytes kept", "allocated", "n", "score", "against full", "KL to full", "same top token")
 
 
 def _table(found: Sequence[Line]) -> list[str]:
-    text = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+    judged = any(line.judge for line in found)  # without a judge there is no column
+    header = (*HEADER, "judge") if judged else HEADER
+    text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for line in found:
         cells = (
             line.method.split("@")[0],
@@ -169,6 +193,7 @@ def _table(found: Sequence[Line]) -> list[str]:
             _shown(line.score_difference, mark=True),
             _shown(line.kl),
             _shown(line.top1),
+            *([_shown(line.judge)] if judged else []),
         )
         text.append(f"| {' | '.join(cells)} |")
     return text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reports.plots import plot
 from reports.tables import frame, lines, markdown, not_measured
-from results.store import StoreError, read_rows
+from results.store import StoreError, read_ratings, read_rows
 
 
 def write_report(out: Path) -> list[Path]:
@@ -16,16 +16,26 @@ def write_report(out: Path) -> list[Path]:
         StoreError: no rows, rows of another schema, or a folder that cannot be written to.
     """
     records = read_rows(out)
-    found = lines(records)
+    ratings = read_ratings(out)
+    found = lines(records, next(iter(ratings.values()), None))
     folder = out / "report"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         table, text = folder / "scores.csv", folder / "scores.md"
         frame(found).to_csv(table, index=False)
-        text.write_text(INTRODUCTION + markdown(found) + not_measured(records))
+        text.write_text(INTRODUCTION + _judged_by(ratings) + markdown(found) + not_measured(records))
         return [text, table, *plot(found, folder)]
     except OSError as error:
         raise StoreError(f"cannot write the report to {folder}: {error.strerror}") from None
+
+
+def _judged_by(ratings: dict[str, dict[str, float]]) -> str:
+    """Who judged. Of several judges the first one's ratings are shown: they are not on one scale."""
+    if not ratings:
+        return ""
+    shown, *others = ratings
+    more = f" Ratings of {', '.join(others)} are stored, but not shown." if others else ""
+    return f"Ratings from 1 to 10 are those of {shown}, of {len(ratings[shown])} answers.{more}\n\n"
 
 
 INTRODUCTION = """# Scores against bytes

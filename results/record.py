@@ -35,6 +35,7 @@ class Key:
     max_new_tokens: int
     dtype: str
     seed: int
+    temperature: float  # 0: greedy
     fidelity: bool  # is the cell compared with the full cache token by token?
 
     @property
@@ -44,7 +45,8 @@ class Key:
     @property
     def protocol(self) -> tuple[str, ...]:
         """Rows of different protocols are never ranked together."""
-        return (self.prompt, self.chat, str(self.truncation), self.granularity, self.routing, self.stop, self.dtype)
+        sampled = (f"temperature={self.temperature:g}",) if self.temperature else ()
+        return (self.prompt, self.chat, str(self.truncation), self.granularity, self.routing, self.stop, self.dtype, *sampled)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from results.record import Key, Record
 
@@ -113,6 +114,45 @@ def _append(handle: int, line: str) -> int:
         os.ftruncate(handle, size)
         raise
     return size + len(data)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds one line under a lock; a torn line before it stays torn.
+
+    Raises:
+        StoreError: the file cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path) as handle:
+            _append(handle, line)
+    except OSError as error:
+        raise StoreError(f"cannot write to {path}: {error.strerror}; what was written before is safe") from None
+
+
+def judge_lines(path: Path) -> list[dict[str, Any]]:
+    """A judge's verdicts that are whole."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"row", "content", "status", "rating", "text"} <= set(row):
+            found.append(row)
+    return found
+
+
+def read_ratings(out: Path) -> dict[str, dict[str, float]]:
+    """By judge and row id. Answers that were refused or not rated are absent."""
+    found = {}
+    for path in sorted((out / "judge").glob("*.jsonl")):
+        ratings = {line["row"]: float(line["rating"]) for line in judge_lines(path) if line["status"] == "ok"}
+        if ratings:
+            found[path.stem] = ratings
+    return found
 
 
 def _parsed(data: bytes) -> Iterator[dict[str, object]]:

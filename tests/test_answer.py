@@ -7,11 +7,11 @@ import torch
 from conftest import network, read, tiny, tokens
 
 import harness.answer
-from harness.answer import Answer, Drafts, FullAnswer, forced, generate
+from harness.answer import Answer, Chooser, Drafts, FullAnswer, forced, generate
 from harness.cache import keep_all
 from harness.rows import compact
 from methods import METHODS
-from methods.base import score_prefill
+from methods.base import Eviction, score_prefill
 
 
 def plain_greedy(family: str, ids: torch.Tensor, count: int) -> list[int]:
@@ -160,3 +160,39 @@ def test_drafts_never_reach_behind_the_answers_end(most: int) -> None:
         assert len(answer.tokens) == most
         assert answer.end is not None
         assert answer.end.entries == model.shape.full_entries(len(ids) + most - 1)
+
+
+def test_sampled_answers_share_their_luck_and_do_not_depend_on_drafts_or_neighbours(family: str) -> None:
+    ids = tokens(40, seed=8)
+    prefill = read(family, ids)
+    chooser = Chooser(temperature=1.0, seed="3/prompt")
+    snap = METHODS["snapkv"]
+    assert isinstance(snap, Eviction)
+    small = snap.compress(prefill, 10 * 3 * prefill.shape.kv_heads, score_prefill(snap.scorer, prefill))
+    selections = [keep_all(prefill), small, keep_all(prefill)]
+
+    def answers(chosen: list) -> list[list[int]]:
+        cache = compact(prefill, chosen, 40)
+        first = chooser.choose(prefill.logits.expand(len(chosen), -1), [0] * len(chosen))
+        return [a.tokens for a in generate(tiny(family), cache, first, Drafts(), frozenset(), 24, chooser)]
+
+    def one_by_one(selection) -> list[int]:
+        cache, said = compact(prefill, [selection], 40), chooser.choose(prefill.logits[None], [0])
+        while len(said) < 24:
+            logits = tiny(family).decode(cache, torch.tensor([said[-1:]]))[0]
+            said += chooser.choose(logits, [len(said)])
+        return said
+
+    together = answers(selections)
+    assert together[0] == together[2] == one_by_one(selections[0])
+    assert together[1] == one_by_one(small)
+    other = Chooser(temperature=1.0, seed="4/prompt").choose(prefill.logits.expand(99, -1), range(99))
+    assert len(set(other)) > 5, "draws at other places must differ"
+    assert Chooser().choose(prefill.logits[None], [0]) == [int(prefill.logits.argmax())]
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    drawn = torch.tensor(Chooser(0.5, "x").choose(logits.expand(4000, -1), range(4000)))
+    share = torch.bincount(drawn, minlength=4) / 4000
+    assert (share - (logits[0] / 0.5).softmax(0)).abs().max() < 0.03

@@ -139,14 +139,14 @@ WORK = Work(
     budgets=(Budget.parse("10"), Budget.parse("50%")),
     protocols=(Protocol(),),
     limit=30,
-    seed=0,
+    seeds=(0,),
 )
 CELLS = 30 * 5
 
 
 def _sweep(out: Path) -> None:
     store = Store(out)
-    run(lambda protocol: Sweep(tiny("llama"), protocol), tiny("llama"), WORK, store, "env", lambda _: None)
+    run(lambda protocol, seed: Sweep(tiny("llama"), protocol, seed=seed), tiny("llama"), WORK, store, "env", lambda _: None)
 
 
 def finished(out: Path) -> list[str]:
