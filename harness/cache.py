@@ -201,7 +201,7 @@ class Prefill:
         """This prefill, stored with one row a KV head (`kv`), or one row a query head as the papers' code (`query`)."""
         if granularity == "kv":
             return self
-        return replace(self, stripes=tuple((Stripe(width=1),) for _ in self.layers))
+        return replace(self, stripes=tuple(tuple(replace(stripe, width=1) for stripe in layer) for layer in self.stripes))
 
 
 @dataclass(frozen=True)

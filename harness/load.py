@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from harness.model import Model, UnsupportedModel
 from harness.shapes import SHAPES
+from harness.variants import Conversion, convert, is_variant, open_variant
 
 transformers_logging.disable_progress_bar()  # a bar a checkpoint, amid our own
 REFERENCE = Path(__file__).parent / "reference"
@@ -34,10 +36,13 @@ def check_name(name: str) -> None:
     Raises:
         UnknownModel: no such shape or folder.
     """
+    whole, (name, plus, conversion) = name, name.partition("+")
+    if plus and not Path(whole).is_dir():
+        Conversion.parse(conversion)
     shape = name.removeprefix("random:")
     if shape != name and shape not in SHAPES:
         raise UnknownModel(f"no shape {shape!r}; known: {', '.join(SHAPES)}")
-    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
+    if not Path(whole).is_dir() and not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         raise UnknownModel(f"model {name!r}: no such folder")
 
 
@@ -52,12 +57,29 @@ def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | No
         UnsupportedModel: a family that the harness does not reach.
     """
     check_name(name)
+    parent, plus, conversion = name.partition("+")
+    if plus and not Path(name).is_dir():
+        shipped = REFERENCE / "variants" / conversion.replace(":", "_")
+        if parent == "reference" and is_variant(shipped):
+            return _variant(shipped, dtype, device)
+        return convert(load(parent, dtype, device, revision), conversion)
+    if is_variant(Path(name)):
+        return _variant(Path(name), dtype, device)
     if name.startswith("random:"):
         return _random(name, dtype, device)
     folder = REFERENCE if name == "reference" else Path(name)
     if folder.is_dir():
         return _from_folder(folder, name, dtype, device)
     return _from_hub(name, dtype, device, revision)
+
+
+def _variant(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
+    network, about, digest = open_variant(folder, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if _has_tokenizer(folder) else None
+    if tokenizer is None and about.parent == "reference":
+        tokenizer = AutoTokenizer.from_pretrained(REFERENCE, local_files_only=True)
+    shape = replace(about.parent_shape, itemsize=dtype.itemsize)
+    return Model(_on(network, device), tokenizer, about.name, digest, shape)
 
 
 def _random(name: str, dtype: torch.dtype, device: torch.device) -> Model:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from harness.attention import attend, probabilities
-from harness.cache import Arena, ModelShape, Needs, Prefill, Stripe
+from harness.cache import Arena, ModelShape, Needs, Prefill
+from harness.families import groupings, routers
 from harness.observe import AttentionSettings, Observer
 from harness.rows import RowCache, Step
+from methods.mixsga import Mode
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox")
 UNDERSTOOD = {"dropout", "scaling", "position_ids", "sliding_window", "softcap", "use_cache", "is_causal", "rows_pass"}
@@ -49,7 +51,8 @@ class DecodePass:
     def attention(self, index: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """query: [Hq, N, D]; key, value: [H, N, D]. Gives [Hq, N, D]."""
         layer = self.cache.layers[index]
-        layer.append(key, value, self.step)
+        experts = None if settings.experts is None else settings.experts.cpu().numpy()
+        layer.append(key, value, self.step, experts)
         self.layers_run += 1
         if self.watch:
             self.watch(index, probabilities(layer, query, self.step, settings.scaling, settings.softcap))
@@ -63,12 +66,20 @@ class Model:
         network: any model of `FAMILIES`; its attention implementation is set here.
         tokenizer: None for machinery that feeds token ids.
         name: what the user asked for; `revision`: what came (a commit, or the hash of the weights).
+        parent_shape: of the unconverted model, if this is a variant: budgets and full caches are counted in it.
 
     Raises:
         UnsupportedModel: the family, or an attention feature of this checkpoint, is not one the harness reaches.
     """
 
-    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, revision: str) -> None:
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        revision: str,
+        parent_shape: ModelShape | None = None,
+    ) -> None:
         self.network, self.tokenizer, self.name, self.revision = network.eval(), tokenizer, name, revision
         config = network.config
         if config.model_type not in FAMILIES or not getattr(network, "_supports_attention_backend", False):
@@ -82,6 +93,10 @@ class Model:
                 "RoPE): keys kept from before would not match those that come later"
             )
         self.shape = shape_of(network)
+        self.parent_shape = parent_shape or self.shape
+        self.routers = routers(network)
+        widest = max((max(grouping.groups) for grouping in groupings(network)), default=1)
+        self.least_shape = replace(self.shape, kv_heads=self.shape.kv_heads // widest)  # rows that no token has fewer of
         base = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
         network.set_attn_implementation(register(base))
 
@@ -104,20 +119,22 @@ class Model:
         return frozenset(found)
 
     @torch.inference_mode()
-    def prefill(self, ids: Tensor, needs: Needs, arena: Arena | None = None) -> tuple[Prefill, float]:
-        """Reads `ids` [T] densely, and says how many seconds of that were observation.
+    def prefill(
+        self, ids: Tensor, needs: Needs, arena: Arena | None = None, routing: Mode = "expert_choice"
+    ) -> tuple[Prefill, float]:
+        """Reads `ids` [T] densely, and says how many seconds of that were observation. `routing` is for mixSGA variants.
 
         The prefill lives in the memory of `arena`, until the next one in the same arena.
         """
         checksum = zlib.crc32(ids.to(device="cpu", dtype=torch.int64).numpy().tobytes())
         observer = Observer(self.shape, needs, arena or Arena(), checksum)
+        self._route(routing)
         logits = self._forward(ids[None], torch.arange(len(ids), device=ids.device)[None], observer, 1)
         if [layer.index for layer in observer.layers] != list(range(self.shape.layers)):
             raise UnsupportedModel(
                 f"attention of model {self.name!r} was reached in {len(observer.layers)} of {self.shape.layers} layers"
             )
-        stripes = tuple((Stripe(width=self.shape.group),) for _ in observer.layers)
-        prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), stripes, self.shape)
+        prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), tuple(observer.stripes), self.shape)
         return prefill, observer.lap.seconds
 
     @torch.inference_mode()
@@ -138,6 +155,7 @@ class Model:
         return self._extend(cache, ids, [len(piece) for piece in pieces], torch.arange(len(ids), device=self.device))
 
     def _extend(self, cache: RowCache, ids: Tensor, counts: Sequence[int], keep: Tensor, watch: Watch | None = None) -> Tensor:
+        self._route("argmax")
         work = DecodePass(cache, cache.step(counts), watch)
         positions = torch.as_tensor(work.step.positions, device=ids.device)[None]
         logits = self._forward(ids[None], positions, work, keep)
@@ -145,6 +163,10 @@ class Model:
             raise UnsupportedModel(f"attention of model {self.name!r} ran in {work.layers_run} layers while decoding")
         cache.seen = cache.seen + work.step.counts
         return logits[0]
+
+    def _route(self, mode: Mode) -> None:
+        for router in self.routers:
+            router.mode, router.segments = mode, None
 
     def _forward(self, ids: Tensor, positions: Tensor, work: Observer | DecodePass, keep: int | Tensor) -> Tensor:
         # a mask of four dimensions is passed through as it is, so that none is made of cells that stand side by side
@@ -186,7 +208,9 @@ def register(base: str) -> str:
         if unknown:
             raise UnsupportedModel(f"{type(module).__name__} uses attention features not known here: {sorted(unknown)}")
         rows_pass = settings.pop("rows_pass", None)
-        seen = AttentionSettings(settings["scaling"], settings.get("softcap"), settings.get("sliding_window"))
+        grouping = getattr(module, "kv_grouping", None)
+        grouped = (grouping.groups, None if grouping.assigned is None else grouping.assigned[0]) if grouping else ((1,), None)
+        seen = AttentionSettings(settings["scaling"], settings.get("softcap"), settings.get("sliding_window"), *grouped)
         index: int = module.layer_idx  # type: ignore[assignment]
         if isinstance(rows_pass, DecodePass):
             return rows_pass.attention(index, query[0], key[0], value[0], seen).transpose(0, 1).contiguous()[None], None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from harness.cache import Arena, LayerKV, ModelShape, Needs
+from harness.cache import Arena, LayerKV, ModelShape, Needs, Stripe
 from harness.measure import Lap, stopwatch
 
 BLOCK_LOGITS = 2**25  # numbers of one block of logits: bounds the memory of the column sums
@@ -25,10 +25,11 @@ class Observer:
     arena: Arena = field(default_factory=Arena)
     prompt: int = 0  # checksum of the ids
     layers: list[LayerKV] = field(default_factory=list)
+    stripes: list[tuple[Stripe, ...]] = field(default_factory=list)  # of each layer
     lap: Lap = field(default_factory=Lap)
 
     def see(self, index: int, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> None:
-        """queries: [Hq, T, D]; keys, values: [H, T, D], after RoPE."""
+        """queries: [Hq, T, D]; keys, values: [H, T, D], after RoPE. Heads that are averaged come repeated."""
         expected = (self.shape.query_heads, self.shape.kv_heads, self.shape.head_dim)
         if (queries.shape[0], keys.shape[0], keys.shape[2]) != expected:
             raise ValueError(
@@ -38,6 +39,7 @@ class Observer:
         tokens = keys.shape[1]
         with stopwatch(keys.device, self.lap):
             candidates = self.shape.candidates(index, tokens)
+            self.stripes.append(_stripes(settings, self.shape.group, candidates))
             sums = column_sums(queries, keys, settings)[:, -candidates:] if self.needs.column_sums else None
             last = queries[:, tokens - min(self.needs.window, tokens) :].clone() if self.needs.window else None
             self.layers.append(
@@ -68,6 +70,15 @@ class AttentionSettings:
     scaling: float
     softcap: float | None = None
     window: int | None = None
+    groups: tuple[int, ...] = (1,)  # KV heads averaged, by each of the layer's experts
+    experts: Tensor | None = None  # [N] the expert of each new token; None where there is only one
+
+
+def _stripes(settings: AttentionSettings, width: int, candidates: int) -> tuple[Stripe, ...]:
+    if settings.experts is None:
+        return (Stripe(width * settings.groups[0]),)
+    mine = settings.experts[-candidates:]
+    return tuple(Stripe(width * group, (mine == number).nonzero()[:, 0]) for number, group in enumerate(settings.groups))
 
 
 def column_sums(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> Tensor:

@@ -156,7 +156,7 @@ def key_of(model: Model, work: Work, name: str, todo: Todo, cell: Cell) -> Key:
         chat=protocol.chat,
         truncation=protocol.truncation or model.max_tokens - most,
         granularity=protocol.granularity,
-        routing="",
+        routing=protocol.routing if model.routers else "",
         stop=protocol.stop,
         max_new_tokens=most,
         dtype=str(model.network.dtype).removeprefix("torch."),
@@ -214,7 +214,8 @@ def _open(model: Model, todo: Todo) -> tuple[Prompt | None, dict[Cell, str]]:
     skipped = {}
     for cell in todo.keys:
         if isinstance(cell.method, Eviction) and cell.budget is not None:
-            why = cell.method.cannot_run(model.shape, cell.budget, prompt.context, todo.protocol.granularity)
+            where = (prompt.context, todo.protocol.granularity)
+            why = cell.method.cannot_run(model.least_shape, cell.budget, *where, model.parent_shape)
             if why:
                 skipped[cell] = why
     return prompt, skipped
@@ -261,7 +262,7 @@ def record_of(model: Model, todo: Todo, prompt: Prompt | None, cell: Cell, outco
         bytes_allocated=outcome.counts.bytes_allocated,
         entries_end=end.entries if end else None,
         bytes_kept_end=end.bytes_kept if end else None,
-        bytes_full=model.shape.full_entries(prompt.context) * model.shape.entry_bytes(),
+        bytes_full=model.parent_shape.full_entries(prompt.context) * model.parent_shape.entry_bytes(),
     )
 
 

@@ -17,6 +17,7 @@ from benchmarks.data import BadData
 from harness.cache import Arena, Budget
 from harness.choices import UnknownChoice, choose, split
 from harness.env import record_data, record_environment
+from harness.families import CannotConvert
 from harness.head_scores import with_head_scores
 from harness.importance import LONGEST_NEEDLE, Estimate, Haystack, estimate_scores
 from harness.judge import Case, Judge, judge_rows
@@ -30,11 +31,12 @@ from harness.prompts import PromptProtocol, Protocol
 from harness.shapes import SHAPES
 from harness.suites import SUITES, Suite
 from harness.sweep import CELL_BYTES, Sweep
+from harness.variants import BadVariant
 from methods import METHODS
 from methods.headkv import BadScores, HeadScores
 from results.store import Store, read_rows, slug
 
-REFUSED = (BadData, BadRequest, BadScores, UnknownChoice, UnknownModel, UnsupportedModel)
+REFUSED = (BadData, BadRequest, BadScores, BadVariant, CannotConvert, UnknownChoice, UnknownModel, UnsupportedModel)
 
 
 def suite_of(options: argparse.Namespace) -> Suite:
@@ -105,6 +107,7 @@ def work_of(options: argparse.Namespace, suite: Suite) -> Work:
                 options.truncation,
                 options.max_new_tokens,
                 suite.temperature,
+                options.routing,
             )
             for prompt in suite.prompts
         ),

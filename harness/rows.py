@@ -67,9 +67,20 @@ class Step:
 class RowLayer:
     """The rows of one layer: a table with one line a row, in the order of the pool, kept on the host."""
 
-    def __init__(self, pool: tuple[Tensor, Tensor, Tensor], shape: ModelShape, window: int | None, table: np.ndarray) -> None:
+    def __init__(
+        self,
+        pool: tuple[Tensor, Tensor, Tensor],
+        shape: ModelShape,
+        window: int | None,
+        table: np.ndarray,
+        stripes: int = 1,
+        cells: int = 0,
+    ) -> None:
         self.keys, self.values, self.positions = pool
-        self.shape, self.window, self.table = shape, window, table
+        self.shape, self.window, self.table, self.stripes = shape, window, table, stripes
+        self.taken: list[list[int]] = [
+            [] for _ in range(cells)
+        ]  # the stripe of each token since compaction, if there are several
 
     cell = property(lambda self: self.table[:, 0])
     stripe = property(lambda self: self.table[:, 1])
@@ -81,7 +92,7 @@ class RowLayer:
 
     @property
     def striped(self) -> bool:
-        return bool(self.stripe.any())
+        return self.stripes > 1
 
     def append(self, keys: Tensor, values: Tensor, step: Step, stripes: np.ndarray | None = None) -> None:
         """Writes the new tokens behind the rows that take them.
@@ -96,6 +107,8 @@ class RowLayer:
                 raise ValueError("rows of several stripes need to know which stripe takes each token")
             takes = stripes[token] == self.stripe[row]
             row, token = row[takes], token[takes]
+            for taken, start, count in zip(self.taken, step.starts.tolist(), step.counts.tolist(), strict=True):
+                taken += stripes[start : start + count].tolist()
         added = np.bincount(row, minlength=len(self.table))
         if (self.length + added > self.capacity).any():
             raise ValueError(f"no room for {int(added.max())} more tokens: make the cache with more room")
@@ -140,18 +153,23 @@ class RowLayer:
     def _index(self, numbers: np.ndarray) -> Tensor:
         return torch.as_tensor(numbers, device=self.keys.device)
 
-    def crop(self, seen: np.ndarray, drop: np.ndarray) -> None:
-        """Forgets each cell's last `drop[cell]` tokens, those at and behind position `seen[cell]`."""
+    def crop(self, drop: np.ndarray) -> None:
+        """Forgets each cell's last `drop[cell]` tokens."""
         if not self.striped:  # every row took every token
             self.length[:] -= drop[self.cell]
             return
-        for row, (cell, start, length) in enumerate(self.table[:, [0, 4, 6]]):
-            self.length[row] = int((self.positions[start : start + length] < int(seen[cell])).sum())
+        lost = np.zeros((len(drop), self.stripes), dtype=np.int64)
+        for cell, count in enumerate(drop.tolist()):
+            if count:
+                np.add.at(lost[cell], self.taken[cell][-count:], 1)
+                del self.taken[cell][-count:]
+        self.length[:] -= lost[self.cell, self.stripe]
 
     def keep(self, cells: Sequence[int]) -> None:
         """Only these cells stay; they are renumbered in this order."""
         number = {cell: new for new, cell in enumerate(cells)}
         self.table = self.table[np.isin(self.cell, list(cells))]
+        self.taken = [self.taken[cell] for cell in cells] if self.striped else []
         self.cell[:] = [number[cell] for cell in self.cell.tolist()]
 
 
@@ -178,7 +196,7 @@ class RowCache:
         self.seen = self.seen - drop
         if drop.any():
             for layer in self.layers:
-                layer.crop(self.seen, drop)
+                layer.crop(drop)
 
     def keep(self, cells: Sequence[int]) -> None:
         self.seen = self.seen[list(cells)]
@@ -186,13 +204,20 @@ class RowCache:
             layer.keep(cells)
 
     def counts(self) -> list[Counts]:
-        """Of each cell. Allocated: its share of the pools, so keys, values, positions, slack and room."""
+        """Of each cell. Allocated: its share of the pools, so keys, values, positions, slack and room.
+
+        Kept: keys and values, and the bits that name each token's expert where a layer has several. Rows do not need them; they
+        are counted as mixSGA's paper counts them, for the tokens seen or as many as a layer has entries.
+        """
         entries, allocated = np.zeros(self.cells, np.int64), np.zeros(self.cells, np.int64)
+        bits = np.zeros(self.cells, np.int64)
         for layer in self.layers:
-            np.add.at(entries, layer.cell, layer.length)
+            mine = np.bincount(layer.cell, layer.length, minlength=self.cells).astype(np.int64)
+            entries += mine
+            bits += (layer.stripes - 1).bit_length() * np.minimum(mine, self.seen)
             size = self.shape.entry_bytes() + layer.positions.element_size()
             np.add.at(allocated, layer.cell, layer.capacity * size)
-        kept = entries * self.shape.entry_bytes()
+        kept = entries * self.shape.entry_bytes() + -(-bits // 8)
         return [Counts(int(e), int(k), int(a)) for e, k, a in zip(entries, kept, allocated, strict=True)]
 
 
@@ -208,7 +233,8 @@ def compact(prefill: Prefill, selections: Sequence[Selection], room: int, arena:
     layers, offset = [], 0
     for kv, (table, rows), size in zip(prefill.layers, plans, sizes, strict=True):
         pool = tuple(flat[offset : offset + size] for flat in (keys, values, positions))
-        layer = RowLayer(pool, prefill.shape, kv.window, table)  # type: ignore[arg-type]
+        stripes = len(prefill.stripes[kv.index])
+        layer = RowLayer(pool, prefill.shape, kv.window, table, stripes, len(selections))  # type: ignore[arg-type]
         for row, start, length in zip(rows, table[:, 4].tolist(), table[:, 6].tolist(), strict=True):
             _fill(layer, slice(start, start + length), kv, row)
         layers.append(layer)

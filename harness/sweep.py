@@ -106,7 +106,7 @@ class _Example:
         laps, model = self.sweep.laps, self.sweep.model
         ids = torch.tensor(self.prompt.ids[: self.prompt.context], device=model.device)
         with stopwatch(model.device, laps.prefill):
-            prefill, observed = model.prefill(ids, needs, self.sweep.arena)
+            prefill, observed = model.prefill(ids, needs, self.sweep.arena, self.sweep.protocol.routing)
         laps.prefill.seconds -= observed
         laps.observe.seconds += observed
         self.prefill: Prefill = prefill.at(self.sweep.protocol.granularity)
@@ -129,7 +129,7 @@ class _Example:
     def asked(self, cell: Cell) -> int:
         if cell.budget is None:
             return self.entries(keep_all(self.prefill))
-        return cell.budget.entries(self.prefill.shape, self.prefill.tokens, self.sweep.protocol.granularity)
+        return cell.budget.entries(self.sweep.model.parent_shape, self.prefill.tokens, self.sweep.protocol.granularity)
 
     def entries(self, selection: Selection) -> int:
         return sum(row.entries(kv.keys.shape[1]) for kv, rows in zip(self.prefill.layers, selection, strict=True) for row in rows)

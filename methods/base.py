@@ -153,14 +153,19 @@ class Eviction:
     def with_head_scores(self, scores: object) -> Eviction:
         return replace(self, allocator=replace(self.allocator, scores=scores))  # type: ignore[type-var, call-arg]
 
-    def cannot_run(self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity) -> str | None:
-        """Why a cell makes no sense, or None."""
+    def cannot_run(
+        self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity, parent: ModelShape | None = None
+    ) -> str | None:
+        """Why a cell makes no sense, or None. `parent`: the shape that budgets are counted in, if the model is a variant.
+
+        A layer whose tokens lie in rows of several widths can do with less than is asked for here: `compress` has the last word.
+        """
         heads = shape.query_heads if granularity == "query" else shape.kv_heads
         sizes = [shape.candidates(layer, tokens) for layer in range(shape.layers)]
         if self.head_scores and getattr(self.allocator, "scores", None) is None:
             return f"it needs {self.head_scores} head scores of this model: see `run_all.py importance` and --head-scores"
         floor = heads * sum(self.scorer.protected.count(size, tokens) for size in sizes)
-        return too_small(budget.entries(shape, tokens, granularity), floor, heads * shape.layers)
+        return too_small(budget.entries(parent or shape, tokens, granularity), floor, heads * shape.layers)
 
     def compress(self, prefill: Prefill, total: int, scores: Scores) -> Selection:
         """The rows of a cache of min(total, everything) entries."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, FalconConfi
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from harness.cache import Budget, Prefill, Selection, keep_all
-from harness.model import Model, UnsupportedModel
+from harness.model import Model, UnsupportedModel, shape_of
 from harness.prompts import Prompt, Protocol
 from harness.rows import ROOM_STEP, compact
 from harness.sweep import Cell, Sweep
@@ -36,18 +37,18 @@ def total_of(prefill: Prefill, budget: str) -> int:
     return Budget.parse(budget).entries(prefill.shape, prefill.tokens, "kv")
 
 
-def masked_logits(family: str, ids: Tensor, read_first: int, kept: Selection | None) -> Tensor:
+def masked_logits(family: str, ids: Tensor, read_first: int, kept: Selection | None, net: Any = None) -> Tensor:
     """Logits [T, V] of one dense pass in which queries behind `read_first` do not see what was evicted: no rows, no cache."""
-    net = network(family)
+    net = net or network(family)
     net.set_attn_implementation("eager")
-    shape = tiny(family).shape
+    shape = shape_of(net)
     hidden = torch.zeros(shape.layers, shape.query_heads, len(ids), dtype=torch.bool)
     for layer, rows in enumerate(kept or ()):
         candidates = shape.candidates(layer, read_first)
         hidden[layer, :, :read_first] = True
         for row in rows:
             indices = torch.arange(candidates) if row.kept is None else row.kept
-            hidden[layer, row.first : row.first + row.width, read_first - candidates + indices] = False
+            hidden[layer, row.first : row.first + row.width, read_first - candidates + indices] = False  # rows of a head add up
 
     def attention(module, query, key, value, mask, scaling, softcap=None, sliding_window=None, **_):
         group = query.shape[1] // key.shape[1]

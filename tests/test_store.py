@@ -25,7 +25,26 @@ from results.record import Key, Record
 from results.store import Store, StoreError, read_rows
 
 KEY = Key(
-    "m", "r", "b@1", "B()", "", 0, "snapkv@1", "S()", "128", "question_in", "raw", 100, "kv", "", "eos", 8, "float32", 0, True
+    "m",
+    "r",
+    "b@1",
+    "B()",
+    "",
+    0,
+    "snapkv@1",
+    "S()",
+    "128",
+    "question_in",
+    "raw",
+    100,
+    "kv",
+    "",
+    "eos",
+    8,
+    "float32",
+    0,
+    0.0,
+    True,
 )
 
 
@@ -42,7 +61,7 @@ def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_every_setting_is_part_of_the_identity() -> None:
     for field, value in vars(KEY).items():
-        other = value + 1 if isinstance(value, int) else value + "x"
+        other = value + 1 if isinstance(value, int | float) else value + "x"
         assert replace(KEY, **{field: other}).id != KEY.id
 
 

@@ -1,0 +1,215 @@
+"""Variants: a parent model, what was done to it, and how it was healed. Made, saved and loaded here.
+
+`reference+mixsga-3:1:6` names one. Shipped healed with the embedded model; a saved one is named by its folder; anything else is
+converted on the spot, unhealed, and says so in its revision. A saved variant that its family's config can describe is an ordinary
+checkpoint of transformers beside `variant.json`; another keeps its weights in `variant.safetensors`, which only this loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from harness.cache import ModelShape
+from harness.families import SAYS_GROUPS, CannotConvert, group_heads, handles, mix_groups, wrapped
+from harness.model import Model, shape_of
+
+ABOUT, WEIGHTS = "variant.json", "variant.safetensors"
+FORMAT = "variant/1"
+
+
+class BadVariant(ValueError):
+    """A conversion that is not known, or a saved variant that is missing parts, in one line."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is done to a model, as it is written: none, gqa-2, mqa, mixsga-3:1:6, with `-first` and the like as ablations."""
+
+    kind: str  # none | gqa | mqa | mixsga
+    numbers: tuple[int, ...] = ()  # group size, or ratios
+    option: str = ""  # gqa, mqa: first | random; mixsga: random (router)
+
+    @classmethod
+    def parse(cls, text: str) -> Conversion:
+        """
+        Raises:
+            BadVariant: no such conversion, or numbers that it cannot have.
+        """
+        kind, *parts = text.split("-")
+        known = "none, gqa-2, mqa, mixsga-3:1:6 (other numbers too; gqa-2-first, gqa-2-random, mixsga-3:1:6-random are ablations)"
+        wanted = BadVariant(f"no conversion {text!r}; known: {known}")
+        numbers = () if kind in ("none", "mqa") else (parts.pop(0),) if parts else ()
+        option = parts.pop(0) if parts else ""
+        options = {"none": ("",), "gqa": ("", "first", "random"), "mqa": ("", "first", "random"), "mixsga": ("", "random")}
+        if kind not in options or parts or option not in options[kind] or (kind in ("gqa", "mixsga") and not numbers):
+            raise wanted
+        try:
+            found = tuple(int(number) for part in numbers for number in part.split(":"))
+        except ValueError:
+            raise wanted from None
+        if kind == "gqa" and (len(found) != 1 or found[0] < 1):
+            raise wanted
+        if kind == "mixsga" and (any(ratio < 0 for ratio in found) or not any(found)):
+            raise BadVariant(f"ratios of {text!r} must not be negative, nor all 0")
+        return cls(kind, found, option)
+
+    def __str__(self) -> str:
+        return "-".join(part for part in (self.kind, ":".join(map(str, self.numbers)), self.option) if part)
+
+    def apply(self, network: PreTrainedModel, seed: int = 0) -> None:
+        """Converts in place.
+
+        Raises:
+            CannotConvert: the family has no handles, the heads cannot form the groups, or it is converted already.
+        """
+        if self.kind == "none":
+            handles(network)
+        elif self.kind == "mixsga":
+            mix_groups(network, self.numbers, self.option != "random", seed)
+        else:
+            group = self.numbers[0] if self.numbers else handles(network)[0].kv_heads
+            group_heads(network, group, self.option or "mean", seed)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class About:
+    """What `variant.json` says."""
+
+    parent: str
+    parent_revision: str
+    parent_shape: ModelShape
+    conversion: str
+    recipe: dict[str, Any] = field(default_factory=dict)  # empty: not healed
+    results: dict[str, Any] = field(default_factory=dict)  # of the healing: tokens, seconds, losses, agreement
+
+    @property
+    def name(self) -> str:
+        return f"{self.parent}+{self.conversion}"
+
+
+def convert(parent: Model, text: str) -> Model:
+    """The parent, converted in place and not healed.
+
+    Raises:
+        BadVariant, CannotConvert: see there.
+    """
+    conversion = Conversion.parse(text)
+    if parent.name.count("+"):
+        raise CannotConvert(f"model {parent.name} is a variant already: convert its parent")
+    conversion.apply(parent.network)
+    return Model(
+        parent.network,
+        parent.tokenizer,
+        f"{parent.name}+{conversion}",
+        f"{parent.revision}-unhealed",
+        parent.parent_shape,
+    )
+
+
+def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path) -> None:
+    """Writes a variant. `variant.json` comes last: without it the folder is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ABOUT).unlink(missing_ok=True)
+    if wrapped(network):
+        network.config.save_pretrained(folder)
+        tied = _tied(network)
+        state = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if name not in tied}
+        save_file(state, folder / WEIGHTS)
+    else:
+        network.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    text = json.dumps({"format": FORMAT, **asdict(about)}, indent=1)
+    draft = folder / f"{ABOUT}.draft"
+    draft.write_text(text + "\n")
+    draft.replace(folder / ABOUT)
+
+
+def _tied(network: PreTrainedModel) -> set[str]:
+    """Names of weights that are another's: they are neither written nor missed."""
+    return set(getattr(network, "_tied_weights_keys", None) or ()) if network.config.tie_word_embeddings else set()
+
+
+def is_variant(folder: Path) -> bool:
+    return (folder / ABOUT).exists() or (folder / WEIGHTS).exists()
+
+
+def read_about(folder: Path) -> About:
+    """
+    Raises:
+        BadVariant: no whole variant.json there.
+    """
+    try:
+        found = json.loads((folder / ABOUT).read_text())
+        if found.pop("format") != FORMAT:
+            raise ValueError(f"of another format than {FORMAT}")
+        shape = found["parent_shape"]
+        shape["windows"] = tuple(shape["windows"])
+        return About(**{**found, "parent_shape": ModelShape(**shape)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadVariant(
+            f"variant {folder}: {ABOUT} is missing or torn ({type(error).__name__}: {error}); train it again"
+        ) from None
+
+
+def open_variant(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, About, str]:
+    """The network of a saved variant, what it says of itself, and the hash of its weights.
+
+    Raises:
+        BadVariant: parts are missing or do not fit together.
+    """
+    about = read_about(folder)
+    conversion = Conversion.parse(about.conversion)
+    weights = folder / WEIGHTS
+    try:
+        if weights.exists():
+            network: Any = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, local_files_only=True), dtype=dtype
+            )
+            conversion.apply(network)
+            absent, extra = network.load_state_dict(load_file(weights), strict=False)
+            tied = _tied(network)
+            if extra or set(absent) - tied:
+                raise BadVariant(
+                    f"variant {folder}: its weights are not those of {about.conversion}: {sorted([*extra, *absent])[:3]}"
+                )
+            network.tie_weights()
+            network.to(dtype)
+            files = [weights]
+        else:
+            network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+            files = sorted(folder.glob("*.safetensors"))
+    except (OSError, RuntimeError, SafetensorError, CannotConvert) as error:
+        raise BadVariant(f"variant {folder} cannot be read: {(str(error).splitlines() or [''])[0]}") from None
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return network.eval(), about, digest.hexdigest()[:16]
+
+
+def bytes_a_token(shape: ModelShape, conversion: Conversion) -> float:
+    """Bytes that a token adds to the cache of a variant, windows aside, with the bits that name its experts.
+
+    The paper's Table 9 cuts the fraction of a byte off.
+    """
+    whole = shape.layers * shape.kv_heads * shape.entry_bytes()
+    if conversion.kind == "none":
+        return whole
+    if conversion.kind != "mixsga":
+        return whole / (conversion.numbers[0] if conversion.numbers else shape.kv_heads)
+    used = [(2**number, ratio) for number, ratio in enumerate(conversion.numbers) if ratio]
+    share = sum(ratio / group for group, ratio in used) / sum(ratio for _, ratio in used)
+    return whole * share + shape.layers * (len(used) - 1).bit_length() / 8
+
+
+__all__ = ["SAYS_GROUPS", "About", "BadVariant", "Conversion", "convert", "is_variant", "open_variant", "save", "shape_of"]
