@@ -28,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="as JSON")
     about = "estimate head scores for HeadKV, and draw them"
     _add_importance(commands.add_parser("importance", help=about, description=about))
+    about = "convert a model to GQA, MQA or mixSGA, heal it, save it as a variant"
+    _add_train(commands.add_parser("train", help=about, description=about))
     about = "choose HeadKV's beta on held-out examples, for `run --examples test`"
     beta = commands.add_parser("beta", help=about, description=about)
     _add_request(beta)
@@ -97,6 +99,38 @@ def _add_importance(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--teacher-forced", action="store_true", help="our own option: feed the right answers, for models too weak to give them")
     add("--out", type=Path, help="file for the scores (default: results/head_scores/<model>_<kind>.json)")
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_model(command)
+    add(
+        "--conversion",
+        choices=("gqa", "mqa", "mixsga", "none"),
+        required=True,
+        help="none trains the model as it is: the control",
+    )
+    add("--groups", type=int, help="KV heads merged into one by gqa")
+    add("--ratios", help="of mixSGA's experts, which keep every head, half, a quarter, ...: 3:1:6")
+    add("--ablation", help="gqa, mqa: first or random heads instead of means; mixsga: a random router")
+    add("--text", type=Path, help="file or folder of .txt to heal on")
+    add("--instruct", type=Path, help=".jsonl with prompt and output to heal on; only outputs are trained on")
+    add("--data-dir", type=Path, help="for the embedded model's own documents: folder with lm/books (default: without books)")
+    add("--length", type=int, default=1024, help="tokens of a row of text (default: %(default)s)")
+    add("--rows", type=int, default=4, help="of a batch of text (default: %(default)s)")
+    add("--steps", type=int, help="(default: 400)")
+    add("--lr", type=float, help="(default: 1e-3)")
+    add("--router-lr", type=float, help="of mixSGA's routers (default: 1e-2)")
+    add("--accumulate", type=int, help="batches a step (default: 1)")
+    add("--loss", choices=("lm", "distill"), help="of the text, or to the parent's predictions (default: lm)")
+    add("--trains", choices=("all", "kv"), help="every weight, or keys, values and routers (default: all)")
+    add("--alpha", type=float, help="weight of mixSGA's consistency loss (default: 0.1)")
+    add("--router-loss", choices=("logits", "sigmoid"), help="what its cross-entropy acts on (default: logits)")
+    add("--checkpointing", action="store_true", default=None, help="of activations: less memory, more time")
+    add("--save-every", type=int, help="steps between checkpoints (default: 100)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--save-dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of saved weights (default: %(default)s)")
+    add("--out", type=Path, help="folder of the variant (default: results/variants/<model>+<conversion>)")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -194,6 +228,20 @@ def _importance(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train(options: argparse.Namespace) -> int:
+    from harness.request import train_request
+    from reports.training import loss_picture
+
+    about, out = train_request(options)
+    loss_picture(about.results["losses"], about.name, out / "loss.png")
+    print(f"{about.name}: {about.results['tokens']} tokens in {about.results['seconds']:.0f} s")
+    if "agreement" in about.results:
+        shares = ", ".join(f"{share:.1%}" for share in about.results["decode_shares"])
+        print(f"argmax agrees with expert choice on {about.results['agreement']:.1%} of held-out tokens; its shares: {shares}")
+    print(out)
+    return 0
+
+
 def _score(options: argparse.Namespace) -> int:
     from benchmarks.data import BadData
     from benchmarks.longbench import score_files
@@ -230,6 +278,7 @@ COMMANDS = {
     "plan": _plan,
     "list": _list,
     "report": _report,
+    "train": _train,
     "importance": _importance,
     "beta": _beta,
     "score": _score,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
-from dataclasses import is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +18,7 @@ from benchmarks.data import BadData
 from harness.cache import Arena, Budget
 from harness.choices import UnknownChoice, choose, split
 from harness.env import record_data, record_environment
-from harness.families import CannotConvert
+from harness.families import CannotConvert, routers
 from harness.head_scores import with_head_scores
 from harness.importance import LONGEST_NEEDLE, Estimate, Haystack, estimate_scores
 from harness.judge import Case, Judge, judge_rows
@@ -28,15 +29,29 @@ from harness.model import Model, UnsupportedModel
 from harness.plan import BadRequest, Shard, Tally, Work, check, left_to_do, protocols_of, run
 from harness.plan import cannot_run as cells_that_cannot
 from harness.prompts import PromptProtocol, Protocol
+from harness.reference_data import Documents, book_sentences
 from harness.shapes import SHAPES
 from harness.suites import SUITES, Suite
 from harness.sweep import CELL_BYTES, Sweep
-from harness.variants import BadVariant
+from harness.train import Batches, Diverged, Recipe, heal, routing_of
+from harness.train_data import HELD_OUT, BadText, ReferenceBatches, instruct_batches, text_batches
+from harness.variants import About, BadVariant, Conversion, is_variant, save
 from methods import METHODS
 from methods.headkv import BadScores, HeadScores
 from results.store import Store, read_rows, slug
 
-REFUSED = (BadData, BadRequest, BadScores, BadVariant, CannotConvert, UnknownChoice, UnknownModel, UnsupportedModel)
+REFUSED = (
+    BadData,
+    BadRequest,
+    BadScores,
+    BadText,
+    BadVariant,
+    CannotConvert,
+    Diverged,
+    UnknownChoice,
+    UnknownModel,
+    UnsupportedModel,
+)
 
 
 def suite_of(options: argparse.Namespace) -> Suite:
@@ -228,6 +243,97 @@ def judge_request(options: argparse.Namespace) -> JudgeTally:
         tally = judge_rows(judge, cases, options.out, bar.update)
     print(f"judge {judge.model}: {tally}", file=sys.stderr)
     return tally
+
+
+def train_request(options: argparse.Namespace) -> tuple[About, Path]:
+    """Converts a model, heals it, and saves the variant."""
+    text = conversion_of(options)
+    conversion = Conversion.parse(text)
+    recipe = _recipe(options)
+    check_name(options.model)
+    model = load_model(options, options.model)
+    if "+" in model.name:
+        raise BadRequest(f"model {model.name} is a variant already: convert its parent")
+    if model.tokenizer is None:
+        raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a training text")
+    batches = _batches(options, model)
+    out = options.out or Path("results/variants") / slug(f"{model.name}+{conversion}")
+    teacher = copy.deepcopy(model.network) if recipe.loss == "distill" else None
+    if teacher is not None:
+        teacher.set_attn_implementation("sdpa")
+    conversion.apply(model.network, recipe.seed)
+    check_free(out)
+    progress = heal(model.network, batches, recipe, out, teacher)
+    held_out = (batches(HELD_OUT + number).to(model.device) for number in range(8))
+    results: dict[str, Any] = {"tokens": progress.tokens, "seconds": round(progress.seconds, 1), "losses": progress.losses}
+    if routers(model.network):
+        results |= routing_of(model.network, held_out)
+    said = {**asdict(recipe), "trained_on": _trained_on(options)}
+    shape = replace(model.parent_shape, itemsize=4)
+    about = About(model.name, model.revision, shape, str(conversion), said, results)
+    save(model.network.to(getattr(torch, options.save_dtype)), model.tokenizer, about, out)
+    return about, out
+
+
+def conversion_of(options: argparse.Namespace) -> str:
+    """The conversion as it is written in names."""
+    needed = {"gqa": ("--groups", options.groups), "mixsga": ("--ratios", options.ratios)}
+    option, number = needed.get(options.conversion, ("", None))
+    if option and not number:
+        raise BadRequest(f"--conversion {options.conversion} needs {option}")
+    return "-".join(str(part) for part in (options.conversion, number, options.ablation) if part)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    names = {field.name for field in fields(Recipe)}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    try:
+        return Recipe(**given)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+
+
+def _batches(options: argparse.Namespace, model: Model) -> Batches:
+    sizes = (options.length, options.rows, options.seed)
+    for name, size in zip(("length", "rows"), sizes, strict=False):
+        if size < 1:
+            raise BadRequest(f"--{name} {size} must be at least 1")
+    if options.text and options.instruct:
+        raise BadRequest("--text and --instruct exclude each other")
+    if options.text:
+        return text_batches(model.tokenizer, options.text, *sizes)
+    if options.instruct:
+        return instruct_batches(model.tokenizer, options.instruct, *sizes)
+    if model.name != "reference":
+        raise BadRequest(f"model {model.name} needs --text or --instruct to be healed on")
+    books: list[str] = []
+    if options.data_dir:
+        try:
+            books = book_sentences(options.data_dir / "lm" / "books", held_out=False)
+        except FileNotFoundError as error:
+            raise BadRequest(f"--data-dir {options.data_dir}: {error}") from None
+    return ReferenceBatches(Documents(model.tokenizer, books, options.seed), options.seed)  # type: ignore[arg-type]
+
+
+def _trained_on(options: argparse.Namespace) -> str:
+    if options.text or options.instruct:
+        return f"{(options.text or options.instruct).name}, {options.rows} rows of {options.length} tokens"
+    return "the embedded model's own documents" + (" and books" if options.data_dir else "")
+
+
+def check_free(out: Path) -> None:
+    """
+    Raises:
+        BadRequest: a finished variant lies there, or nothing can be written there.
+    """
+    if is_variant(out):
+        raise BadRequest(f"{out} holds a finished variant: remove it, or choose another folder with --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".try").touch()
+        (out / ".try").unlink()
+    except OSError as error:
+        raise BadRequest(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from None
 
 
 def _plan_of(model: Model, work: Work, store: Store | None) -> dict[str, Any]:

@@ -1,0 +1,258 @@
+"""Healing: trains a converted model on text until it works again. One loop, accelerate inside, for every conversion and loss.
+
+The command is `run_all.py train`. A batch is token ids with labels (the next token of each, or -100), weights and documents.
+Packed documents cannot see each other: positions restart and no mask is given, from which transformers makes a block-diagonal
+one (only without a cache). mixSGA routes each document on its own; its consistency loss is summed before the backward pass, so
+that checkpointed layers, which run again in it, do not count twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from harness.families import routers
+from methods.mixsga import Router, RouterLoss
+
+Loss = Literal["lm", "distill"]
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a variant is healed. All of it is written into its variant.json."""
+
+    steps: int = 400
+    lr: float = 1e-3
+    router_lr: float = 1e-2  # the router starts from nothing, the weights do not
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    accumulate: int = 1  # batches a step
+    bf16: bool = True
+    checkpointing: bool = False  # of activations
+    loss: Loss = "lm"  # of labels, or to the parent's predictions
+    trains: Literal["all", "kv"] = "all"  # every weight, or keys, values and routers
+    alpha: float = 0.1  # weight of mixSGA's consistency loss
+    router_loss: RouterLoss = "logits"
+    seed: int = 0
+    save_every: int = 100  # steps
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if not self.lr > 0 or not 0 <= self.warmup < 1 or self.alpha < 0:
+            raise ValueError("--lr must be above 0, the warm-up a share below 1 and --alpha not below 0")
+
+    def rate(self, step: int) -> float:
+        """Share of the full rate: warm-up, then a cosine down to a tenth."""
+        warm = max(1, int(self.warmup * self.steps))
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids side by side."""
+
+    ids: Tensor  # [B, T]
+    labels: Tensor  # [B, T], the token that follows, or -100
+    positions: Tensor  # [B, T], from 0 in every document
+    weights: Tensor | None = None  # [B, T] of the labels' losses; None: all equal
+
+    @property
+    def documents(self) -> Tensor:
+        """[B, T], a number for each document of the whole batch; padding is a document of its own with no label."""
+        starts = (self.positions == 0).long().flatten()
+        return (starts.cumsum(0) - 1).view(self.positions.shape)
+
+    def to(self, device: torch.device) -> Batch:
+        weights = None if self.weights is None else self.weights.to(device)
+        return Batch(self.ids.to(device), self.labels.to(device), self.positions.to(device), weights)
+
+
+Batches = Callable[[int], Batch]  # by number: the same number is the same batch, so a resumed run goes on with the right one
+
+
+@dataclass
+class Progress:
+    """What came of a training."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[dict[str, float]] = field(default_factory=list)  # means over ten steps
+
+
+class Diverged(ValueError):
+    """The loss is no number any more."""
+
+
+def heal(
+    network: PreTrainedModel, batches: Batches, recipe: Recipe, folder: Path, teacher: PreTrainedModel | None = None
+) -> Progress:
+    """Trains the network in place. Goes on from the last checkpoint in `folder`, which is removed at the end.
+
+    Raises:
+        Diverged: see there.
+    """
+    torch.manual_seed(recipe.seed)
+    accelerator = Accelerator(gradient_accumulation_steps=1)
+    network.set_attn_implementation("sdpa")
+    choose_trained(network, recipe)
+    if recipe.checkpointing:
+        network.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(_groups(network, recipe), betas=recipe.betas, weight_decay=recipe.weight_decay)
+    wrapped, optimizer = accelerator.prepare(network.float().train(), optimizer)
+    progress, begin = _resume(folder, recipe, network, optimizer)
+    rates = [group["lr"] for group in _groups(network, recipe)]
+    bar = tqdm(range(begin, recipe.steps), initial=begin, total=recipe.steps, desc="train", file=sys.stderr)
+    recent: list[dict[str, float]] = []
+    started = time.perf_counter() - progress.seconds
+    for step in bar:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * recipe.rate(step)
+        parts: dict[str, float] = {}
+        for number in range(recipe.accumulate):
+            batch = batches(step * recipe.accumulate + number).to(accelerator.device)
+            total, found = loss_of(wrapped, batch, recipe, teacher)
+            accelerator.backward(total / recipe.accumulate)
+            progress.tokens += batch.ids.numel()
+            parts = {name: parts.get(name, 0.0) + value / recipe.accumulate for name, value in found.items()}
+        if not all(math.isfinite(value) for value in parts.values()):
+            raise Diverged(f"the loss is no number any more at step {step}: lower --lr")
+        accelerator.clip_grad_norm_(network.parameters(), recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        recent.append(parts)
+        if len(recent) == 10 or step == recipe.steps - 1:
+            means = {name: sum(part[name] for part in recent) / len(recent) for name in recent[0]}
+            progress.losses.append({"step": step + 1, **{name: round(value, 5) for name, value in means.items()}})
+            bar.set_postfix({name: round(value, 3) for name, value in means.items()})
+            recent = []
+        progress.seconds = time.perf_counter() - started
+        if (step + 1) % recipe.save_every == 0 and step + 1 < recipe.steps:
+            _save(folder, recipe, network, optimizer, progress, step + 1)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    network.eval()
+    return progress
+
+
+def choose_trained(network: PreTrainedModel, recipe: Recipe) -> None:
+    """Which weights are trained. A router by lot never is."""
+    lot = {id(weight) for router in routers(network) if not router.learned for weight in router.parameters()}
+    kinds = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "k_norm", "router")
+    for name, weight in network.named_parameters():
+        weight.requires_grad_((recipe.trains == "all" or any(kind in name for kind in kinds)) and id(weight) not in lot)
+
+
+def _groups(network: PreTrainedModel, recipe: Recipe) -> list[dict[str, Any]]:
+    mine = [weight for router in routers(network) for weight in router.parameters() if weight.requires_grad]
+    known = {id(weight) for weight in mine}
+    others = [weight for weight in network.parameters() if weight.requires_grad and id(weight) not in known]
+    return [{"params": others, "lr": recipe.lr}] + ([{"params": mine, "lr": recipe.router_lr}] if mine else [])
+
+
+def loss_of(
+    network: Any, batch: Batch, recipe: Recipe, teacher: PreTrainedModel | None = None
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one batch, and its parts: of the labels or to the teacher, and mixSGA's consistency."""
+    found = routers(network)
+    for router in found:
+        router.mode, router.segments = "expert_choice", batch.documents
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.bf16):
+        logits = network(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
+    task = _task_loss(logits, batch, recipe, teacher)
+    parts: dict[str, float] = {recipe.loss: float(task.detach())}
+    if found and found[0].learned:
+        consistency = torch.stack([router.loss(recipe.router_loss) for router in found]).mean()
+        parts["router"] = float(consistency.detach())
+        task = task + recipe.alpha * consistency
+    return task, parts
+
+
+def _task_loss(logits: Tensor, batch: Batch, recipe: Recipe, teacher: PreTrainedModel | None) -> Tensor:
+    if recipe.loss == "distill":
+        assert teacher is not None
+        with torch.no_grad(), torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.bf16):
+            wanted = teacher(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
+        scored = batch.labels != IGNORED
+        ours, theirs = (part[scored].float().log_softmax(-1) for part in (logits, wanted))
+        return kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    losses = cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=IGNORED)
+    if batch.weights is None:
+        return losses.sum() / (batch.labels != IGNORED).sum().clamp(min=1)
+    return (losses * batch.weights.flatten()).sum()
+
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def _save(folder: Path, recipe: Recipe, network: PreTrainedModel, optimizer: Any, progress: Progress, step: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        "recipe": json.dumps(asdict(recipe)),
+        "step": step,
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": asdict(progress),
+    }
+    draft = folder / f"{CHECKPOINT}.draft"
+    torch.save(state, draft)
+    draft.replace(folder / CHECKPOINT)
+
+
+def _resume(folder: Path, recipe: Recipe, network: PreTrainedModel, optimizer: Any) -> tuple[Progress, int]:
+    """From the last checkpoint, if there is one of the same recipe. One of another recipe is left alone and not used."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return Progress(), 0
+    state = torch.load(path, weights_only=True)
+    if state["recipe"] != json.dumps(asdict(recipe)):
+        raise ValueError(f"{path} is a checkpoint of another recipe: remove it, or choose another folder with --out")
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    return Progress(**state["progress"]), state["step"]
+
+
+@torch.no_grad()
+def routing_of(network: PreTrainedModel, batches: Iterator[Batch]) -> dict[str, Any]:
+    """How far argmax agrees with expert choice on these batches, and which share of the tokens it gives each expert, by layer."""
+    found: list[Router] = routers(network)
+    agreed, real = [0] * len(found), [0] * len(found)
+    taken = [torch.zeros(len(router.ratios)) for router in found]
+    for batch in batches:
+        for router in found:
+            router.mode, router.segments = "expert_choice", batch.documents
+        network(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
+        for number, router in enumerate(found):
+            same, of = router.agreement()
+            agreed[number] += same
+            real[number] += of
+            assert router.logits is not None
+            taken[number] += torch.bincount(router.logits.argmax(-1).flatten(), minlength=len(router.ratios)).cpu()
+    layers = [round(same / of, 4) for same, of in zip(agreed, real, strict=True)]
+    shares = [[round(float(part), 4) for part in counts / counts.sum()] for counts in taken]
+    mean = [round(sum(layer[e] for layer in shares) / len(shares), 4) for e in range(len(shares[0]))] if shares else []
+    return {
+        "agreement": round(sum(agreed) / max(1, sum(real)), 4),
+        "agreement_by_layer": layers,
+        "decode_shares": mean,
+        "decode_shares_by_layer": shares,
+    }

@@ -1,0 +1,142 @@
+"""What variants are healed on, as batches by number: the embedded model's own documents, any text, or instructions."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.reference_data import Documents
+from harness.train import IGNORED, Batch
+from harness.train_reference import PHASES, WEIGHTS
+from harness.train_reference import batch as reference_documents
+
+HELD_OUT = 10**6  # batches from this number on are never trained on
+
+
+class BadText(ValueError):
+    """Training text that is missing, empty or too short, in one line."""
+
+
+@dataclass(frozen=True)
+class ReferenceBatches:
+    """Documents as the embedded model was trained on, in the lengths of its last phase, from a stream of their own."""
+
+    documents: Documents
+    seed: int
+    tokens: int = 4096
+
+    def __call__(self, number: int) -> Batch:
+        self.documents.rng = random.Random(f"heal/{self.seed}/{number}")
+        found = reference_documents(self.documents, PHASES[-1], self.tokens)
+        ids = torch.tensor([document.ids for document in found])
+        kinds = torch.tensor([document.kinds for document in found])[:, 1:]
+        weights = torch.zeros(kinds.shape)
+        for kind, weight in WEIGHTS.items():
+            mine = kinds == kind
+            weights[mine] = weight / max(1, int(mine.sum()))
+        positions = torch.arange(ids.shape[1] - 1).expand(len(ids), -1)
+        return Batch(ids[:, :-1], ids[:, 1:], positions, weights)
+
+
+@dataclass(frozen=True)
+class PackedBatches:
+    """Documents side by side in rows of a fixed length; none of their tokens is dropped but at the end."""
+
+    ids: torch.Tensor  # [N] of all documents
+    scored: torch.Tensor  # [N] is this token's likelihood trained on?
+    starts: torch.Tensor  # [N] does a document begin here?
+    length: int
+    rows: int  # of a batch
+    seed: int
+
+    @classmethod
+    def of(cls, documents: Sequence[tuple[list[int], list[bool]]], length: int, rows: int, seed: int) -> PackedBatches:
+        """
+        Raises:
+            BadText: nothing there, or less than one row.
+        """
+        order = random.Random(seed).sample(range(len(documents)), len(documents))
+        ids = [token for number in order for token in documents[number][0]]
+        if len(ids) <= length:
+            raise BadText(
+                f"the training text holds {len(ids)} tokens, less than one sequence of {length}: lower --length or add text"
+            )
+        scored = [flag for number in order for flag in documents[number][1]]
+        starts = [place == 0 for number in order for place in range(len(documents[number][0]))]
+        return cls(torch.tensor(ids), torch.tensor(scored), torch.tensor(starts), length, rows, seed)
+
+    @property
+    def available(self) -> int:
+        return (len(self.ids) - 1) // self.length
+
+    def __call__(self, number: int) -> Batch:
+        """Rows in another order each time through. The last of 20 rows, and one at least, is held out."""
+        held = max(1, self.available // 20) if self.available > 1 else 0
+        usable = self.available - held
+        if number >= HELD_OUT:
+            chosen = [usable + (number * self.rows + row) % max(1, held) for row in range(self.rows)] if held else [0] * self.rows
+        else:
+            chosen = []
+            for place in range(number * self.rows, (number + 1) * self.rows):
+                turn, at = divmod(place, usable)
+                chosen.append(random.Random(f"{self.seed}/{turn}").sample(range(usable), usable)[at])
+        spans = [slice(row * self.length, row * self.length + self.length + 1) for row in chosen]
+        ids, scored, starts = (torch.stack([part[span] for span in spans]) for part in (self.ids, self.scored, self.starts))
+        labels = ids[:, 1:].masked_fill(starts[:, 1:] | ~scored[:, 1:], IGNORED)
+        return Batch(ids[:, :-1], labels, _positions(starts[:, :-1]))
+
+
+def _positions(starts: torch.Tensor) -> torch.Tensor:
+    """[B, T] from where documents begin; a row begins one too."""
+    place = torch.arange(starts.shape[1]).expand(starts.shape)
+    begin = torch.where(starts, place, 0).cummax(1).values
+    return place - begin
+
+
+def text_batches(tokenizer: Any, path: Path, length: int, rows: int, seed: int) -> PackedBatches:
+    """Batches of a text file, or of the .txt files of a folder, each a document.
+
+    Raises:
+        BadText: see `PackedBatches`.
+    """
+    paths = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    try:
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in paths]
+    except OSError as error:
+        raise BadText(f"--text {path}: {error.strerror}") from None
+    documents = [tokenizer(text)["input_ids"] for text in texts if text.strip()]
+    if not documents:
+        raise BadText(f"--text {path}: no text there")
+    return PackedBatches.of([(ids, [True] * len(ids)) for ids in documents], length, rows, seed)
+
+
+def instruct_batches(tokenizer: Any, path: Path, length: int, rows: int, seed: int) -> PackedBatches:
+    """Batches of a .jsonl file with `prompt` and `output`: only the output and the end token are trained on.
+
+    Raises:
+        BadText: see `PackedBatches`; or a line that is no such record.
+    """
+    documents = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadText(f"--instruct {path}: {error}") from None
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            output = row["output"][0] if isinstance(row["output"], list) else row["output"]
+            asked = tokenizer(str(row["prompt"]))["input_ids"]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise BadText(f"--instruct {path}, line {number}: a record with prompt and output is expected ({error})") from None
+        said = [*tokenizer(str(output), add_special_tokens=False)["input_ids"], *end]
+        documents.append((([*asked, *said])[:length], ([False] * len(asked) + [True] * len(said))[:length]))
+    if not documents:
+        raise BadText(f"--instruct {path}: no record there")
+    return PackedBatches.of(documents, length, rows, seed)
