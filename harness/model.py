@@ -97,8 +97,7 @@ class Model:
         self.routers = routers(network)
         widest = max((max(grouping.groups) for grouping in groupings(network)), default=1)
         self.least_shape = replace(self.shape, kv_heads=self.shape.kv_heads // widest)  # rows that no token has fewer of
-        base = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-        network.set_attn_implementation(register(base))
+        network.set_attn_implementation(register(own_attention(network)))
 
     @property
     def device(self) -> torch.device:
@@ -179,6 +178,11 @@ class Model:
             logits_to_keep=keep,
             rows_pass=work,
         ).logits
+
+
+def own_attention(network: PreTrainedModel) -> str:
+    """transformers' attention for dense passes: sdpa, but for a softcap, which sdpa cannot do."""
+    return "eager" if getattr(network.config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def shape_of(network: PreTrainedModel) -> ModelShape:

@@ -25,7 +25,7 @@ from harness.judge import Case, Judge, judge_rows
 from harness.judge import Tally as JudgeTally
 from harness.load import UnknownModel, check_name, load
 from harness.measure import keep_freed_memory
-from harness.model import Model, UnsupportedModel
+from harness.model import Model, UnsupportedModel, own_attention
 from harness.plan import BadRequest, Shard, Tally, Work, check, left_to_do, protocols_of, run
 from harness.plan import cannot_run as cells_that_cannot
 from harness.prompts import PromptProtocol, Protocol
@@ -260,7 +260,7 @@ def train_request(options: argparse.Namespace) -> tuple[About, Path]:
     out = options.out or Path("results/variants") / slug(f"{model.name}+{conversion}")
     teacher = copy.deepcopy(model.network) if recipe.loss == "distill" else None
     if teacher is not None:
-        teacher.set_attn_implementation("sdpa")
+        teacher.set_attn_implementation(own_attention(teacher))
     conversion.apply(model.network, recipe.seed)
     check_free(out)
     progress = heal(model.network, batches, recipe, out, teacher)
@@ -281,6 +281,8 @@ def conversion_of(options: argparse.Namespace) -> str:
     option, number = needed.get(options.conversion, ("", None))
     if option and not number:
         raise BadRequest(f"--conversion {options.conversion} needs {option}")
+    if "-" in str(number):
+        raise BadRequest(f"{option} {number} must not be negative")
     return "-".join(str(part) for part in (options.conversion, number, options.ablation) if part)
 
 

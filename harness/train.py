@@ -25,10 +25,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from harness.families import routers
+from harness.model import own_attention
 from methods.mixsga import Router, RouterLoss
 
 Loss = Literal["lm", "distill"]
 IGNORED = -100
+MASK_FROM_US = ("opt",)  # families that do not make a block-diagonal mask from positions; none of them has sliding windows
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def heal(
     """
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(gradient_accumulation_steps=1)
-    network.set_attn_implementation("sdpa")
+    network.set_attn_implementation(own_attention(network))
     choose_trained(network, recipe)
     if recipe.checkpointing:
         network.gradient_checkpointing_enable()
@@ -177,7 +179,7 @@ def loss_of(
     for router in found:
         router.mode, router.segments = "expert_choice", batch.documents
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.bf16):
-        logits = network(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
+        logits = predictions(network, batch)
     task = _task_loss(logits, batch, recipe, teacher)
     parts: dict[str, float] = {recipe.loss: float(task.detach())}
     if found and found[0].learned:
@@ -187,11 +189,25 @@ def loss_of(
     return task, parts
 
 
+def predictions(network: Any, batch: Batch) -> Tensor:
+    """Logits [B, T, V] in which no document sees another."""
+    family = getattr(network, "module", network).config.model_type  # under DDP the model is a module of its wrapper
+    mask = _block_mask(batch) if family in MASK_FROM_US else None
+    return network(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask, use_cache=False).logits
+
+
+def _block_mask(batch: Batch) -> Tensor:
+    """[B, 1, T, T] bool: causal, within documents."""
+    documents, place = batch.documents, torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    same = documents[:, :, None] == documents[:, None, :]
+    return (same & (place[:, None] >= place[None, :]))[:, None]
+
+
 def _task_loss(logits: Tensor, batch: Batch, recipe: Recipe, teacher: PreTrainedModel | None) -> Tensor:
     if recipe.loss == "distill":
         assert teacher is not None
         with torch.no_grad(), torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.bf16):
-            wanted = teacher(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
+            wanted = predictions(teacher, batch)
         scored = batch.labels != IGNORED
         ours, theirs = (part[scored].float().log_softmax(-1) for part in (logits, wanted))
         return kl_div(ours, theirs, log_target=True, reduction="batchmean")
@@ -240,7 +256,7 @@ def routing_of(network: PreTrainedModel, batches: Iterator[Batch]) -> dict[str, 
     for batch in batches:
         for router in found:
             router.mode, router.segments = "expert_choice", batch.documents
-        network(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
+        predictions(network, batch)
         for number, router in enumerate(found):
             same, of = router.agreement()
             agreed[number] += same
