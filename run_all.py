@@ -30,6 +30,14 @@ def parser() -> argparse.ArgumentParser:
     _add_importance(commands.add_parser("importance", help=about, description=about))
     about = "convert a model to GQA, MQA or mixSGA, heal it, save it as a variant"
     _add_train(commands.add_parser("train", help=about, description=about))
+    about = "average one token's keys and values over all heads: what becomes of the perplexity (mixSGA's figure 1)"
+    tokens = commands.add_parser("token-importance", help=about, description=about)
+    _add_model(tokens)
+    tokens.add_argument("--text", type=Path, required=True, help="file; its first tokens are read as one sequence")
+    tokens.add_argument("--tokens", type=int, default=128, help="(default: %(default)s)")
+    tokens.add_argument(
+        "--out", type=Path, default=Path("results/token_importance"), help="of .csv and .png (default: %(default)s)"
+    )
     about = "choose HeadKV's beta on held-out examples, for `run --examples test`"
     beta = commands.add_parser("beta", help=about, description=about)
     _add_request(beta)
@@ -118,8 +126,9 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     add("--data-dir", type=Path, help="for the embedded model's own documents: folder with lm/books (default: without books)")
     add("--length", type=int, default=1024, help="tokens of a row of text (default: %(default)s)")
     add("--rows", type=int, default=4, help="of a batch of text (default: %(default)s)")
-    add("--steps", type=int, help="(default: 400)")
-    add("--lr", type=float, help="(default: 1e-3)")
+    add("--steps", type=int, help="(default: 400, the embedded model 600)")
+    add("--lr", type=float, help="(default: 1e-3, the embedded model 3e-3)")
+    add("--optimizer", choices=("adamw", "muon"), help="muon: for matrices, AdamW for the rest (default: adamw)")
     add("--router-lr", type=float, help="of mixSGA's routers (default: 1e-2)")
     add("--accumulate", type=int, help="batches a step (default: 1)")
     add("--loss", choices=("lm", "distill"), help="of the text, or to the parent's predictions (default: lm)")
@@ -242,6 +251,16 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tokens(options: argparse.Namespace) -> int:
+    from harness.request import tokens_request
+    from reports.tokens import token_picture
+
+    name, words, changes, plain = tokens_request(options)
+    for path in token_picture(words, changes, plain, name, options.out):
+        print(path)
+    return 0
+
+
 def _score(options: argparse.Namespace) -> int:
     from benchmarks.data import BadData
     from benchmarks.longbench import score_files
@@ -279,6 +298,7 @@ COMMANDS = {
     "list": _list,
     "report": _report,
     "train": _train,
+    "token-importance": _tokens,
     "importance": _importance,
     "beta": _beta,
     "score": _score,

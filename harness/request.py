@@ -15,6 +15,7 @@ from tqdm import tqdm
 from benchmarks import BENCHMARKS
 from benchmarks.base import Task
 from benchmarks.data import BadData
+from harness.averaging import first_tokens, perplexity_changes
 from harness.cache import Arena, Budget
 from harness.choices import UnknownChoice, choose, split
 from harness.env import record_data, record_environment
@@ -40,6 +41,7 @@ from methods import METHODS
 from methods.headkv import BadScores, HeadScores
 from results.store import Store, read_rows, slug
 
+REFERENCE_RECIPE = Recipe(steps=600, lr=3e-3)  # the embedded model is small: it stands higher rates
 REFUSED = (
     BadData,
     BadRequest,
@@ -256,7 +258,7 @@ def train_request(options: argparse.Namespace) -> tuple[About, Path]:
         raise BadRequest(f"model {model.name} is a variant already: convert its parent")
     if model.tokenizer is None:
         raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a training text")
-    batches = _batches(options, model)
+    batches = _batches(options, model, recipe)
     out = options.out or Path("results/variants") / slug(f"{model.name}+{conversion}")
     teacher = copy.deepcopy(model.network) if recipe.loss == "distill" else None
     if teacher is not None:
@@ -275,6 +277,18 @@ def train_request(options: argparse.Namespace) -> tuple[About, Path]:
     return about, out
 
 
+def tokens_request(options: argparse.Namespace) -> tuple[str, list[str], list[float], float]:
+    """The model's name, the tokens, what averaging each does to the perplexity, and the perplexity as it is."""
+    check_name(options.model)
+    model = load_model(options, options.model)
+    if options.tokens < 2:
+        raise BadRequest(f"--tokens {options.tokens} must be at least 2")
+    ids = first_tokens(model, options.text, options.tokens)
+    with tqdm(total=len(ids), unit="token", desc=model.name, file=sys.stderr) as bar:
+        plain, changes = perplexity_changes(model, torch.tensor(ids, device=model.device), 16, bar.update)
+    return model.name, [str(model.tokenizer.decode([token])) for token in ids], changes, plain  # type: ignore[union-attr]
+
+
 def conversion_of(options: argparse.Namespace) -> str:
     """The conversion as it is written in names."""
     needed = {"gqa": ("--groups", options.groups), "mixsga": ("--ratios", options.ratios)}
@@ -290,12 +304,12 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     names = {field.name for field in fields(Recipe)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     try:
-        return Recipe(**given)
+        return replace(REFERENCE_RECIPE if options.model == "reference" else Recipe(), **given)
     except ValueError as error:
         raise BadRequest(str(error)) from None
 
 
-def _batches(options: argparse.Namespace, model: Model) -> Batches:
+def _batches(options: argparse.Namespace, model: Model, recipe: Recipe) -> Batches:
     sizes = (options.length, options.rows, options.seed)
     for name, size in zip(("length", "rows"), sizes, strict=False):
         if size < 1:
@@ -314,7 +328,8 @@ def _batches(options: argparse.Namespace, model: Model) -> Batches:
             books = book_sentences(options.data_dir / "lm" / "books", held_out=False)
         except FileNotFoundError as error:
             raise BadRequest(f"--data-dir {options.data_dir}: {error}") from None
-    return ReferenceBatches(Documents(model.tokenizer, books, options.seed), options.seed)  # type: ignore[arg-type]
+    documents = Documents(model.tokenizer, books, options.seed)  # type: ignore[arg-type]
+    return ReferenceBatches(documents, options.seed, recipe.steps * recipe.accumulate)
 
 
 def _trained_on(options: argparse.Namespace) -> str:

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,7 @@ class Recipe:
     """How a variant is healed. All of it is written into its variant.json."""
 
     steps: int = 400
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     router_lr: float = 1e-2  # the router starts from nothing, the weights do not
     warmup: float = 0.03  # share of the steps
@@ -120,16 +121,16 @@ def heal(
     choose_trained(network, recipe)
     if recipe.checkpointing:
         network.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(_groups(network, recipe), betas=recipe.betas, weight_decay=recipe.weight_decay)
-    wrapped, optimizer = accelerator.prepare(network.float().train(), optimizer)
-    progress, begin = _resume(folder, recipe, network, optimizer)
-    rates = [group["lr"] for group in _groups(network, recipe)]
+    wrapped, *optimizers = accelerator.prepare(network.float().train(), *_optimizers(network, recipe))
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    progress, begin = _resume(folder, recipe, network, optimizers)
     bar = tqdm(range(begin, recipe.steps), initial=begin, total=recipe.steps, desc="train", file=sys.stderr)
     recent: list[dict[str, float]] = []
     started = time.perf_counter() - progress.seconds
     for step in bar:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * recipe.rate(step)
+        for optimizer, full in zip(optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, full, strict=True):
+                group["lr"] = rate * recipe.rate(step)
         parts: dict[str, float] = {}
         for number in range(recipe.accumulate):
             batch = batches(step * recipe.accumulate + number).to(accelerator.device)
@@ -140,8 +141,9 @@ def heal(
         if not all(math.isfinite(value) for value in parts.values()):
             raise Diverged(f"the loss is no number any more at step {step}: lower --lr")
         accelerator.clip_grad_norm_(network.parameters(), recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         recent.append(parts)
         if len(recent) == 10 or step == recipe.steps - 1:
             means = {name: sum(part[name] for part in recent) / len(recent) for name in recent[0]}
@@ -150,7 +152,7 @@ def heal(
             recent = []
         progress.seconds = time.perf_counter() - started
         if (step + 1) % recipe.save_every == 0 and step + 1 < recipe.steps:
-            _save(folder, recipe, network, optimizer, progress, step + 1)
+            _save(folder, recipe, network, optimizers, progress, step + 1)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     network.eval()
     return progress
@@ -164,11 +166,23 @@ def choose_trained(network: PreTrainedModel, recipe: Recipe) -> None:
         weight.requires_grad_((recipe.trains == "all" or any(kind in name for kind in kinds)) and id(weight) not in lot)
 
 
-def _groups(network: PreTrainedModel, recipe: Recipe) -> list[dict[str, Any]]:
+MUON_SHARE = 0.15  # of Muon's rate: AdamW's beside it, whose steps are not orthogonal ones
+
+
+def _optimizers(network: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Routers have a rate of their own: they start from nothing, the weights do not."""
     mine = [weight for router in routers(network) for weight in router.parameters() if weight.requires_grad]
     known = {id(weight) for weight in mine}
-    others = [weight for weight in network.parameters() if weight.requires_grad and id(weight) not in known]
-    return [{"params": others, "lr": recipe.lr}] + ([{"params": mine, "lr": recipe.router_lr}] if mine else [])
+    others = {n: w for n, w in network.named_parameters() if w.requires_grad and id(w) not in known}
+    matrices = [w for n, w in others.items() if w.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    rate, found = recipe.lr, list[torch.optim.Optimizer]()
+    if recipe.optimizer == "muon" and matrices:
+        found.append(torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=0.95))
+        known |= {id(weight) for weight in matrices}
+        rate = recipe.lr * MUON_SHARE
+    groups: list[dict[str, Any]] = [{"params": [w for w in others.values() if id(w) not in known], "lr": rate}]
+    groups += [{"params": mine, "lr": recipe.router_lr}] if mine else []
+    return [*found, torch.optim.AdamW(groups, lr=rate, betas=recipe.betas, weight_decay=recipe.weight_decay)]
 
 
 def loss_of(
@@ -220,13 +234,15 @@ def _task_loss(logits: Tensor, batch: Batch, recipe: Recipe, teacher: PreTrained
 CHECKPOINT = "checkpoint.pt"
 
 
-def _save(folder: Path, recipe: Recipe, network: PreTrainedModel, optimizer: Any, progress: Progress, step: int) -> None:
+def _save(
+    folder: Path, recipe: Recipe, network: PreTrainedModel, optimizers: Sequence[Any], progress: Progress, step: int
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         "recipe": json.dumps(asdict(recipe)),
         "step": step,
         "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "progress": asdict(progress),
     }
     draft = folder / f"{CHECKPOINT}.draft"
@@ -234,7 +250,7 @@ def _save(folder: Path, recipe: Recipe, network: PreTrainedModel, optimizer: Any
     draft.replace(folder / CHECKPOINT)
 
 
-def _resume(folder: Path, recipe: Recipe, network: PreTrainedModel, optimizer: Any) -> tuple[Progress, int]:
+def _resume(folder: Path, recipe: Recipe, network: PreTrainedModel, optimizers: Sequence[Any]) -> tuple[Progress, int]:
     """From the last checkpoint, if there is one of the same recipe. One of another recipe is left alone and not used."""
     path = folder / CHECKPOINT
     if not path.exists():
@@ -243,7 +259,8 @@ def _resume(folder: Path, recipe: Recipe, network: PreTrainedModel, optimizer: A
     if state["recipe"] != json.dumps(asdict(recipe)):
         raise ValueError(f"{path} is a checkpoint of another recipe: remove it, or choose another folder with --out")
     network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, held in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(held)
     return Progress(**state["progress"]), state["step"]
 
 

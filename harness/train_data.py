@@ -13,7 +13,7 @@ import torch
 
 from harness.reference_data import Documents
 from harness.train import IGNORED, Batch
-from harness.train_reference import PHASES, WEIGHTS
+from harness.train_reference import WEIGHTS, Phase
 from harness.train_reference import batch as reference_documents
 
 HELD_OUT = 10**6  # batches from this number on are never trained on
@@ -23,17 +23,25 @@ class BadText(ValueError):
     """Training text that is missing, empty or too short, in one line."""
 
 
+SHORT = Phase("short", 0, {64: 0.5, 128: 0.5}, 0.10, (0.2, 0.25, 0.55))
+LONG = Phase("long", 0, {128: 0.1, 256: 0.2, 512: 0.3, 1024: 0.4}, 0.06)
+
+
 @dataclass(frozen=True)
 class ReferenceBatches:
-    """Documents as the embedded model was trained on, in the lengths of its last phase, from a stream of their own."""
+    """Documents as the embedded model was trained on, from a stream of their own: short ones first, then long ones.
+
+    Looking back forms on short documents far sooner, in healing as in training from nothing.
+    """
 
     documents: Documents
     seed: int
+    batches: int  # of the training: the first half is short documents
     tokens: int = 4096
 
     def __call__(self, number: int) -> Batch:
         self.documents.rng = random.Random(f"heal/{self.seed}/{number}")
-        found = reference_documents(self.documents, PHASES[-1], self.tokens)
+        found = reference_documents(self.documents, SHORT if 2 * number < self.batches else LONG, self.tokens)
         ids = torch.tensor([document.ids for document in found])
         kinds = torch.tensor([document.kinds for document in found])[:, 1:]
         weights = torch.zeros(kinds.shape)

@@ -16,6 +16,7 @@ from test_invariants import masked_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from harness.averaging import perplexity_changes
 from harness.cache import Budget, ModelShape, Needs, keep_all
 from harness.families import CannotConvert, groupings, handles, routers
 from harness.load import load
@@ -417,3 +418,35 @@ def test_variant_json_says_where_it_came_from(tmp_path: Path) -> None:
     save(model.network, None, About("parent", "rev", model.parent_shape, "gqa-2", {"steps": 1}, {"tokens": 9}), tmp_path)
     found = json.loads((tmp_path / "variant.json").read_text())
     assert found["parent"] == "parent" and found["parent_shape"]["kv_heads"] == 4 and found["results"] == {"tokens": 9}
+
+
+def test_averaging_one_token_is_averaging_its_heads_by_hand(tmp_path: Path) -> None:
+    ids = tokens(20, seed=9)
+    model = Model(wide("llama"), None, "m", "0")
+    plain, changes = perplexity_changes(model, ids, 6, lambda _: None)
+
+    def perplexity(net: Any, averaged: int | None) -> float:
+        """With hooks on plain projections."""
+
+        def hook(_: Any, __: Any, out: Tensor) -> Tensor:
+            heads = out.clone().unflatten(-1, (4, 8))
+            if averaged is not None:
+                heads[:, averaged] = heads[:, averaged].mean(1, keepdim=True)
+            return heads.flatten(-2)
+
+        for handle in handles(net):
+            handle.attention.k_proj.register_forward_hook(hook)
+            handle.attention.v_proj.register_forward_hook(hook)
+        logits = dense(net, ids)[:-1]
+        return float(torch.nn.functional.cross_entropy(logits, ids[1:]).exp())
+
+    assert plain == pytest.approx(perplexity(wide("llama"), None), rel=1e-4)
+    assert len(changes) == 20 and changes[-1] == pytest.approx(0, abs=plain * 1e-5), "nothing follows the last token"
+    for place in (0, 7, 18):
+        assert changes[place] == pytest.approx(perplexity(wide("llama"), place) - plain, rel=1e-2, abs=plain * 1e-5)
+    text = tmp_path / "t.txt"
+    text.write_text("Some words that somebody wrote, and some more of them.")
+    out = tmp_path / "tokens"
+    assert call("token-importance", "--model", "reference", "--text", str(text), "--tokens", "12", "--out", str(out)) == 0
+    assert len(out.with_suffix(".csv").read_text().splitlines()) == 13 and out.with_suffix(".png").stat().st_size > 1000
+    assert call("token-importance", "--model", "reference", "--text", str(tmp_path / "no"), "--out", str(out)) == 2

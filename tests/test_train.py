@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import harness.train
 from harness.families import routers
 from harness.load import load
 from harness.model import own_attention
+from harness.reference_data import Documents
 from harness.train import IGNORED, Batch, Recipe, choose_trained, heal, loss_of, routing_of
-from harness.train_data import HELD_OUT, BadText, PackedBatches, instruct_batches, text_batches
+from harness.train_data import HELD_OUT, BadText, PackedBatches, ReferenceBatches, instruct_batches, text_batches
 from harness.variants import read_about
 
 FAST = Recipe(steps=6, bf16=False, save_every=2, lr=1e-2)
@@ -101,10 +103,12 @@ def test_checkpointed_layers_do_not_count_the_routers_loss_twice() -> None:
     assert torch.allclose(found[True][1], found[False][1], atol=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("text", ["mixsga-3:1:6", "gqa-2", "none"])
-def test_a_killed_training_goes_on_as_if_nothing_had_happened(text: str, tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(text: str, optimizer: str, tmp_path: Path) -> None:
+    fast = replace(FAST, optimizer=optimizer)  # type: ignore[arg-type]
     whole = trainable("llama", text)
-    heal(whole, batches(), FAST, tmp_path / "whole")
+    heal(whole, batches(), fast, tmp_path / "whole")
     assert not list((tmp_path / "whole").glob("*.pt*"))
     killed, made = trainable("llama", text), batches()
 
@@ -114,12 +118,12 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(text: str, tmp_pat
         return made(number)
 
     with pytest.raises(KeyboardInterrupt):
-        heal(killed, until, FAST, tmp_path / "two")
+        heal(killed, until, fast, tmp_path / "two")
     assert (tmp_path / "two" / "checkpoint.pt").exists()
     with pytest.raises(ValueError, match="another recipe"):
         heal(trainable("llama", text), batches(), Recipe(steps=7), tmp_path / "two")
     resumed = trainable("llama", text)
-    progress = heal(resumed, batches(), FAST, tmp_path / "two")
+    progress = heal(resumed, batches(), fast, tmp_path / "two")
     for (name, ours), theirs in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6), name
     assert progress.tokens == 6 * 3 * 40 and progress.losses[-1]["step"] == 6
@@ -239,3 +243,13 @@ def test_bad_trainings_get_one_line(
     assert call("train", "--model", "reference", "--out", str(tmp_path / "v"), *given) == 2
     said = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("run_all.py:")]
     assert len(said) == 1 and says in said[0]
+
+
+def test_the_embedded_models_documents_follow_from_their_number() -> None:
+    tokenizer: Any = load("reference", torch.float32, torch.device("cpu")).tokenizer
+    made = ReferenceBatches(Documents(tokenizer, [], 0), seed=1, batches=10, tokens=512)
+    first, second = made(3), made(4)
+    again = made(3)
+    assert torch.equal(first.ids, again.ids) and not torch.equal(first.ids[0, :50], second.ids[0, :50])
+    assert made(0).ids.shape[1] <= 128 < max(made(number).ids.shape[1] for number in range(5, 10))
+    assert first.weights is not None and float(first.weights.sum()) == pytest.approx(2.4, abs=1.1)
