@@ -63,6 +63,8 @@ def suite_of(options: argparse.Namespace) -> Suite:
     changes: dict[str, Any] = {
         "models": split(options.model) if options.model else None,
         "methods": split(options.methods) if options.methods else None,
+        "variants": () if options.model else None,
+        "variant_methods": split(options.methods) if options.methods else None,
         "budgets": split(options.budgets) if options.budgets else None,
         "benchmarks": split(options.benchmarks) if options.benchmarks else None,
         "prompts": split(options.prompt) if options.prompt else None,
@@ -136,6 +138,14 @@ def work_of(options: argparse.Namespace, suite: Suite) -> Work:
     )
 
 
+def works_of(options: argparse.Namespace, suite: Suite) -> dict[str, Work]:
+    """What to run on each model of the suite."""
+    found = dict.fromkeys(suite.models, work_of(options, suite))
+    if suite.variants:
+        found |= dict.fromkeys(suite.variants, work_of(options, replace(suite, methods=suite.variant_methods)))
+    return found
+
+
 def load_model(options: argparse.Namespace, name: str) -> Model:
     device = _device(options.device)
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
@@ -156,7 +166,7 @@ def _device(name: str | None) -> torch.device:
 def run_request(options: argparse.Namespace) -> int:
     """Runs it, and gives how many cells failed."""
     suite = suite_of(options)
-    work = work_of(options, suite)
+    works = works_of(options, suite)
     store = Store(options.out)
     keep_freed_memory()
     failed = 0
@@ -164,9 +174,9 @@ def run_request(options: argparse.Namespace) -> int:
         raise BadRequest("a judge needs both --judge-url and --judge-model")
     if options.judge_workers < 1:
         raise BadRequest(f"--judge-workers {options.judge_workers} must be at least 1")
-    for name in suite.models:
+    for name in works:
         check_name(name)
-    for name in suite.models:
+    for name, work in works.items():
         model = load_model(options, name)
         mine = with_head_scores(work, model, head_score_files(options), options.data_dir)
         check(model, mine)
@@ -194,10 +204,12 @@ def _run_on(model: Model, options: argparse.Namespace, suite: Suite, work: Work,
 def plan_request(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What `run` would do for each model."""
     suite = suite_of(options)
-    work = work_of(options, suite)
     store = Store(options.out) if (options.out / "rows").is_dir() else None
-    models = (load_model(options, name) for name in suite.models)
-    return [_plan_of(m, with_head_scores(work, m, head_score_files(options), options.data_dir), store) for m in models]
+    plans = []
+    for name, work in works_of(options, suite).items():
+        model = load_model(options, name)
+        plans.append(_plan_of(model, with_head_scores(work, model, head_score_files(options), options.data_dir), store))
+    return plans
 
 
 def head_score_files(options: argparse.Namespace) -> list[Path]:

@@ -17,6 +17,8 @@ class Suite:
     about: str
     models: tuple[str, ...] = ("reference",)
     methods: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()  # models run beside them, with fewer methods
+    variant_methods: tuple[str, ...] = ()
     budgets: tuple[str, ...] = ()
     benchmarks: tuple[str, ...] = ()
     prompts: tuple[PromptProtocol, ...] = ("question_in",)
@@ -41,7 +43,9 @@ CATEGORIES = tuple(dict.fromkeys(kind.category for kind in KINDS.values()))
 
 SUITES: dict[str, Suite] = {
     "default": Suite(
-        about="every eviction method at equal bytes on the embedded model: what `python run_all.py` runs",
+        about="every eviction method at equal bytes on the embedded model, and its variants: what `python run_all.py` runs",
+        variants=("reference+gqa-2", "reference+mqa", "reference+mixsga-3:1:6", "reference+none"),
+        variant_methods=("full", "snapkv", "h2o"),
         methods=("full", *EVICTING, *BY_HEAD, "snapkv(kernel=5)", "ada_snapkv(kernel=5)"),
         budgets=("16", "32", "64", "128", "25%"),
         benchmarks=("recall", "two_hop", "recall_many", "perplexity_own"),
