@@ -31,12 +31,13 @@ def plot(found: Sequence[Line], folder: Path) -> list[Path]:
     shown = [what for what in SHOWN if any(getattr(line, what[0]) for line in found)]
     if not panels or not shown:
         return []
+    several, mixed = (len({panel[at] for panel in panels}) > 1 for at in (0, 3))  # models, protocols: named where they differ
     size = (4.6 * len(shown), 3.4 * len(panels) + 0.6)
     figure, axes = plt.subplots(len(panels), len(shown), figsize=size, squeeze=False, layout="constrained")
     for row, panel in zip(axes, panels, strict=True):
         for axis, (field, label, _) in zip(row, shown, strict=True):
             _draw(axis, [line for line in found if line.panel == panel], field)
-            axis.set_title(f"{panel[1]}, {panel[2]}", fontsize=9)
+            axis.set_title(", ".join([panel[1], panel[2], *panel[: 1 * several], *panel[3 : 3 + mixed]]), fontsize=9)
             axis.set_xlabel("bytes kept, share of the full cache (measured)", fontsize=8)
             metric = next((line.metric for line in found if line.panel == panel and line.metric), label)
             axis.set_ylabel(metric if field == "score" else label, fontsize=8)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
-from reports.statistics import Estimate, estimate, paired_difference
+from reports.statistics import Estimate, estimate, paired_difference, proportion
 from results.record import Record
 
 Where = tuple[str, ...]
@@ -96,7 +96,7 @@ def _line(where: Where, records: Sequence[Record], full: Sequence[Record], ratin
         allocated_share=_share(done, "bytes_allocated"),
         entries=float(np.mean([record.entries for record in done])) if done else None,
         metric=next((next(iter(record.metrics)) for record in done if record.metrics), None),
-        score=_estimate(scores.values()),
+        score=_score(scores.values()),
         score_difference=paired_difference(scores, baseline),
         kl=_estimate(record.fidelity["kl"] for record in done if record.fidelity),
         top1=_estimate(record.fidelity["top1"] for record in done if record.fidelity),
@@ -123,6 +123,12 @@ def _estimate(values: Iterable[float]) -> Estimate | None:
     found = np.array(list(values), dtype=np.float64)
     found = found[np.isfinite(found)]
     return estimate(found) if len(found) else None
+
+
+def _score(values: Iterable[float]) -> Estimate | None:
+    """As `_estimate`; of answers that are right or wrong, a proportion."""
+    found = np.array(list(values), dtype=np.float64)
+    return proportion(found) if len(found) and bool(np.isin(found, (0.0, 1.0)).all()) else _estimate(found)
 
 
 def _share(records: Sequence[Record], count: str) -> float | None:

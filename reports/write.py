@@ -41,8 +41,9 @@ def _judged_by(ratings: dict[str, dict[str, float]]) -> str:
 INTRODUCTION = """# Scores against bytes
 
 Bytes kept and allocated are measured in the cache right after compaction, as a share of the unconverted model's full cache of
-the same prompt. Intervals are 95 % bootstraps over examples. "Against full" is the paired difference to the full cache on the
-same examples; a star marks an interval that excludes 0, of at least six examples. For `exact` higher is better, for `nll` lower.
-KL and top token compare the cell with the full cache while both are fed the full cache's answer. `-`: nothing was measured.
+the same prompt. Intervals are of 95 %: bootstraps over examples, Wilson's for shares of right answers. "Against full" is the
+paired difference to the full cache on the same examples; a star marks an interval that excludes 0, of at least six examples.
+For `nll` lower is better, for every other score higher. KL and top token compare the cell with the full cache while both are fed
+the full cache's answer. `-`: nothing was measured.
 
 """

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reports.statistics import Estimate, estimate, paired_difference
+from reports.statistics import Estimate, estimate, paired_difference, proportion
 
 
 @pytest.mark.parametrize("size", [5, 40, 3000])
@@ -41,3 +41,11 @@ def test_differences_are_paired() -> None:
     assert few is not None
     assert not few.excludes_zero, "two examples prove nothing, however alike"
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize(("right", "of"), [(0, 10), (10, 10), (3, 7), (199, 200)])
+def test_proportions_equal_scipys_wilson(right: int, of: int) -> None:
+    ours = proportion(np.array([1.0] * right + [0.0] * (of - right)))
+    theirs = stats.binomtest(right, of).proportion_ci(method="wilson")
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert ours.high > ours.low and ours.mean == right / of
