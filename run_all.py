@@ -187,9 +187,11 @@ def _run(options: argparse.Namespace) -> int:
     from harness.request import judge_request, run_request
 
     failed = run_request(options)
-    if options.judge_url:
+    done = _report(options)
+    if options.judge_url:  # the report is there, whatever becomes of the judge
         failed += judge_request(options).statuses["unreachable"]
-    return max(_report(options), 1 if failed else 0)
+        done = _report(options)
+    return max(done, 1 if failed else 0)
 
 
 def _plan(options: argparse.Namespace) -> int:

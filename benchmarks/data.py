@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +34,7 @@ class Source:
     file: str = ""  # in it; "archive.zip::member" for a file in an archive
     revision: str = "main"
     filled: tuple[str, ...] = ()  # of the fields, those that may not be empty
+    fault: Callable[[dict[str, Any]], str | None] | None = None  # what else is wrong with a record
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read(path: Path) -> bytes:
     try:
         data = path.read_bytes()
         return OPENERS[path.suffix](data) if path.suffix in OPENERS else data
-    except (OSError, lzma.LZMAError, EOFError) as error:
+    except (OSError, lzma.LZMAError, zlib.error, EOFError) as error:
         raise BadData(f"{path} cannot be read: {error}") from None
 
 
@@ -85,7 +87,9 @@ def lines(data: bytes, where: Path | str) -> Iterator[tuple[int, dict[str, Any]]
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            if b"\\ud" in line.lower():  # half of a pair of surrogates is no text
+                json.dumps(row, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
             raise BadData(f"{where}, line {number}: not JSON ({str(error)[:80]})") from None
         if not isinstance(row, dict):
             raise BadData(f"{where}, line {number}: a JSON object is expected")
@@ -98,8 +102,8 @@ def _checked(source: Source, data: bytes, shown: str, where: Path | str) -> Data
     for number, row in rows:
         missing = [field for field in source.fields if field not in row]
         empty = [field for field in source.filled if field in row and not row[field]]
-        if missing or empty:
-            what = f"no field {missing[0]!r}" if missing else f"field {empty[0]!r} is empty"
+        what = f"no field {missing[0]!r}" if missing else f"field {empty[0]!r} is empty" if empty else None
+        if what or (what := source.fault(row) if source.fault else None):
             raise BadData(f"{where}, line {number}: {what}")
         found.append(row)
     if not found:

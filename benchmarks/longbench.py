@@ -7,9 +7,10 @@ ones in white space and are put right (a test compares all with the official fil
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -118,12 +119,34 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_multi_constructor("!function", lambda *_: None)
 
 
+def _fault(task: str, answers: Any, classes: Any, words: Any) -> str | None:
+    """What is wrong with a record's answers, class names or length, in a few words."""
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        return "answers is not a list of texts"
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        return "all_classes is neither null nor a list of texts"
+    if not isinstance(words, int):
+        return "length is not a whole number"
+    form = {"passage_retrieval_en": r"Paragraph (\d+)", "passage_retrieval_zh": r"段落(\d+)"}.get(task)
+    if form and not all(re.search(form, answer) for answer in answers):
+        return f"an answer is not of the form {form}"
+    return None
+
+
+def _fault_of(task: str) -> Callable[[dict[str, Any]], str | None]:
+    return lambda row: _fault(task, row["answers"], row["all_classes"], row["length"])
+
+
+_FAULTS = {task: _fault_of(task) for task in KINDS}  # one function a task, so that equal sources are equal
+
+
 def source(task: str, extended: bool) -> Source:
     name = f"{task}_e" if extended else task
     return Source(
         local=(f"longbench/{name}", name),
         fields=("input", "context", "answers", "length", "all_classes"),
         filled=("answers",),
+        fault=_FAULTS[task],
         licence="MIT (LongBench); the underlying set keeps its own",
         repository="zai-org/LongBench",
         file=f"data.zip::data/{name}.jsonl",
@@ -162,7 +185,9 @@ class LongBench:
 
     @property
     def data(self) -> str:
-        return self.records().sha256
+        """Of the records and of the prompt, which comes with lm-eval."""
+        prompt = official_prompt(self.task)
+        return f"{self.records().sha256}+{hashlib.sha256(repr(prompt).encode()).hexdigest()[:8]}"
 
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
         row = self.records().rows[index]
@@ -197,21 +222,19 @@ class Prediction:
     words: int
 
     @classmethod
-    def of(cls, row: dict[str, Any], where: str) -> Prediction:
+    def of(cls, row: dict[str, Any], where: str, task: str) -> Prediction:
         """
         Raises:
             BadData: a field is missing or of another type.
         """
         try:
-            classes = tuple(row.get("all_classes") or ())
-            answers = row["answers"]
-            if isinstance(answers, str) or not isinstance(row["pred"], str):
-                raise TypeError("pred is a text, answers a list of texts")
-            return cls(row["pred"], tuple(map(str, answers)), classes, int(row.get("length") or 0))
+            said, answers, classes, words = row["pred"], row["answers"], row.get("all_classes"), row.get("length") or 0
         except KeyError as error:
             raise BadData(f"{where}: no field {error}") from None
-        except (TypeError, ValueError) as error:
-            raise BadData(f"{where}: {error}") from None
+        what = "pred is not a text" if not isinstance(said, str) else _fault(task, answers, classes, words)
+        if what:
+            raise BadData(f"{where}: {what}")
+        return cls(said, tuple(answers), tuple(classes or ()), words)
 
 
 def score_files(paths: Sequence[Path], extended: bool, workers: int) -> dict[str, Any]:
@@ -227,7 +250,7 @@ def score_files(paths: Sequence[Path], extended: bool, workers: int) -> dict[str
     for path in paths:
         if _task_of(path) in found:
             raise BadData(f"two files of predictions of {_task_of(path)}, the second {path}")
-        found[_task_of(path)] = _predictions(path)
+        found[_task_of(path)] = _predictions(path, _task_of(path))
     work = [(task, prediction) for task, predictions in found.items() for prediction in predictions]
     # the largest pieces of work are the summaries: small chunks keep the workers evenly busy
     if workers > 1:
@@ -255,8 +278,8 @@ def _task_of(path: Path) -> str:
     return task
 
 
-def _predictions(path: Path) -> list[Prediction]:
-    found = [Prediction.of(row, f"{path}, line {number}") for number, row in data.lines(data.read(path), path)]
+def _predictions(path: Path, task: str) -> list[Prediction]:
+    found = [Prediction.of(row, f"{path}, line {number}", task) for number, row in data.lines(data.read(path), path)]
     if not found:
         raise BadData(f"{path} holds no prediction")
     return found

@@ -14,7 +14,7 @@ from statistics import mean
 
 from benchmarks import BENCHMARKS
 from harness.choices import choose, split
-from harness.plan import BadRequest, is_held_out
+from harness.plan import BadRequest
 from harness.request import run_request, suite_of
 from methods import METHODS
 from methods.base import Eviction
@@ -44,12 +44,20 @@ def beta_request(options: argparse.Namespace) -> tuple[list[Choice], Path]:
         method = choose("method", name, METHODS)[1]
         if not (isinstance(method, Eviction) and method.head_scores):
             raise BadRequest(f"method {name!r} has no beta to choose; headkv_r, headkv_er and headkv_r2 have")
-    betas = [float(text) for text in split(options.betas)] if options.betas else list(BETAS)
-    options.methods = ",".join(f"{name}(beta={beta:g})" for name in named for beta in betas)
+    try:
+        betas = [float(text) for text in split(options.betas)] if options.betas else list(BETAS)
+    except ValueError:
+        raise BadRequest(f"--betas {options.betas!r} are not numbers with commas") from None
+    labels = {name: {beta: _with_beta(name, beta) for beta in betas} for name in named}
+    options.methods = ",".join(label for mine in labels.values() for label in mine.values())
     options.examples = "held_out"
-    if run_request(options):
+    for text in suite_of(options).benchmarks:
+        if not choose("benchmark", text, BENCHMARKS)[1].metrics:
+            raise BadRequest(f"benchmark {text} has no score to choose by")
+    keys: set[str] = set()
+    if run_request(options, keys):
         raise BadRequest("some cells failed, so no beta was chosen; see the messages above")
-    choices = _choices(read_rows(options.out), named, betas, set(suite_of(options).seeds))
+    choices = _choices([row for row in read_rows(options.out) if row.key.id in keys], labels)
     path = options.out / "beta.json"
     try:
         path.write_text(json.dumps([asdict(choice) for choice in choices], indent=1) + "\n")
@@ -58,14 +66,20 @@ def beta_request(options: argparse.Namespace) -> tuple[list[Choice], Path]:
     return choices, path
 
 
-def _choices(records: list[Record], named: list[str], betas: list[float], seeds: set[int]) -> list[Choice]:
+def _with_beta(name: str, beta: float) -> str:
+    """The method as it is named in rows, with this beta beside its other settings."""
+    inside = f"{name[:-1]}," if name.endswith(")") else f"{name}("
+    return choose("method", f"{inside}beta={beta!r})", METHODS)[0]
+
+
+def _choices(records: list[Record], labels: dict[str, dict[float, str]]) -> list[Choice]:
     """One for each model, prompt protocol, method and budget; of equal means the larger beta, which trusts the scores less."""
-    done = [r for r in records if r.status == "ok" and r.key.seed in seeds and is_held_out(r.key.example)]
+    done = [record for record in records if record.status == "ok"]
     found = []
     for where in dict.fromkeys(map(_where, done)):
         mine = [record for record in done if _where(record) == where]
-        for name in named:
-            by_beta = {beta: [r for r in mine if r.key.method.split("@")[0] == f"{name}(beta={beta:g})"] for beta in betas}
+        for name, named in labels.items():
+            by_beta = {beta: [r for r in mine if r.key.method.split("@")[0] == label] for beta, label in named.items()}
             means = {beta: _mean_of_means(rows) for beta, rows in by_beta.items() if rows}
             if means:
                 best = max(means, key=lambda beta: (round(means[beta], 9), beta))

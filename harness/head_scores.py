@@ -41,8 +41,6 @@ def _scores(kind: str, model: Model, given: Sequence[Path], data_dir: Path | Non
             return scores
         except BadScores as error:
             refusal = refusal or error
-    if refusal is not None:
-        raise refusal
     at_hand = [REFERENCE / "head_scores"] if model.name == "reference" else []
     at_hand += [] if data_dir is None else [data_dir / "headkv" / "head_score"]
     name = model.name.rsplit("/", 1)[-1]
@@ -53,6 +51,8 @@ def _scores(kind: str, model: Model, given: Sequence[Path], data_dir: Path | Non
         if scores.kind == kind:
             scores.check(model.name, model.revision, *shape)
             return scores
+    if refusal is not None:  # what was given is another model's, and there is nothing else
+        raise refusal
     return None
 
 

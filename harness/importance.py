@@ -33,6 +33,7 @@ from harness.plan import BadRequest
 from harness.prompts import Chat, encode
 from harness.rows import RowCache, compact
 from methods.headkv import HeadScores, Kind, attended, copied
+from results.store import append_line
 
 TEXT_NEEDLES = 20  # written ones of each kind that take turns
 LONGEST_NEEDLE = 64  # tokens of an answer, at most
@@ -226,13 +227,16 @@ def estimate_scores(
     """Runs what is left of the attempts, keeping each at once beside `out`, and writes the artefact.
 
     Raises:
-        BadRequest: another estimate was begun there; or no attempt succeeded.
+        BadRequest: no attempt succeeded, or the file cannot be written.
+        StoreError: an attempt cannot be kept.
     """
     if model.tokenizer is None:
         raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a needle")
     settings: dict[str, Any] = {**asdict(estimate), "dtype": str(model.network.dtype).removeprefix("torch.")}
-    journal = Journal(out.with_suffix(".attempts.jsonl"), {"variant": model.name, "revision": model.revision, **settings})
-    done = journal.read()
+    same = {"variant": model.name, "revision": model.revision, **settings, "attempts": None}  # any number of them goes on
+    name = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
+    journal = Journal(out.with_suffix(f".{name}.attempts.jsonl"), same)
+    done = {number: scores for number, scores in journal.read().items() if number < estimate.attempts}
     progress(len(done))
     arena = Arena()
     for number in range(estimate.attempts):
@@ -249,7 +253,10 @@ def estimate_scores(
         )
     runs = np.array(found).reshape(len(found), model.shape.layers, model.shape.query_heads)
     scores = HeadScores(model.name, model.revision, estimate.kind, runs, estimate.attempts, settings)
-    scores.save(out)
+    try:
+        scores.save(out)
+    except OSError as error:
+        raise BadRequest(f"cannot write {out}: {error.strerror}; the attempts are kept beside it") from None
     journal.remove()
     return scores
 
@@ -278,14 +285,16 @@ class Journal:
                 os.truncate(self.path, len(whole.encode()))
         except OSError as error:
             raise BadRequest(f"cannot write to {self.path}: {error.strerror}; choose another file with --out") from None
-        head, *rows = [json.loads(line) for line in whole.splitlines()]
-        if head != {"settings": self.settings}:
-            raise BadRequest(f"{self.path} holds the attempts of another estimate: remove it, or choose another file with --out")
-        return {row["attempt"]: row["scores"] for row in rows}
+        try:
+            head, *rows = [json.loads(line) for line in whole.splitlines()]
+            if head != {"settings": self.settings}:
+                raise ValueError("of another estimate")
+            return {row["attempt"]: row["scores"] for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadRequest(f"{self.path} cannot be gone on with ({error}): remove it") from None
 
     def add(self, number: int, scores: list[float] | None, answer: str) -> None:
-        with self.path.open("a") as handle:
-            handle.write(json.dumps({"attempt": number, "answer": answer, "scores": scores}) + "\n")
+        append_line(self.path, json.dumps({"attempt": number, "answer": answer, "scores": scores}))
 
     def remove(self) -> None:
         self.path.unlink()

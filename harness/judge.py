@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +77,7 @@ class Judge:
     timeout_s: float = 120.0
     attempts: int = 5
     wait_s: float = 1.0  # before the second attempt; doubled before each further one
-    key: str = field(default_factory=lambda: os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY", ""), repr=False)
+    key: str = field(default_factory=lambda: _key(), repr=False)
 
     def content(self, case: Case) -> str:
         """What was asked, as a hash: the same question gets the same rating."""
@@ -96,9 +97,9 @@ class Judge:
                 reason = f"HTTP {error.code} {error.reason}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     break  # asking again would not help
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
                 reason = f"{type(error).__name__}: {error}"
-        return Verdict("unreachable", None, reason)
+        return Verdict("unreachable", None, reason.replace(self.key.strip(), "***") if self.key.strip() else reason)
 
     def _post(self, asked: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
@@ -106,6 +107,11 @@ class Judge:
         with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
             found: dict[str, Any] = json.loads(answer.read())
         return found
+
+
+def _key() -> str:
+    """From the environment; a line's end that came with it is no part of it."""
+    return (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY", "")).strip()
 
 
 def _verdict(found: dict[str, Any]) -> Verdict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from harness.model import Model, UnsupportedModel
 from harness.shapes import SHAPES
-from harness.variants import Conversion, convert, is_variant, open_variant
+from harness.variants import Conversion, convert, digest_of, is_variant, open_variant
 
 transformers_logging.disable_progress_bar()  # a bar a checkpoint, amid our own
 REFERENCE = Path(__file__).parent / "reference"
@@ -102,12 +101,8 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, device: torch.devi
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnknownModel(f"model {name!r} cannot be read from {folder}: {reason}") from None
-    digest = hashlib.sha256()
-    for path in weights:
-        with path.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
     shown = name if name == "reference" else folder.name
-    return Model(_on(network, device), tokenizer, shown, digest.hexdigest()[:16])
+    return Model(_on(network, device), tokenizer, shown, digest_of(folder))
 
 
 def _from_hub(name: str, dtype: torch.dtype, device: torch.device, revision: str | None) -> Model:

@@ -103,6 +103,10 @@ def left_to_do(model: Model, work: Work, store: Store | None) -> Iterator[Todo]:
         for protocol, seed, index in wanted:
             example = _example(model, label, task, index, seed)
             limit = protocol.truncation or model.max_tokens - _most(example, protocol)
+            if protocol.truncation and protocol.truncation > model.max_tokens:
+                raise BadRequest(
+                    f"--truncation {protocol.truncation} is more than the {model.max_tokens} positions of {model.name}"
+                )
             if limit < 2:
                 raise BadRequest(f"{task.name}: answers of {_most(example, protocol)} tokens leave no room for a prompt")
             todo = Todo(task, example, protocol, seed, limit, {})

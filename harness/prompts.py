@@ -53,8 +53,8 @@ def tokenize(
     if not ids:
         raise CannotPrompt("the prompt is empty")
     if len(ids) > limit:
-        head, tail = limit - limit // 2, limit // 2
-        dropped = len(ids) - limit
+        head = tail = limit // 2  # as LongBench does: an odd limit leaves one unused
+        dropped = len(ids) - head - tail
         ids = ids[:head] + ids[len(ids) - tail :]
         context = min(context, head) if context <= head + dropped else context - dropped
     if forced:

@@ -29,7 +29,7 @@ from harness.measure import keep_freed_memory
 from harness.model import Model, UnsupportedModel, own_attention
 from harness.plan import BadRequest, Shard, Tally, Work, check, left_to_do, protocols_of, run
 from harness.plan import cannot_run as cells_that_cannot
-from harness.prompts import PromptProtocol, Protocol
+from harness.prompts import CannotPrompt, PromptProtocol, Protocol
 from harness.reference_data import Documents, book_sentences
 from harness.shapes import SHAPES
 from harness.suites import SUITES, Suite
@@ -49,6 +49,7 @@ REFUSED = (
     BadText,
     BadVariant,
     CannotConvert,
+    CannotPrompt,
     Diverged,
     UnknownChoice,
     UnknownModel,
@@ -63,8 +64,7 @@ def suite_of(options: argparse.Namespace) -> Suite:
     changes: dict[str, Any] = {
         "models": split(options.model) if options.model else None,
         "methods": split(options.methods) if options.methods else None,
-        "variants": () if options.model else None,
-        "variant_methods": split(options.methods) if options.methods else None,
+        "variants": () if options.model or options.methods else None,
         "budgets": split(options.budgets) if options.budgets else None,
         "benchmarks": split(options.benchmarks) if options.benchmarks else None,
         "prompts": split(options.prompt) if options.prompt else None,
@@ -163,8 +163,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def run_request(options: argparse.Namespace) -> int:
-    """Runs it, and gives how many cells failed."""
+def run_request(options: argparse.Namespace, keys: set[str] | None = None) -> int:
+    """Runs it, and gives how many cells failed.
+
+    Args:
+        keys: gets the ids of all rows that this request asks for, finished before or not.
+    """
     suite = suite_of(options)
     works = works_of(options, suite)
     store = Store(options.out)
@@ -179,7 +183,16 @@ def run_request(options: argparse.Namespace) -> int:
     for name, work in works.items():
         model = load_model(options, name)
         mine = with_head_scores(work, model, head_score_files(options), options.data_dir)
-        check(model, mine)
+        try:
+            check(model, mine)
+        except BadRequest as refusal:
+            if len(works) == 1:
+                raise
+            print(f"{name}: skipped, {refusal}", file=sys.stderr)
+            failed += 1
+            continue
+        if keys is not None:
+            keys |= {key.id for todo in left_to_do(model, mine, None) for key in todo.keys.values()}
         tally = _run_on(model, options, suite, mine, store)
         failed += tally.failed
         print(f"{name}: {tally.ok} cells done, {tally.skipped} skipped, {tally.failed} failed", file=sys.stderr)
@@ -219,8 +232,13 @@ def head_score_files(options: argparse.Namespace) -> list[Path]:
 def importance_request(options: argparse.Namespace) -> tuple[HeadScores, Path]:
     """Estimates head scores, and gives them with the file that holds them."""
     check_name(options.model)
+    out = options.out or Path("results/head_scores") / f"{slug(options.model)}_{options.kind}.json"
+    if out.suffix != ".json" or out.is_dir():
+        raise BadRequest(f"--out {out} must name a .json file")
     haystack = Haystack.of(options.haystack)
     model = load_model(options, options.model)
+    if model.routers:
+        raise BadRequest(f"{model.name}: heads of a mixSGA variant hold different tokens, which the estimator does not read")
     estimate = Estimate(
         kind=options.kind,
         needles=options.needles or ("facts" if model.name == "reference" else "text"),
@@ -237,7 +255,6 @@ def importance_request(options: argparse.Namespace) -> tuple[HeadScores, Path]:
         raise BadRequest(
             f"--max-length {estimate.max_length} leaves no room for an answer: {model.name} has {model.max_tokens} positions"
         )
-    out = options.out or Path("results/head_scores") / f"{slug(model.name)}_{estimate.kind}.json"
     with tqdm(total=estimate.attempts, unit="attempt", desc=model.name, file=sys.stderr) as bar:
         return estimate_scores(model, estimate, haystack, out, bar.update), out
 
@@ -249,7 +266,7 @@ def judge_request(options: argparse.Namespace) -> JudgeTally:
     cases = []
     for row in read_rows(options.out):
         task = questions.get(row.key.benchmark)
-        if task is not None and row.status == "ok" and row.key.benchmark_params == repr(task):
+        if task is not None and row.status == "ok" and (row.key.benchmark_params, row.key.data) == (repr(task), task.data):
             reference = task.example(row.key.example, row.key.seed, len).answers[0]
             cases.append(Case(row.key.id, task.question(row.key.example), reference, row.answer or ""))  # type: ignore[attr-defined]
     judge = Judge(options.judge_url, options.judge_model, workers=options.judge_workers)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness.cache import ModelShape
-from harness.families import SAYS_GROUPS, CannotConvert, group_heads, handles, mix_groups, wrapped
-from harness.model import Model, shape_of
+from harness.families import CannotConvert, group_heads, handles, mix_groups, wrapped
+from harness.model import Model
 
 ABOUT, WEIGHTS = "variant.json", "variant.safetensors"
 FORMAT = "variant/1"
@@ -184,17 +184,21 @@ def open_variant(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Abo
                 )
             network.tie_weights()
             network.to(dtype)
-            files = [weights]
         else:
             network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-            files = sorted(folder.glob("*.safetensors"))
     except (OSError, RuntimeError, SafetensorError, CannotConvert) as error:
         raise BadVariant(f"variant {folder} cannot be read: {(str(error).splitlines() or [''])[0]}") from None
+    return network.eval(), about, digest_of(folder)
+
+
+def digest_of(folder: Path) -> str:
+    """Of everything in a checkpoint that answers depend on: weights, configuration, tokenizer."""
     digest = hashlib.sha256()
-    for path in files:
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for path in [*sorted(folder.glob("*.safetensors")), *(folder / name for name in names if (folder / name).exists())]:
         with path.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return network.eval(), about, digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
 def bytes_a_token(shape: ModelShape, conversion: Conversion) -> float:
@@ -212,4 +216,7 @@ def bytes_a_token(shape: ModelShape, conversion: Conversion) -> float:
     return whole * share + shape.layers * (len(used) - 1).bit_length() / 8
 
 
-__all__ = ["SAYS_GROUPS", "About", "BadVariant", "Conversion", "convert", "is_variant", "open_variant", "save", "shape_of"]
+__all__ = [
+    *("SAYS_GROUPS", "About", "BadVariant", "Conversion"),
+    *("bytes_a_token", "convert", "digest_of", "is_variant", "open_variant", "save", "shape_of"),
+]

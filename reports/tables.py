@@ -80,6 +80,7 @@ def _order(where: Where) -> tuple[object, ...]:
 def _line(where: Where, records: Sequence[Record], full: Sequence[Record], ratings: Mapping[str, float]) -> Line:
     done = [record for record in records if record.status == "ok"]
     scores, baseline = _by_example(done), _by_example(record for record in full if record.status == "ok")
+    metric = next((next(iter(record.metrics)) for record in done if record.metrics), None)
     model, benchmark, prompt, protocol, _, method, _, budget = where
     return Line(
         model,
@@ -95,8 +96,8 @@ def _line(where: Where, records: Sequence[Record], full: Sequence[Record], ratin
         byte_share=_share(done, "bytes_kept"),
         allocated_share=_share(done, "bytes_allocated"),
         entries=float(np.mean([record.entries for record in done])) if done else None,
-        metric=next((next(iter(record.metrics)) for record in done if record.metrics), None),
-        score=_score(scores.values()),
+        metric=metric,
+        score=_score(scores.values(), metric),
         score_difference=paired_difference(scores, baseline),
         kl=_estimate(record.fidelity["kl"] for record in done if record.fidelity),
         top1=_estimate(record.fidelity["top1"] for record in done if record.fidelity),
@@ -125,10 +126,14 @@ def _estimate(values: Iterable[float]) -> Estimate | None:
     return estimate(found) if len(found) else None
 
 
-def _score(values: Iterable[float]) -> Estimate | None:
+RIGHT_OR_WRONG = ("exact",)  # metrics of which an answer has 0 or 1
+
+
+def _score(values: Iterable[float], metric: str | None) -> Estimate | None:
     """As `_estimate`; of answers that are right or wrong, a proportion."""
     found = np.array(list(values), dtype=np.float64)
-    return proportion(found) if len(found) and bool(np.isin(found, (0.0, 1.0)).all()) else _estimate(found)
+    whole = metric in RIGHT_OR_WRONG and len(found) and bool(np.isin(found, (0.0, 1.0)).all())
+    return proportion(found) if whole else _estimate(found)
 
 
 def _share(records: Sequence[Record], count: str) -> float | None:

@@ -56,6 +56,11 @@ class Handler(BaseHTTPRequestHandler):
             answer["message"]["content"] = "Ten out of ten!"
         elif "ELEVEN" in text:
             answer["message"]["content"] = "Rating: [[11.00]]"
+        if "STRANGE" in text:
+            self.wfile.write(b"SSH-2.0-hello\r\n")
+            self.close_connection = True
+            return
+        answer = "hi" if "ODD" in text else answer  # type: ignore[assignment]
         body = b"oops" if "BROKEN" in text else json.dumps({"choices": [answer]}).encode()
         self.send_response(503 if fails else 401 if "FORBIDDEN" in text else 200)
         self.send_header("Content-Length", str(len(body)))
@@ -95,6 +100,14 @@ def test_ratings_refusals_and_nonsense_are_kept_apart(server: Server, tmp_path: 
         "the word is in the wording, once each"
     )
     assert server.asked[0]["temperature"] == 0.7 and server.asked[0]["model"] == "a/judge"
+
+
+def test_whatever_a_judge_sends_is_a_verdict_and_never_shows_the_key(server: Server) -> None:
+    for text in ("STRANGE", "ODD", "BROKEN"):
+        assert judge(server, attempts=1).rate(case("1", text)).status == "unreachable"
+    bad = Judge("http://[broken/v1", "m", attempts=1, wait_s=0.01, key="s3cret\r")
+    assert "s3cret" not in bad.rate(case("1", "x")).text
+    assert "s3cret" not in Judge(server.url, "m", attempts=1, key="s3cret\r").rate(case("1", "x")).text
 
 
 def test_nothing_is_asked_twice(server: Server, tmp_path: Path) -> None:

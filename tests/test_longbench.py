@@ -110,8 +110,8 @@ def test_every_local_record_makes_a_prompt_and_scores_its_own_answer() -> None:
             assert example.prompt[: example.context_end].endswith(row["context"])
             assert row["input"] in example.prompt[example.context_end :]
             assert "{context}" not in example.prompt[:500] and example.max_new_tokens == official_prompt(task).max_new_tokens
-        best = bench.score(example.answers[0], example)["longbench"]
-        assert best > (40 if task in CHINESE else 99.9), (task, best)
+            best = bench.score(example.answers[0], example)["longbench"]
+            assert best > (40 if task in CHINESE else 99.9), (task, index, best)
 
 
 @needs_data
@@ -160,6 +160,9 @@ ROW = {"input": "q", "context": "c", "answers": ["a"], "length": 3, "all_classes
         (json.dumps({key: value for key, value in ROW.items() if key != "answers"}), "line 1: no field 'answers'"),
         (b"\x00\xff\xfe\x80junk", "line 1: not JSON"),
         ("[1, 2]", "line 1: a JSON object is expected"),
+        (json.dumps({**ROW, "answers": "yes"}), "answers is not a list of texts"),
+        (json.dumps({**ROW, "length": None}), "length is not a whole number"),
+        (json.dumps({**ROW, "input": "\ud800"}), "line 1: not JSON"),
         ("", "holds no record"),
     ],
 )
@@ -193,8 +196,11 @@ def test_missing_data_say_where_they_were_looked_for(tmp_path: Path, capsys: pyt
     ("name", "text", "says"),
     [
         ("qasper.jsonl", '{"pred": "a"}', "line 1: no field 'answers'"),
-        ("qasper.jsonl", '{"pred": 3, "answers": ["a"]}', "pred is a text"),
-        ("qasper.jsonl", '{"pred": "a", "answers": "a"}', "answers a list"),
+        ("qasper.jsonl", '{"pred": 3, "answers": ["a"]}', "pred is not a text"),
+        ("qasper.jsonl", '{"pred": "a", "answers": "a"}', "answers is not a list of texts"),
+        ("trec.jsonl", '{"pred": "a", "answers": ["a"], "all_classes": [1]}', "all_classes is neither"),
+        ("passage_retrieval_en.jsonl", '{"pred": "a", "answers": ["3"]}', "an answer is not of the form"),
+        ("qasper.jsonl", "[" * 200_000, "not JSON"),
         ("nothing.jsonl", '{"pred": "a", "answers": ["a"]}', "is no prediction of a LongBench task"),
         ("qasper.jsonl", "", "holds no prediction"),
         ("qasper.txt", "", "is no prediction"),
