@@ -214,9 +214,3 @@ def bytes_a_token(shape: ModelShape, conversion: Conversion) -> float:
     used = [(2**number, ratio) for number, ratio in enumerate(conversion.numbers) if ratio]
     share = sum(ratio / group for group, ratio in used) / sum(ratio for _, ratio in used)
     return whole * share + shape.layers * (len(used) - 1).bit_length() / 8
-
-
-__all__ = [
-    *("SAYS_GROUPS", "About", "BadVariant", "Conversion"),
-    *("bytes_a_token", "convert", "digest_of", "is_variant", "open_variant", "save", "shape_of"),
-]
