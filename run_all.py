@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     for name, about in (("run", "run a suite and write its report"), ("plan", "what `run` would do; runs nothing")):
         _add_request(commands.add_parser(name, help=about, description=about))
     listing = commands.add_parser("list", help="what there is", description="what there is")
-    listing.add_argument("what", choices=("methods", "benchmarks", "suites", "models"))
+    listing.add_argument("what", choices=("methods", "conversions", "benchmarks", "suites", "models"))
     listing.add_argument("--json", action="store_true", help="as JSON")
     about = "estimate head scores for HeadKV, and draw them"
     _add_importance(commands.add_parser("importance", help=about, description=about))

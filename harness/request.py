@@ -34,13 +34,14 @@ from harness.reference_data import Documents, book_sentences
 from harness.shapes import SHAPES
 from harness.suites import SUITES, Suite
 from harness.sweep import CELL_BYTES, Sweep
-from harness.train import Batches, Diverged, Recipe, heal, routing_of
+from harness.train import Batches, CannotTrain, Recipe, forget, heal, routing_of
 from harness.train_data import HELD_OUT, BadText, ReferenceBatches, instruct_batches, text_batches
 from harness.variants import About, BadVariant, Conversion, is_variant, save
 from methods import METHODS
 from methods.headkv import BadScores, HeadScores
 from results.store import Store, read_rows, slug
 
+AVERAGED_NUMBERS = 2**26  # logits held at once when tokens are averaged one by one
 REFERENCE_RECIPE = Recipe(steps=600, lr=3e-3)  # the embedded model is small: it stands higher rates
 REFUSED = (
     BadData,
@@ -50,7 +51,7 @@ REFUSED = (
     BadVariant,
     CannotConvert,
     CannotPrompt,
-    Diverged,
+    CannotTrain,
     UnknownChoice,
     UnknownModel,
     UnsupportedModel,
@@ -181,11 +182,12 @@ def run_request(options: argparse.Namespace, keys: set[str] | None = None) -> in
     for name in works:
         check_name(name)
     for name, work in works.items():
-        model = load_model(options, name)
-        mine = with_head_scores(work, model, head_score_files(options), options.data_dir)
+        model: Model | None = None  # the last one's memory is free before the next is loaded
         try:
+            model = load_model(options, name)
+            mine = with_head_scores(work, model, head_score_files(options), options.data_dir)
             check(model, mine)
-        except BadRequest as refusal:
+        except (BadRequest, CannotConvert) as refusal:
             if len(works) == 1:
                 raise
             print(f"{name}: skipped, {refusal}", file=sys.stderr)
@@ -294,27 +296,32 @@ def train_request(options: argparse.Namespace) -> tuple[About, Path]:
         teacher.set_attn_implementation(own_attention(teacher))
     conversion.apply(model.network, recipe.seed)
     check_free(out)
-    progress = heal(model.network, batches, recipe, out, teacher)
+    said = {**asdict(recipe), "trained_on": _trained_on(options)}
+    about = f"{model.name} {model.revision} {conversion} {said['trained_on']} {getattr(batches, 'digest', '')}"
+    progress = heal(model.network, batches, recipe, out, teacher, about)
+    saved = getattr(torch, options.save_dtype)
+    model.network.to(saved).float()  # what is measured are the weights that are saved
     held_out = (batches(HELD_OUT + number).to(model.device) for number in range(8))
     results: dict[str, Any] = {"tokens": progress.tokens, "seconds": round(progress.seconds, 1), "losses": progress.losses}
     if routers(model.network):
         results |= routing_of(model.network, held_out)
-    said = {**asdict(recipe), "trained_on": _trained_on(options)}
     shape = replace(model.parent_shape, itemsize=4)
-    about = About(model.name, model.revision, shape, str(conversion), said, results)
-    save(model.network.to(getattr(torch, options.save_dtype)), model.tokenizer, about, out)
-    return about, out
+    variant = About(model.name, model.revision, shape, str(conversion), said, results)
+    save(model.network.to(saved), model.tokenizer, variant, out)
+    forget(out)
+    return variant, out
 
 
 def tokens_request(options: argparse.Namespace) -> tuple[str, list[str], list[float], float]:
     """The model's name, the tokens, what averaging each does to the perplexity, and the perplexity as it is."""
     check_name(options.model)
     model = load_model(options, options.model)
-    if options.tokens < 2:
-        raise BadRequest(f"--tokens {options.tokens} must be at least 2")
+    if not 2 <= options.tokens <= model.max_tokens:
+        raise BadRequest(f"--tokens {options.tokens} must lie between 2 and the model's {model.max_tokens} positions")
     ids = first_tokens(model, options.text, options.tokens)
+    rows = max(1, min(16, AVERAGED_NUMBERS // (len(ids) * model.network.config.vocab_size)))
     with tqdm(total=len(ids), unit="token", desc=model.name, file=sys.stderr) as bar:
-        plain, changes = perplexity_changes(model, torch.tensor(ids, device=model.device), 16, bar.update)
+        plain, changes = perplexity_changes(model, torch.tensor(ids, device=model.device), rows, bar.update)
     return model.name, [str(model.tokenizer.decode([token])) for token in ids], changes, plain  # type: ignore[union-attr]
 
 
@@ -343,6 +350,8 @@ def _batches(options: argparse.Namespace, model: Model, recipe: Recipe) -> Batch
     for name, size in zip(("length", "rows"), sizes, strict=False):
         if size < 1:
             raise BadRequest(f"--{name} {size} must be at least 1")
+    if options.length > model.max_tokens:
+        raise BadRequest(f"--length {options.length} is over the {model.max_tokens} positions of {model.name}")
     if options.text and options.instruct:
         raise BadRequest("--text and --instruct exclude each other")
     if options.text:
@@ -398,6 +407,14 @@ def _plan_of(model: Model, work: Work, store: Store | None) -> dict[str, Any]:
     return {"model": model.name, "cells": cells, "prefills": prefills, "finished": finished, "skipped": skipped}
 
 
+CONVERSIONS = {
+    "gqa-2": "KV heads averaged in groups of 2 (any number that divides them); gqa-2-first, gqa-2-random are ablations",
+    "mqa": "all KV heads averaged into one; mqa-first, mqa-random are ablations",
+    "mixsga-3:1:6": "mixSGA, ratios of the experts that keep every head, half, a quarter; mixsga-3:1:6-random is an ablation",
+    "none": "the model as it is: the control, trained as long",
+}
+
+
 def listing(what: str) -> dict[str, str]:
     """Name -> what it is, in one line."""
     if what == "suites":
@@ -406,6 +423,8 @@ def listing(what: str) -> dict[str, str]:
         return {"reference": "the embedded model"} | {
             f"random:{name}": f"{s['model_type']}, random weights" for name, s in SHAPES.items()
         }
+    if what == "conversions":
+        return CONVERSIONS
     if what == "methods":
         return {name: repr(method) for name, method in METHODS.items()}
     return {name: repr(task) for name, task in BENCHMARKS.items()}

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -59,8 +60,8 @@ class Recipe:
         for name in ("steps", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if not self.lr > 0 or not 0 <= self.warmup < 1 or self.alpha < 0:
-            raise ValueError("--lr must be above 0, the warm-up a share below 1 and --alpha not below 0")
+        if not (self.lr > 0 and self.router_lr > 0) or not 0 <= self.warmup < 1 or self.alpha < 0:
+            raise ValueError("--lr and --router-lr must be above 0, the warm-up a share below 1 and --alpha not below 0")
 
     def rate(self, step: int) -> float:
         """Share of the full rate: warm-up, then a cosine down to a tenth."""
@@ -103,29 +104,40 @@ class Progress:
     losses: list[dict[str, float]] = field(default_factory=list)  # means over ten steps
 
 
-class Diverged(ValueError):
-    """The loss is no number any more."""
+class CannotTrain(ValueError):
+    """The loss is no number any more, or the checkpoint is another training's: in one line."""
 
 
 def heal(
-    network: PreTrainedModel, batches: Batches, recipe: Recipe, folder: Path, teacher: PreTrainedModel | None = None
+    network: PreTrainedModel,
+    batches: Batches,
+    recipe: Recipe,
+    folder: Path,
+    teacher: PreTrainedModel | None = None,
+    about: str = "",
 ) -> Progress:
-    """Trains the network in place. Goes on from the last checkpoint in `folder`, which is removed at the end.
+    """Trains the network in place. Goes on from the last checkpoint in `folder`, if it is of the same training.
+
+    The last checkpoint stays, so that nothing is lost before the network is saved: `forget` removes it.
+
+    Args:
+        about: what beside the recipe tells this training from others: model, conversion, text.
 
     Raises:
-        Diverged: see there.
+        CannotTrain: see there.
     """
     torch.manual_seed(recipe.seed)
-    accelerator = Accelerator(gradient_accumulation_steps=1)
+    accelerator = Accelerator(cpu=network.device.type == "cpu")
+    if teacher is not None:
+        teacher.to(accelerator.device)  # type: ignore[arg-type]
     network.set_attn_implementation(own_attention(network))
     choose_trained(network, recipe)
     if recipe.checkpointing:
         network.gradient_checkpointing_enable()
     wrapped, *optimizers = accelerator.prepare(network.float().train(), *_optimizers(network, recipe))
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    progress, begin = _resume(folder, recipe, network, optimizers)
+    progress, recent, begin = _resume(folder, recipe, about, network, optimizers)
     bar = tqdm(range(begin, recipe.steps), initial=begin, total=recipe.steps, desc="train", file=sys.stderr)
-    recent: list[dict[str, float]] = []
     started = time.perf_counter() - progress.seconds
     for step in bar:
         for optimizer, full in zip(optimizers, rates, strict=True):
@@ -139,7 +151,7 @@ def heal(
             progress.tokens += batch.ids.numel()
             parts = {name: parts.get(name, 0.0) + value / recipe.accumulate for name, value in found.items()}
         if not all(math.isfinite(value) for value in parts.values()):
-            raise Diverged(f"the loss is no number any more at step {step}: lower --lr")
+            raise CannotTrain(f"the loss is no number any more at step {step}: lower --lr, and choose another --out")
         accelerator.clip_grad_norm_(network.parameters(), recipe.clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -151,17 +163,23 @@ def heal(
             bar.set_postfix({name: round(value, 3) for name, value in means.items()})
             recent = []
         progress.seconds = time.perf_counter() - started
-        if (step + 1) % recipe.save_every == 0 and step + 1 < recipe.steps:
-            _save(folder, recipe, network, optimizers, progress, step + 1)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+            _save(folder, (recipe, about), network, optimizers, (progress, recent), step + 1)
     network.eval()
     return progress
+
+
+def forget(folder: Path) -> None:
+    """Removes the checkpoint of a training that is saved."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def choose_trained(network: PreTrainedModel, recipe: Recipe) -> None:
     """Which weights are trained. A router by lot never is."""
     lot = {id(weight) for router in routers(network) if not router.learned for weight in router.parameters()}
-    kinds = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "k_norm", "router")
+    kinds = ("k_proj", "v_proj", "k_norm", "router")
+    if recipe.trains == "kv" and not any("k_proj" in name for name, _ in network.named_parameters()):
+        raise CannotTrain(f"{network.config.model_type} projects queries, keys and values at once: --trains kv is not possible")
     for name, weight in network.named_parameters():
         weight.requires_grad_((recipe.trains == "all" or any(kind in name for kind in kinds)) and id(weight) not in lot)
 
@@ -235,33 +253,51 @@ CHECKPOINT = "checkpoint.pt"
 
 
 def _save(
-    folder: Path, recipe: Recipe, network: PreTrainedModel, optimizers: Sequence[Any], progress: Progress, step: int
+    folder: Path,
+    training: tuple[Recipe, str],
+    network: PreTrainedModel,
+    optimizers: Sequence[Any],
+    done: tuple[Progress, list[dict[str, float]]],
+    step: int,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {
-        "recipe": json.dumps(asdict(recipe)),
+        "training": json.dumps([asdict(training[0]), training[1]]),
         "step": step,
+        "luck": torch.get_rng_state(),
         "network": network.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "progress": asdict(progress),
+        "progress": asdict(done[0]),
+        "recent": done[1],
     }
     draft = folder / f"{CHECKPOINT}.draft"
     torch.save(state, draft)
     draft.replace(folder / CHECKPOINT)
 
 
-def _resume(folder: Path, recipe: Recipe, network: PreTrainedModel, optimizers: Sequence[Any]) -> tuple[Progress, int]:
-    """From the last checkpoint, if there is one of the same recipe. One of another recipe is left alone and not used."""
+def _resume(
+    folder: Path, recipe: Recipe, about: str, network: PreTrainedModel, optimizers: Sequence[Any]
+) -> tuple[Progress, list[dict[str, float]], int]:
+    """From the last checkpoint, if there is one.
+
+    Raises:
+        CannotTrain: it is another training's, or torn.
+    """
     path = folder / CHECKPOINT
     if not path.exists():
-        return Progress(), 0
-    state = torch.load(path, weights_only=True)
-    if state["recipe"] != json.dumps(asdict(recipe)):
-        raise ValueError(f"{path} is a checkpoint of another recipe: remove it, or choose another folder with --out")
-    network.load_state_dict(state["network"])
-    for optimizer, held in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(held)
-    return Progress(**state["progress"]), state["step"]
+        return Progress(), [], 0
+    try:
+        state = torch.load(path, weights_only=True, map_location=network.device)
+        if state["training"] != json.dumps([asdict(recipe), about]):
+            raise CannotTrain(f"{path} is a checkpoint of another training: remove it, or choose another folder with --out")
+        network.load_state_dict(state["network"])
+        for optimizer, held in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(held)
+        torch.set_rng_state(state["luck"].cpu())
+        return Progress(**state["progress"]), state["recent"], state["step"]
+    except (OSError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise CannotTrain(f"{path} is torn ({reason}): remove it, or choose another folder with --out") from None
 
 
 @torch.no_grad()
@@ -278,8 +314,8 @@ def routing_of(network: PreTrainedModel, batches: Iterator[Batch]) -> dict[str, 
             same, of = router.agreement()
             agreed[number] += same
             real[number] += of
-            assert router.logits is not None
-            taken[number] += torch.bincount(router.logits.argmax(-1).flatten(), minlength=len(router.ratios)).cpu()
+            assert router.scores is not None
+            taken[number] += torch.bincount(router.scores.argmax(-1).flatten(), minlength=len(router.ratios)).cpu()
     layers = [round(same / of, 4) for same, of in zip(agreed, real, strict=True)]
     shares = [[round(float(part), 4) for part in counts / counts.sum()] for counts in taken]
     mean = [round(sum(layer[e] for layer in shares) / len(shares), 4) for e in range(len(shares[0]))] if shares else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -62,6 +63,12 @@ class PackedBatches:
     length: int
     rows: int  # of a batch
     seed: int
+
+    @property
+    def digest(self) -> str:
+        """Of everything that batches are made from."""
+        shape = f"{self.length}/{self.rows}/{self.seed}".encode()
+        return hashlib.sha256(shape + self.ids.numpy().tobytes() + self.scored.numpy().tobytes()).hexdigest()[:12]
 
     @classmethod
     def of(cls, documents: Sequence[tuple[list[int], list[bool]]], length: int, rows: int, seed: int) -> PackedBatches:

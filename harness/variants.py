@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from harness.cache import ModelShape
 from harness.families import CannotConvert, group_heads, handles, mix_groups, wrapped
@@ -109,7 +109,7 @@ def convert(parent: Model, text: str) -> Model:
     return Model(
         parent.network,
         parent.tokenizer,
-        f"{parent.name}+{conversion}",
+        f"{parent.name}+{conversion} (unhealed)",
         f"{parent.revision}-unhealed",
         parent.parent_shape,
     )
@@ -124,6 +124,7 @@ def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path) -
         tied = _tied(network)
         state = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if name not in tied}
         save_file(state, folder / WEIGHTS)
+        network.generation_config.save_pretrained(folder)  # it may name end tokens that the configuration does not
     else:
         network.save_pretrained(folder)
     if tokenizer is not None:
@@ -154,8 +155,10 @@ def read_about(folder: Path) -> About:
             raise ValueError(f"of another format than {FORMAT}")
         shape = found["parent_shape"]
         shape["windows"] = tuple(shape["windows"])
+        if missing := {field.name for field in fields(About)} - set(found):
+            raise KeyError(*sorted(missing))
         return About(**{**found, "parent_shape": ModelShape(**shape)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadVariant(
             f"variant {folder}: {ABOUT} is missing or torn ({type(error).__name__}: {error}); train it again"
         ) from None
@@ -183,17 +186,21 @@ def open_variant(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Abo
                     f"variant {folder}: its weights are not those of {about.conversion}: {sorted([*extra, *absent])[:3]}"
                 )
             network.tie_weights()
+            if (folder / "generation_config.json").exists():
+                network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
             network.to(dtype)
         else:
             network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    except (OSError, RuntimeError, SafetensorError, CannotConvert) as error:
+    except BadVariant:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise BadVariant(f"variant {folder} cannot be read: {(str(error).splitlines() or [''])[0]}") from None
-    return network.eval(), about, digest_of(folder)
+    return network.eval(), about, digest_of(folder, about.conversion)
 
 
-def digest_of(folder: Path) -> str:
-    """Of everything in a checkpoint that answers depend on: weights, configuration, tokenizer."""
-    digest = hashlib.sha256()
+def digest_of(folder: Path, conversion: str = "") -> str:
+    """Of everything in a checkpoint that answers depend on: weights, configuration, tokenizer; and of what was done to it."""
+    digest = hashlib.sha256(conversion.encode())
     names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     for path in [*sorted(folder.glob("*.safetensors")), *(folder / name for name in names if (folder / name).exists())]:
         with path.open("rb") as handle:

@@ -86,13 +86,14 @@ class Router(nn.Module):
         self.segments: Tensor | None = None  # [B, T] of the next pass, in training; None: every row is one sequence
         self.assigned: Tensor | None = None  # [B, T] of the last pass
         self.logits: Tensor | None = None  # [B, T, E] of the last pass, float32
+        self.scores: Tensor | None = None  # what was ranked: the logits, or the lot
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, hidden] -> [B, T], the expert of each token; -1 for padding."""
         with torch.autocast(hidden.device.type, enabled=False):
             logits = nn.functional.linear(hidden.float(), self.score.weight.float(), self.score.bias.float())
         self.logits = logits
-        scores = logits.detach() if self.learned else self._lot(logits.detach())
+        scores = self.scores = logits.detach() if self.learned else self._lot(logits.detach())
         if self.mode == "argmax":
             self.assigned = scores.argmax(-1)
         else:
@@ -119,6 +120,6 @@ class Router(nn.Module):
 
     def agreement(self) -> tuple[int, int]:
         """Of the last pass: tokens for which argmax says what was assigned, and all real tokens."""
-        assert self.logits is not None and self.assigned is not None
+        assert self.scores is not None and self.assigned is not None
         real = self.assigned >= 0
-        return int((self.logits.argmax(-1) == self.assigned)[real].sum()), int(real.sum())
+        return int((self.scores.argmax(-1) == self.assigned)[real].sum()), int(real.sum())

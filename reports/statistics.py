@@ -55,7 +55,8 @@ def proportion(values: np.ndarray) -> Estimate:
     z = 1.959963984540054  # of 95 %
     middle = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
-    return Estimate(mean, max(0.0, float(middle - half)), min(1.0, float(middle + half)), count)
+    low, high = round(float(middle - half), 12), round(float(middle + half), 12)
+    return Estimate(mean, max(0.0, low), min(1.0, high), count)
 
 
 def _chunks(size: int) -> list[int]:

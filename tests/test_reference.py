@@ -9,13 +9,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import BENCHMARKS
-from benchmarks.facts import Facts
-from harness.cache import Budget
+from benchmarks.facts import Facts, Recall
+from harness.cache import Budget, keep_all
 from harness.load import REFERENCE, load
 from harness.model import Model
 from harness.plan import decode, token_counter
 from harness.prompts import Protocol, tokenize
+from harness.reference_data import Documents
+from harness.rows import compact
 from harness.sweep import Cell, Sweep
+from harness.train import routing_of
+from harness.train_data import HELD_OUT, ReferenceBatches
 from methods import METHODS
 
 CELLS = (Cell("full", METHODS["full"], None), Cell("streaming_llm", METHODS["streaming_llm"], Budget.parse("64")))
@@ -66,3 +70,24 @@ def test_it_recalls_with_the_full_cache_and_not_without_the_facts(model: Model, 
 def test_its_training_is_on_record() -> None:
     log = json.loads((REFERENCE / "training.json").read_text())
     assert log["history"][-1]["loss"]
+
+
+@pytest.mark.parametrize(("name", "share"), [("gqa-2", 0.5), ("mixsga-3:1:6", 0.5), ("none", 1.0)])
+def test_shipped_variants_are_healed_and_lie_on_their_parents_byte_axis(name: str, share: float) -> None:
+    model, parent = (load(text, torch.float32, torch.device("cpu")) for text in (f"reference+{name}", "reference"))
+    assert model.name == f"reference+{name}" and model.parent_shape == parent.shape and model.stop_ids == parent.stop_ids
+    example = Recall(length=400).example(0, 3, token_counter(model))
+    ids = torch.tensor(tokenize(model.tokenizer, example, Protocol(), 2000).ids)
+    prefill = model.prefill(ids, METHODS["full"].needs)[0]
+    counts = compact(prefill, [keep_all(prefill)], 0).counts()[0]
+    assert counts.bytes_kept == pytest.approx(share * parent.shape.full_entries(len(ids)) * parent.shape.entry_bytes(), rel=0.01)
+
+
+def test_the_shipped_mixsga_routes_alike_in_prefill_and_decoding() -> None:
+    """At least 88 % agreement, shares within 5 points of 3:1:6, on documents that it was not trained on."""
+    model = load("reference+mixsga-3:1:6", torch.float32, torch.device("cpu"))
+    batches = ReferenceBatches(Documents(model.tokenizer, [], 5), 5, 0)  # type: ignore[arg-type]
+    model.network.set_attn_implementation("sdpa")
+    found = routing_of(model.network, iter([batches(HELD_OUT), batches(HELD_OUT + 1)]))
+    assert found["agreement"] >= 0.88
+    assert found["decode_shares"] == pytest.approx([0.3, 0.1, 0.6], abs=0.05)

@@ -16,12 +16,11 @@ from test_cli import call
 from test_conversions import converted
 from torch.nn.functional import cross_entropy
 
-import harness.train
 from harness.families import routers
 from harness.load import load
 from harness.model import own_attention
 from harness.reference_data import Documents
-from harness.train import IGNORED, Batch, Recipe, choose_trained, heal, loss_of, routing_of
+from harness.train import IGNORED, Batch, CannotTrain, Recipe, choose_trained, forget, heal, loss_of, routing_of
 from harness.train_data import HELD_OUT, BadText, PackedBatches, ReferenceBatches, instruct_batches, text_batches
 from harness.variants import read_about
 
@@ -109,6 +108,8 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(text: str, optimiz
     fast = replace(FAST, optimizer=optimizer)  # type: ignore[arg-type]
     whole = trainable("llama", text)
     heal(whole, batches(), fast, tmp_path / "whole")
+    assert (tmp_path / "whole" / "checkpoint.pt").exists(), "a kill before the variant is saved loses nothing"
+    forget(tmp_path / "whole")
     assert not list((tmp_path / "whole").glob("*.pt*"))
     killed, made = trainable("llama", text), batches()
 
@@ -120,8 +121,13 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(text: str, optimiz
     with pytest.raises(KeyboardInterrupt):
         heal(killed, until, fast, tmp_path / "two")
     assert (tmp_path / "two" / "checkpoint.pt").exists()
-    with pytest.raises(ValueError, match="another recipe"):
-        heal(trainable("llama", text), batches(), Recipe(steps=7), tmp_path / "two")
+    for other in ((Recipe(steps=7), ""), (fast, "another text")):
+        with pytest.raises(CannotTrain, match="another training"):
+            heal(trainable("llama", text), batches(), other[0], tmp_path / "two", None, other[1])
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "checkpoint.pt").write_bytes((tmp_path / "two" / "checkpoint.pt").read_bytes()[:999])
+    with pytest.raises(CannotTrain, match="is torn"):
+        heal(trainable("llama", text), batches(), fast, tmp_path / "torn")
     resumed = trainable("llama", text)
     progress = heal(resumed, batches(), fast, tmp_path / "two")
     for (name, ours), theirs in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
@@ -129,7 +135,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(text: str, optimiz
     assert progress.tokens == 6 * 3 * 40 and progress.losses[-1]["step"] == 6
 
 
-def test_training_learns_and_only_what_it_is_told_to() -> None:
+def test_training_learns_and_only_what_it_is_told_to(tmp_path: Path) -> None:
     net = trainable("llama", "mixsga-3:1:6")
     before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
     made = batches()
@@ -138,10 +144,12 @@ def test_training_learns_and_only_what_it_is_told_to() -> None:
         return made(0)
 
     recipe = Recipe(steps=12, bf16=False, lr=5e-3, trains="kv")
-    progress = heal(net, one, recipe, Path("/nonexistent"))
+    progress = heal(net, one, recipe, tmp_path)
     assert progress.losses[-1]["lm"] < progress.losses[0]["lm"]
     moved = {name for name, weight in net.named_parameters() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if any(kind in name for kind in ("k_proj", "v_proj", "router"))}
+    with pytest.raises(CannotTrain, match="--trains kv is not possible"):
+        choose_trained(converted("phi3", "mixsga-3:1:6").network, recipe)
     lot = converted("llama", "mixsga-3:1:6-random").network
     choose_trained(lot, recipe)
     assert not any(weight.requires_grad for router in routers(lot) for weight in router.parameters())
@@ -151,7 +159,7 @@ def test_a_loss_that_is_no_number_stops_with_the_reason(tmp_path: Path) -> None:
     net = trainable("llama", "none")
     with torch.no_grad():
         net.model.embed_tokens.weight.fill_(float("nan"))
-    with pytest.raises(harness.train.Diverged, match="lower --lr"):
+    with pytest.raises(CannotTrain, match="lower --lr"):
         heal(net, batches(), FAST, tmp_path)
 
 
@@ -229,9 +237,11 @@ def test_the_command_makes_a_variant_that_runs(tmp_path: Path, capsys: pytest.Ca
         (("--conversion", "mixsga", "--ratios", "3:-1:6"), "must not be negative"),
         (("--conversion", "gqa", "--groups", "3"), "do not divide 4 KV heads"),
         (("--conversion", "mqa", "--steps", "0"), "--steps 0 must be at least 1"),
-        (("--conversion", "mqa", "--lr", "0"), "--lr must be above 0"),
+        (("--conversion", "mqa", "--lr", "0"), "must be above 0"),
         (("--conversion", "mqa", "--text", "EMPTY"), "no text there"),
         (("--conversion", "mqa", "--length", "0"), "--length 0 must be at least 1"),
+        (("--conversion", "mqa", "--length", "9999"), "is over the 4096 positions"),
+        (("--conversion", "mixsga", "--ratios", "1:1", "--router-lr", "-1"), "--router-lr must be above 0"),
         (("--conversion", "mqa", "--model", "random:tiny-llama"), "needs --text or --instruct"),
         (("--conversion", "mqa", "--data-dir", "EMPTY"), "no books"),
     ],
