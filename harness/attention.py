@@ -77,7 +77,7 @@ def _attend_group(
 def _hide(layer: RowLayer, group: Group, step: Step, logits: Tensor) -> None:
     """Masks what a query must not see, in place. logits: [rows, width, Q, length]."""
     tokens = group.tokens
-    if layer.window is None and not layer.striped:
+    if layer.window is None and (tokens == 1 or not layer.striped):  # a lone new token lies behind all others
         if tokens > 1:  # the new tokens are the last entries of every row
             logits[..., -tokens:].masked_fill_(_later(tokens, logits.device), float("-inf"))
         return

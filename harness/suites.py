@@ -44,7 +44,7 @@ CATEGORIES = tuple(dict.fromkeys(kind.category for kind in KINDS.values()))
 SUITES: dict[str, Suite] = {
     "default": Suite(
         about="every eviction method at equal bytes on the embedded model, and its variants: what `python run_all.py` runs",
-        variants=("reference+gqa-2", "reference+mixsga-3:1:6", "reference+none"),
+        variants=("reference+gqa-2", "reference+mqa", "reference+mixsga-3:1:6", "reference+none"),
         variant_methods=("full", "snapkv", "h2o"),
         methods=("full", *EVICTING, *BY_HEAD, "snapkv(kernel=5)", "ada_snapkv(kernel=5)"),
         budgets=("16", "32", "64", "128", "25%"),

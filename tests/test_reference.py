@@ -72,7 +72,7 @@ def test_its_training_is_on_record() -> None:
     assert log["history"][-1]["loss"]
 
 
-@pytest.mark.parametrize(("name", "share"), [("gqa-2", 0.5), ("mixsga-3:1:6", 0.5), ("none", 1.0)])
+@pytest.mark.parametrize(("name", "share"), [("gqa-2", 0.5), ("mqa", 0.25), ("mixsga-3:1:6", 0.5), ("none", 1.0)])
 def test_shipped_variants_are_healed_and_lie_on_their_parents_byte_axis(name: str, share: float) -> None:
     model, parent = (load(text, torch.float32, torch.device("cpu")) for text in (f"reference+{name}", "reference"))
     assert model.name == f"reference+{name}" and model.parent_shape == parent.shape and model.stop_ids == parent.stop_ids
