@@ -20,26 +20,28 @@ from reports.tables import Line
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#555555")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
-KNOWN = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
+KNOWN: tuple[str, ...] = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
+KNOWN += ("headkv_r", "headkv_er", "headkv_r2", "headkv_paper", "full")
 LEAST_KL = 1e-6  # below this two caches predict the same in float32
 SHOWN = (("score", "score", True), ("kl", "KL to the full cache, nats", False), ("top1", "same top token as full", True))
 
 
 def plot(found: Sequence[Line], folder: Path) -> list[Path]:
     """One figure, as PNG and SVG."""
-    panels = list(dict.fromkeys(line.panel for line in found))
+    panels = list(dict.fromkeys(_panel(line) for line in found))
     shown = [what for what in SHOWN if any(getattr(line, what[0]) for line in found)]
     if not panels or not shown:
         return []
-    several, mixed = (len({panel[at] for panel in panels}) > 1 for at in (0, 3))  # models, protocols: named where they differ
+    several = len({panel[0] for panel in panels}) > 1  # models and protocols are named where they differ
+    mixed = len({panel[:3] for panel in panels}) < len(panels)
     size = (4.6 * len(shown), 3.4 * len(panels) + 0.6)
     figure, axes = plt.subplots(len(panels), len(shown), figsize=size, squeeze=False, layout="constrained")
     for row, panel in zip(axes, panels, strict=True):
         for axis, (field, label, _) in zip(row, shown, strict=True):
-            _draw(axis, [line for line in found if line.panel == panel], field)
+            _draw(axis, [line for line in found if _panel(line) == panel], field)
             axis.set_title(", ".join([panel[1], panel[2], *panel[: 1 * several], *panel[3 : 3 + mixed]]), fontsize=9)
             axis.set_xlabel("bytes kept, share of the full cache (measured)", fontsize=8)
-            metric = next((line.metric for line in found if line.panel == panel and line.metric), label)
+            metric = next((line.metric for line in found if _panel(line) == panel and line.metric), label)
             axis.set_ylabel(metric if field == "score" else label, fontsize=8)
     labelled: dict[str, Any] = {}
     for axis in axes.flat:
@@ -53,21 +55,37 @@ def plot(found: Sequence[Line], folder: Path) -> list[Path]:
     return paths
 
 
+ROUTINGS = ("expert_choice", "argmax")
+
+
+def _panel(line: Line) -> tuple[str, str, str, str]:
+    """A model and its variants share one: they are counted in the same bytes."""
+    protocol = " ".join(part for part in line.protocol.split() if part not in ROUTINGS)
+    return (line.model.split("+")[0], line.benchmark, line.prompt, protocol)
+
+
+def _label(line: Line) -> str:
+    method, (_, plus, variant) = line.method.split("@")[0], line.model.partition("+")
+    causal = " (argmax)" if "argmax" in line.protocol.split() else ""
+    return f"{method} on {variant}{causal}" if plus else method
+
+
 def _draw(axis: Axes, found: Sequence[Line], field: str) -> None:
-    methods = sorted({line.method.split("@")[0] for line in found}, key=_order)
     if field == "kl":
         axis.set_yscale("log")
-    for method in methods:
+    for label in sorted({_label(line) for line in found}, key=_order):
         points = [
             (line.byte_share, value)
             for line in found
-            if line.method.split("@")[0] == method and line.byte_share is not None and (value := getattr(line, field))
+            if _label(line) == label and line.byte_share is not None and (value := getattr(line, field))
         ]
-        if method == "full":
-            for _, value in points if field != "kl" else ():  # its own KL is 0
+        if label.startswith("full") and field != "score":
+            continue  # compared with itself
+        if label == "full":
+            for _, value in points:
                 axis.axhline(value.mean, color="black", linewidth=1, label="full")
         elif points:
-            _line(axis, sorted(points, key=lambda point: point[0]), method)
+            _line(axis, sorted(points, key=lambda point: point[0]), label)
     axis.set_xscale("log")
     axis.set_xticks(*_ticks(found))
     axis.minorticks_off()
@@ -85,13 +103,16 @@ def _ticks(found: Sequence[Line]) -> tuple[list[float], list[str]]:
 
 
 def _order(method: str) -> tuple[int, str]:
-    name = method.split("(")[0]
-    return (KNOWN.index(name) if name in KNOWN else len(KNOWN), method)
+    name = method.split(" on ")[0].split("(")[0]
+    return (len(KNOWN) * (" on " in method) + (KNOWN.index(name) if name in KNOWN else len(KNOWN)), method)
 
 
 def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], method: str) -> None:
-    name, *setting = method.split("(")  # another setting of a method: its colour and marker, not filled
-    style = (KNOWN.index(name) if name in KNOWN else sum(map(ord, name))) % len(COLOURS)
+    plain, _, variant = method.partition(" on ")
+    name, *setting = plain.split("(")  # another setting of a method, or the same on a variant: its colour, not filled
+    number = KNOWN.index(name) if name in KNOWN else len(KNOWN) + sum(map(ord, name))
+    style, turn = number % len(COLOURS), number // len(COLOURS)
+    dash = (style + turn + sum(map(ord, variant))) % len(DASHES)
     shares = [share for share, _ in points]
     least = LEAST_KL if axis.get_yscale() == "log" else -np.inf
     means = [max(value.mean, least) for _, value in points]
@@ -102,9 +123,9 @@ def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], method: str) -> 
         yerr=spread,
         label=method,
         color=COLOURS[style],
-        marker=MARKERS[style],
-        fillstyle="none" if setting else "full",
-        linestyle=DASHES[style],
+        marker=MARKERS[(style + 3 * turn) % len(MARKERS)],
+        fillstyle="none" if setting or variant else "full",
+        linestyle=DASHES[dash],
         linewidth=1.2,
         markersize=4,
         capsize=2,
