@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Granularity = Literal["kv", "query"]
+Routing = Literal["expert_choice", "argmax"]  # of tokens to experts, where a layer has several
 
 
 class Arena:

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from methods.mixsga import Router
-
 Layout = Literal["apart", "phi3", "neox"]
 LAYOUTS: dict[str, Layout] = {
     "llama": "apart",
@@ -195,9 +193,13 @@ def _linear_of(old: nn.Linear, take: Any) -> nn.Linear:
 
 
 class Grouping(nn.Module):
-    """How the heads of each token of a layer are averaged: one way for all, or its expert's."""
+    """How the heads of each token of a layer are averaged: one way for all, or its expert's.
 
-    def __init__(self, groups: Sequence[int], router: Router | None) -> None:
+    Args:
+        router: a module that is shown the layer's input and then has `assigned`, [B, T]: the expert of each token.
+    """
+
+    def __init__(self, groups: Sequence[int], router: Any = None) -> None:
         super().__init__()
         self.groups = tuple(groups)
         self.router = router
@@ -290,26 +292,5 @@ def groupings(network: nn.Module) -> list[Grouping]:
     return [grouping for grouping in found if isinstance(grouping, Grouping)]
 
 
-def routers(network: nn.Module) -> list[Router]:
+def routers(network: nn.Module) -> list[Any]:
     return [grouping.router for grouping in groupings(network) if grouping.router is not None]
-
-
-def mix_groups(network: PreTrainedModel, ratios: Sequence[int], learned: bool = True, seed: int = 0) -> None:
-    """mixSGA, in place: experts of 1, 2, 4, ... heads a group, and a router a layer. With a single expert there is no router.
-
-    Raises:
-        CannotConvert: ratios that make no sense, or heads that cannot form the groups.
-    """
-    groups = [2**number for number in range(len(ratios))]
-    if any(ratio < 0 for ratio in ratios) or not any(ratios):
-        raise CannotConvert(f"ratios {':'.join(map(str, ratios))} must not be negative, nor all 0")
-    used = [group for group, ratio in zip(groups, ratios, strict=True) if ratio]
-    found = check_groups(network, used)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for handle in found:
-            router = Router(handle.hidden, groups, ratios, learned) if len(used) > 1 else None
-            if router is not None:
-                router.to(next(handle.attention.parameters()).device)
-            if used != [1]:
-                wrap(handle, Grouping(used, router))

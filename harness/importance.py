@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, Needle
+from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, TEXTS, Needle
 from benchmarks.prose import sentences
 from benchmarks.wording import english_f1, rouge
 from harness.answer import Drafts, generate
@@ -35,7 +35,6 @@ from harness.rows import RowCache, compact
 from methods.headkv import HeadScores, Kind, attended, copied
 from results.store import append_line
 
-TEXT_NEEDLES = 20  # written ones of each kind that take turns
 LONGEST_NEEDLE = 64  # tokens of an answer, at most
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -70,9 +69,10 @@ class Estimate:
 
     def needle(self, number: int) -> Needle:
         """Needles take turns in another order each round, so that none is bound to a length or depth."""
-        draw = (RETRIEVAL_NEEDLES if self.kind in ("r", "er") else REASONING_NEEDLES)[self.needles]
-        turn, place = divmod(number, TEXT_NEEDLES)
-        order = random.Random(f"{self.seed}/{turn}").sample(range(TEXT_NEEDLES), TEXT_NEEDLES)
+        what, draws = ("retrieval", RETRIEVAL_NEEDLES) if self.kind in ("r", "er") else ("reasoning", REASONING_NEEDLES)
+        draw, written = draws[self.needles], len(TEXTS[what])
+        turn, place = divmod(number, written)
+        order = random.Random(f"{self.seed}/{turn}").sample(range(written), written)
         return draw(order[place], random.Random(f"importance/{self.needles}/{self.kind}/{self.seed}/{number}"))
 
 

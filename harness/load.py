@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from harness.model import Model, UnsupportedModel
 from harness.shapes import SHAPES
-from harness.variants import Conversion, convert, digest_of, is_variant, open_variant
+from harness.variants import conversion_of, convert, digest_of, is_variant, open_variant
 
 transformers_logging.disable_progress_bar()  # a bar a checkpoint, amid our own
 REFERENCE = Path(__file__).parent / "reference"
@@ -37,7 +37,7 @@ def check_name(name: str) -> None:
     """
     whole, (name, plus, conversion) = name, name.partition("+")
     if plus and not Path(whole).is_dir():
-        Conversion.parse(conversion)
+        conversion_of(conversion)
     shape = name.removeprefix("random:")
     if shape != name and shape not in SHAPES:
         raise UnknownModel(f"no shape {shape!r}; known: {', '.join(SHAPES)}")

@@ -21,11 +21,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from harness.attention import attend, probabilities
-from harness.cache import Arena, ModelShape, Needs, Prefill
+from harness.cache import Arena, ModelShape, Needs, Prefill, Routing
 from harness.families import groupings, routers
 from harness.observe import AttentionSettings, Observer
 from harness.rows import RowCache, Step
-from methods.mixsga import Mode
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox")
 UNDERSTOOD = {"dropout", "scaling", "position_ids", "sliding_window", "softcap", "use_cache", "is_causal", "rows_pass"}
@@ -119,7 +118,7 @@ class Model:
 
     @torch.inference_mode()
     def prefill(
-        self, ids: Tensor, needs: Needs, arena: Arena | None = None, routing: Mode = "expert_choice"
+        self, ids: Tensor, needs: Needs, arena: Arena | None = None, routing: Routing = "expert_choice"
     ) -> tuple[Prefill, float]:
         """Reads `ids` [T] densely, and says how many seconds of that were observation. `routing` is for mixSGA variants.
 
@@ -163,7 +162,7 @@ class Model:
         cache.seen = cache.seen + work.step.counts
         return logits[0]
 
-    def _route(self, mode: Mode) -> None:
+    def _route(self, mode: Routing) -> None:
         for router in self.routers:
             router.mode, router.segments = mode, None
 

@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.base import Example
-from methods.mixsga import Mode
+from harness.cache import Routing
 
 PromptProtocol = Literal["question_in", "question_after"]
 Chat = Literal["raw", "template"]
@@ -34,7 +34,7 @@ class Protocol:
     truncation: int | None = None  # tokens; None: what the model has positions for
     max_new_tokens: int | None = None  # None: the benchmark's own
     temperature: float = 0.0  # 0: greedy
-    routing: Mode = "expert_choice"  # of a mixSGA variant's prefill
+    routing: Routing = "expert_choice"  # of a mixSGA variant's prefill
 
 
 class CannotPrompt(ValueError):

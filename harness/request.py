@@ -36,8 +36,8 @@ from harness.suites import SUITES, Suite
 from harness.sweep import CELL_BYTES, Sweep
 from harness.train import Batches, CannotTrain, Recipe, forget, heal, routing_of
 from harness.train_data import HELD_OUT, BadText, ReferenceBatches, instruct_batches, text_batches
-from harness.variants import About, BadVariant, Conversion, is_variant, save
-from methods import METHODS
+from harness.variants import About, BadVariant, conversion_of, is_variant, save
+from methods import CONVERSIONS, METHODS
 from methods.headkv import BadScores, HeadScores
 from results.store import Store, read_rows, slug
 
@@ -280,8 +280,8 @@ def judge_request(options: argparse.Namespace) -> JudgeTally:
 
 def train_request(options: argparse.Namespace) -> tuple[About, Path]:
     """Converts a model, heals it, and saves the variant."""
-    text = conversion_of(options)
-    conversion = Conversion.parse(text)
+    text = conversion_text(options)
+    conversion = conversion_of(text)
     recipe = _recipe(options)
     check_name(options.model)
     model = load_model(options, options.model)
@@ -290,14 +290,14 @@ def train_request(options: argparse.Namespace) -> tuple[About, Path]:
     if model.tokenizer is None:
         raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a training text")
     batches = _batches(options, model, recipe)
-    out = options.out or Path("results/variants") / slug(f"{model.name}+{conversion}")
+    out = options.out or Path("results/variants") / slug(f"{model.name}+{text}")
     teacher = copy.deepcopy(model.network) if recipe.loss == "distill" else None
     if teacher is not None:
         teacher.set_attn_implementation(own_attention(teacher))
     conversion.apply(model.network, recipe.seed)
     check_free(out)
     said = {**asdict(recipe), "trained_on": _trained_on(options)}
-    about = f"{model.name} {model.revision} {conversion} {said['trained_on']} {getattr(batches, 'digest', '')}"
+    about = f"{model.name} {model.revision} {text} {said['trained_on']} {getattr(batches, 'digest', '')}"
     progress = heal(model.network, batches, recipe, out, teacher, about)
     saved = getattr(torch, options.save_dtype)
     model.network.to(saved).float()  # what is measured are the weights that are saved
@@ -306,7 +306,7 @@ def train_request(options: argparse.Namespace) -> tuple[About, Path]:
     if routers(model.network):
         results |= routing_of(model.network, held_out)
     shape = replace(model.parent_shape, itemsize=4)
-    variant = About(model.name, model.revision, shape, str(conversion), said, results)
+    variant = About(model.name, model.revision, shape, text, said, results)
     save(model.network.to(saved), model.tokenizer, variant, out)
     forget(out)
     return variant, out
@@ -325,15 +325,15 @@ def tokens_request(options: argparse.Namespace) -> tuple[str, list[str], list[fl
     return model.name, [str(model.tokenizer.decode([token])) for token in ids], changes, plain  # type: ignore[union-attr]
 
 
-def conversion_of(options: argparse.Namespace) -> str:
+def conversion_text(options: argparse.Namespace) -> str:
     """The conversion as it is written in names."""
-    needed = {"gqa": ("--groups", options.groups), "mixsga": ("--ratios", options.ratios)}
-    option, number = needed.get(options.conversion, ("", None))
-    if option and not number:
-        raise BadRequest(f"--conversion {options.conversion} needs {option}")
-    if "-" in str(number):
-        raise BadRequest(f"{option} {number} must not be negative")
-    return "-".join(str(part) for part in (options.conversion, number, options.ablation) if part)
+    needed = CONVERSIONS[options.conversion].numbers
+    numbers = str(getattr(options, needed) or "") if needed else ""
+    if needed and not numbers:
+        raise BadRequest(f"--conversion {options.conversion} needs --{needed}")
+    if "-" in numbers:
+        raise BadRequest(f"--{needed} {numbers} must not be negative")
+    return "-".join(part for part in (options.conversion, numbers, options.ablation) if part)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -407,14 +407,6 @@ def _plan_of(model: Model, work: Work, store: Store | None) -> dict[str, Any]:
     return {"model": model.name, "cells": cells, "prefills": prefills, "finished": finished, "skipped": skipped}
 
 
-CONVERSIONS = {
-    "gqa-2": "KV heads averaged in groups of 2 (any number that divides them); gqa-2-first, gqa-2-random are ablations",
-    "mqa": "all KV heads averaged into one; mqa-first, mqa-random are ablations",
-    "mixsga-3:1:6": "mixSGA, ratios of the experts that keep every head, half, a quarter; mixsga-3:1:6-random is an ablation",
-    "none": "the model as it is: the control, trained as long",
-}
-
-
 def listing(what: str) -> dict[str, str]:
     """Name -> what it is, in one line."""
     if what == "suites":
@@ -424,7 +416,7 @@ def listing(what: str) -> dict[str, str]:
             f"random:{name}": f"{s['model_type']}, random weights" for name, s in SHAPES.items()
         }
     if what == "conversions":
-        return CONVERSIONS
+        return {name: conversion.about for name, conversion in CONVERSIONS.items()}
     if what == "methods":
         return {name: repr(method) for name, method in METHODS.items()}
     return {name: repr(task) for name, task in BENCHMARKS.items()}

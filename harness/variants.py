@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from harness.cache import ModelShape
-from harness.families import CannotConvert, group_heads, handles, mix_groups, wrapped
+from harness.families import CannotConvert, wrapped
 from harness.model import Model
+from methods import CONVERSIONS
+from methods.base import Converter
 
 ABOUT, WEIGHTS = "variant.json", "variant.safetensors"
 FORMAT = "variant/1"
@@ -30,54 +32,23 @@ class BadVariant(ValueError):
     """A conversion that is not known, or a saved variant that is missing parts, in one line."""
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What is done to a model, as it is written: none, gqa-2, mqa, mixsga-3:1:6, with `-first` and the like as ablations."""
+def conversion_of(text: str) -> Converter:
+    """What is done to a model, from how it is written: none, gqa-2, mqa, mixsga-3:1:6, with an ablation behind it.
 
-    kind: str  # none | gqa | mqa | mixsga
-    numbers: tuple[int, ...] = ()  # group size, or ratios
-    option: str = ""  # gqa, mqa: first | random; mixsga: random (router)
-
-    @classmethod
-    def parse(cls, text: str) -> Conversion:
-        """
-        Raises:
-            BadVariant: no such conversion, or numbers that it cannot have.
-        """
-        kind, *parts = text.split("-")
-        known = "none, gqa-2, mqa, mixsga-3:1:6 (other numbers too; gqa-2-first, gqa-2-random, mixsga-3:1:6-random are ablations)"
-        wanted = BadVariant(f"no conversion {text!r}; known: {known}")
-        numbers = () if kind in ("none", "mqa") else (parts.pop(0),) if parts else ()
-        option = parts.pop(0) if parts else ""
-        options = {"none": ("",), "gqa": ("", "first", "random"), "mqa": ("", "first", "random"), "mixsga": ("", "random")}
-        if kind not in options or parts or option not in options[kind] or (kind in ("gqa", "mixsga") and not numbers):
-            raise wanted
-        try:
-            found = tuple(int(number) for part in numbers for number in part.split(":"))
-        except ValueError:
-            raise wanted from None
-        if kind == "gqa" and (len(found) != 1 or found[0] < 1):
-            raise wanted
-        if kind == "mixsga" and (any(ratio < 0 for ratio in found) or not any(found)):
-            raise BadVariant(f"ratios of {text!r} must not be negative, nor all 0")
-        return cls(kind, found, option)
-
-    def __str__(self) -> str:
-        return "-".join(part for part in (self.kind, ":".join(map(str, self.numbers)), self.option) if part)
-
-    def apply(self, network: PreTrainedModel, seed: int = 0) -> None:
-        """Converts in place.
-
-        Raises:
-            CannotConvert: the family has no handles, the heads cannot form the groups, or it is converted already.
-        """
-        if self.kind == "none":
-            handles(network)
-        elif self.kind == "mixsga":
-            mix_groups(network, self.numbers, self.option != "random", seed)
-        else:
-            group = self.numbers[0] if self.numbers else handles(network)[0].kv_heads
-            group_heads(network, group, self.option or "mean", seed)  # type: ignore[arg-type]
+    Raises:
+        BadVariant: no such conversion, or numbers that it cannot have.
+    """
+    kind, *parts = text.split("-")
+    if kind not in CONVERSIONS:
+        raise BadVariant(f"no conversion {text!r}; known: {', '.join(CONVERSIONS)}")
+    known = CONVERSIONS[kind]
+    try:
+        if known.numbers and not parts:
+            raise ValueError(f"it needs {known.numbers} behind it")
+        numbers = tuple(int(number) for number in parts.pop(0).split(":")) if known.numbers else ()
+        return known.make(numbers, "-".join(parts))
+    except ValueError as error:
+        raise BadVariant(f"conversion {text!r}: {error} ({known.about})") from None
 
 
 @dataclass(frozen=True)
@@ -102,14 +73,14 @@ def convert(parent: Model, text: str) -> Model:
     Raises:
         BadVariant, CannotConvert: see there.
     """
-    conversion = Conversion.parse(text)
+    conversion = conversion_of(text)
     if parent.name.count("+"):
         raise CannotConvert(f"model {parent.name} is a variant already: convert its parent")
     conversion.apply(parent.network)
     return Model(
         parent.network,
         parent.tokenizer,
-        f"{parent.name}+{conversion} (unhealed)",
+        f"{parent.name}+{text} (unhealed)",
         f"{parent.revision}-unhealed",
         parent.parent_shape,
     )
@@ -171,7 +142,7 @@ def open_variant(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Abo
         BadVariant: parts are missing or do not fit together.
     """
     about = read_about(folder)
-    conversion = Conversion.parse(about.conversion)
+    conversion = conversion_of(about.conversion)
     weights = folder / WEIGHTS
     try:
         if weights.exists():
@@ -208,16 +179,11 @@ def digest_of(folder: Path, conversion: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
-def bytes_a_token(shape: ModelShape, conversion: Conversion) -> float:
+def bytes_a_token(shape: ModelShape, text: str) -> float:
     """Bytes that a token adds to the cache of a variant, windows aside, with the bits that name its experts.
 
-    The paper's Table 9 cuts the fraction of a byte off.
+    mixSGA's Table 9 cuts the fraction of a byte off.
     """
+    conversion = conversion_of(text)
     whole = shape.layers * shape.kv_heads * shape.entry_bytes()
-    if conversion.kind == "none":
-        return whole
-    if conversion.kind != "mixsga":
-        return whole / (conversion.numbers[0] if conversion.numbers else shape.kv_heads)
-    used = [(2**number, ratio) for number, ratio in enumerate(conversion.numbers) if ratio]
-    share = sum(ratio / group for group, ratio in used) / sum(ratio for _, ratio in used)
-    return whole * share + shape.layers * (len(used) - 1).bit_length() / 8
+    return whole * conversion.share(shape.kv_heads) + shape.layers * conversion.index_bits / 8

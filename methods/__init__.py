@@ -1,11 +1,13 @@
-"""The methods, by name. This table is the only list; it has no logic."""
+"""The methods and conversions, by name. These tables are the only lists; they have no logic."""
 
 from methods.ada_snapkv import AdaptiveHeads
 from methods.allocators import Uniform
-from methods.base import Eviction, Full, Method
+from methods.base import Conversion, Eviction, Full, Method
+from methods.gqa import GroupedHeads, Untouched
 from methods.h2o import HeavyHitters
 from methods.headkv import HeadShares, PaperHeadShares
 from methods.knorm import SmallKeys
+from methods.mixsga import MixSGA
 from methods.pyramidkv import Pyramid
 from methods.random import ByLot
 from methods.snapkv import WindowAttention
@@ -26,4 +28,13 @@ METHODS: dict[str, Method] = {
     "headkv_er": Eviction(WindowAttention(), HeadShares("er")),
     "headkv_r2": Eviction(WindowAttention(), HeadShares("r2")),
     "headkv_paper": Eviction(WindowAttention(), PaperHeadShares("r2")),
+}
+
+CONVERSIONS: dict[str, Conversion] = {
+    "gqa": Conversion("gqa-2: KV heads averaged in groups of 2; ablations gqa-2-first, gqa-2-random", GroupedHeads.of, "groups"),
+    "mqa": Conversion("all KV heads averaged into one; ablations mqa-first, mqa-random", GroupedHeads.of),
+    "mixsga": Conversion(
+        "mixsga-3:1:6: shares of the tokens that keep every head, half, a quarter; ablation -random", MixSGA.of, "ratios"
+    ),
+    "none": Conversion("the model as it is: the control, trained as long", Untouched.of),
 }

@@ -5,9 +5,9 @@ Everything else (prompts, copying, decoding, files) is the harness's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -194,6 +194,35 @@ class Full:
 
 
 Method = Eviction | Full
+
+
+class Converter(Protocol):
+    """Changes a model's keys and values in place; every evicting method runs on top."""
+
+    @property
+    def index_bits(self) -> int:
+        """That name the expert of a token, in each layer."""
+        ...
+
+    def share(self, kv_heads: int) -> float:
+        """Of the parent's bytes that a token adds to the cache."""
+        ...
+
+    def apply(self, network: Any, seed: int = 0) -> None:
+        """
+        Raises:
+            CannotConvert: no handles for the family, heads that cannot form the groups, or a model converted before.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A family of converters, as it is named: `name-numbers-option`."""
+
+    about: str
+    make: Callable[[tuple[int, ...], str], Converter]  # from numbers and option; ValueError says what is wrong with them
+    numbers: str = ""  # what they are; "" where there are none
 
 
 def row_sizes(prefill: Prefill, protected: Protected) -> Rows:

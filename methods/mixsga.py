@@ -10,13 +10,16 @@ later go to their argmax. docs/methods/mixsga.md says what the paper leaves open
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-Mode = Literal["expert_choice", "argmax"]
+from harness.cache import Routing
+from harness.families import Grouping, check_groups, wrap
+
 RouterLoss = Literal["logits", "sigmoid"]
 
 
@@ -82,7 +85,7 @@ class Router(nn.Module):
         nn.init.kaiming_normal_(self.score.weight)
         nn.init.zeros_(self.score.bias)
         self.score.requires_grad_(learned)
-        self.mode: Mode = "expert_choice"
+        self.mode: Routing = "expert_choice"
         self.segments: Tensor | None = None  # [B, T] of the next pass, in training; None: every row is one sequence
         self.assigned: Tensor | None = None  # [B, T] of the last pass
         self.logits: Tensor | None = None  # [B, T, E] of the last pass, float32
@@ -123,3 +126,48 @@ class Router(nn.Module):
         assert self.scores is not None and self.assigned is not None
         real = self.assigned >= 0
         return int((self.scores.argmax(-1) == self.assigned)[real].sum()), int(real.sum())
+
+
+@dataclass(frozen=True)
+class MixSGA:
+    """Experts of 1, 2, 4, ... heads a group, and a router a layer. With a single expert there is no router."""
+
+    ratios: tuple[int, ...]  # of the tokens, in order of cost; 0: no such expert
+    learned: bool = True  # else experts are drawn by lot
+
+    @classmethod
+    def of(cls, numbers: tuple[int, ...], option: str) -> MixSGA:
+        """
+        Raises:
+            ValueError: ratios that make no sense, or an option that is not there.
+        """
+        if any(ratio < 0 for ratio in numbers) or not any(numbers):
+            raise ValueError("ratios must not be negative, nor all 0")
+        if option not in ("", "random"):
+            raise ValueError(f"{option!r} is no ablation of it; random is")
+        return cls(numbers, learned=not option)
+
+    @property
+    def experts(self) -> list[tuple[int, int]]:
+        """Heads a group, and ratio, of those that take part."""
+        return [(2**number, ratio) for number, ratio in enumerate(self.ratios) if ratio]
+
+    def share(self, kv_heads: int) -> float:
+        return sum(ratio / group for group, ratio in self.experts) / sum(self.ratios)
+
+    @property
+    def index_bits(self) -> int:
+        return (len(self.experts) - 1).bit_length()
+
+    def apply(self, network: Any, seed: int = 0) -> None:
+        used, ratios = ([expert[part] for expert in self.experts] for part in (0, 1))
+        found = check_groups(network, used)
+        if used == [1]:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for handle in found:
+                router = Router(handle.hidden, used, ratios, self.learned) if len(used) > 1 else None
+                if router is not None:
+                    router.to(next(handle.attention.parameters()).device)
+                wrap(handle, Grouping(used, router))

@@ -55,18 +55,14 @@ def plot(found: Sequence[Line], folder: Path) -> list[Path]:
     return paths
 
 
-ROUTINGS = ("expert_choice", "argmax")
-
-
 def _panel(line: Line) -> tuple[str, str, str, str]:
     """A model and its variants share one: they are counted in the same bytes."""
-    protocol = " ".join(part for part in line.protocol.split() if part not in ROUTINGS)
-    return (line.model.split("+")[0], line.benchmark, line.prompt, protocol)
+    return (line.model.split("+")[0], line.benchmark, line.prompt, line.protocol.split(", prefill routed")[0])
 
 
 def _label(line: Line) -> str:
     method, (_, plus, variant) = line.method.split("@")[0], line.model.partition("+")
-    causal = " (argmax)" if "argmax" in line.protocol.split() else ""
+    causal = " (argmax)" if line.protocol.endswith("argmax") else ""
     return f"{method} on {variant}{causal}" if plus else method
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from reports.statistics import Estimate, estimate, paired_difference, proportion
-from results.record import Record
+from results.record import Key, Record
 
 Where = tuple[str, ...]
 
@@ -56,9 +56,20 @@ def lines(records: Iterable[Record], ratings: Mapping[str, float] | None = None)
         key = record.key
         asked = f"{key.revision} {key.benchmark_params} {key.data} {key.max_new_tokens} {key.fidelity}"  # not shown
         method = (key.method, key.params, key.budget)  # `asked` and the parameters tell apart, but are not shown
-        where = (key.model, _benchmark(record), key.prompt, " ".join(key.protocol[1:]), asked, *method)
+        where = (key.model, _benchmark(record), key.prompt, _protocol(key), asked, *method)
         groups.setdefault(where, []).append(record)
     return [_line(where, groups[where], _full(where, groups), ratings or {}) for where in sorted(groups, key=_order)]
+
+
+def _protocol(key: Key) -> str:
+    """What of the protocol is no column of its own, in words."""
+    routing = f"prefill routed by {key.routing.replace('_', ' ')}" if key.routing else ""
+    sampled = f"sampled at temperature {key.temperature:g}" if key.temperature else "greedy"
+    stops = "up to an end token" if key.stop == "eos" else "end tokens ignored"
+    chat = "raw prompt" if key.chat == "raw" else "chat template"
+    rows = f"a row a {'KV' if key.granularity == 'kv' else 'query'} head"
+    parts = (chat, f"at most {key.truncation} tokens", rows, sampled, stops, key.dtype, routing)
+    return ", ".join(part for part in parts if part)
 
 
 def _benchmark(record: Record) -> str:

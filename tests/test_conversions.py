@@ -23,7 +23,7 @@ from harness.load import load
 from harness.model import Model, shape_of
 from harness.rows import RowCache, compact
 from harness.shapes import SHAPES
-from harness.variants import About, BadVariant, Conversion, bytes_a_token, open_variant, save
+from harness.variants import About, BadVariant, bytes_a_token, conversion_of, open_variant, save
 from methods.base import Eviction, score_prefill
 from methods.mixsga import Router, capacities, expert_choice
 from results.store import read_rows
@@ -46,7 +46,7 @@ def wide(family: str) -> Any:
 def converted(family: str, text: str, net: Any = None) -> Model:
     net = net or wide(family)
     parent = shape_of(net)
-    Conversion.parse(text).apply(net)
+    conversion_of(text).apply(net)
     for router in routers(net):
         router.score.weight.data.mul_(3.0)  # far from ties
     return Model(net, None, f"{family}+{text}", "0", parent)
@@ -311,8 +311,8 @@ def test_bytes_a_token_are_those_of_the_papers_table_9(shape: str, expected: int
     dim = s.get("head_dim") or s["hidden_size"] // heads
     layers = s["num_hidden_layers"]
     model = ModelShape(layers, heads, s.get("num_key_value_heads", heads), dim, (None,) * layers, 4)
-    assert int(bytes_a_token(model, Conversion.parse("mixsga-3:1:6"))) == expected  # of 6.5 bytes of bits the table shows 6
-    assert bytes_a_token(model, Conversion.parse("gqa-2")) == expected - layers * 2 // 8
+    assert int(bytes_a_token(model, "mixsga-3:1:6")) == expected  # of 6.5 bytes of bits the table shows 6
+    assert bytes_a_token(model, "gqa-2") == expected - layers * 2 // 8
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
@@ -321,7 +321,7 @@ def test_bytes_a_token_are_those_of_the_rows(family: str) -> None:
         model = converted(family, text)
         prefill = model.prefill(tokens(80), Needs())[0]
         counts = compact(prefill, [keep_all(prefill)], 0).counts()[0]
-        assert counts.bytes_kept == np.ceil(80 * bytes_a_token(model.parent_shape, Conversion.parse(text)))
+        assert counts.bytes_kept == np.ceil(80 * bytes_a_token(model.parent_shape, text))
         assert counts.bytes_allocated <= 1.02 * counts.bytes_kept + 4 * counts.entries
 
 
@@ -373,7 +373,7 @@ def test_broken_variants_get_one_line(tmp_path: Path) -> None:
 )
 def test_conversions_that_make_no_sense(text: str) -> None:
     with pytest.raises(BadVariant, match=r"conversion|ratios"):
-        Conversion.parse(text)
+        conversion_of(text)
 
 
 def test_heads_that_cannot_form_groups_and_second_conversions_are_refused() -> None:
@@ -381,9 +381,9 @@ def test_heads_that_cannot_form_groups_and_second_conversions_are_refused() -> N
         with pytest.raises(CannotConvert, match="do not divide 4 KV heads"):
             converted("llama", text)
     net = wide("opt")
-    Conversion.parse("mixsga-1:1").apply(net)
+    conversion_of("mixsga-1:1").apply(net)
     with pytest.raises(CannotConvert, match="converted already"):
-        Conversion.parse("gqa-2").apply(net)
+        conversion_of("gqa-2").apply(net)
     net.config.model_type = "bloom"
     with pytest.raises(CannotConvert, match="no attention handles for the family 'bloom'"):
         handles(net)
@@ -392,12 +392,12 @@ def test_heads_that_cannot_form_groups_and_second_conversions_are_refused() -> N
 def test_converting_makes_no_second_copy_of_the_weights() -> None:
     net = wide("llama")
     before = {name: weight.data_ptr() for name, weight in net.named_parameters()}
-    Conversion.parse("mixsga-3:1:6").apply(net)
+    conversion_of("mixsga-3:1:6").apply(net)
     after = {name.replace(".inner", ""): weight.data_ptr() for name, weight in net.named_parameters()}
     assert {name: after[name] for name in before} == before
     net = wide("opt")
     before = {name: weight.data_ptr() for name, weight in net.named_parameters()}
-    Conversion.parse("gqa-2").apply(net)
+    conversion_of("gqa-2").apply(net)
     assert {name.replace(".inner", ""): weight.data_ptr() for name, weight in net.named_parameters()} == before
 
 
@@ -419,10 +419,14 @@ def test_variants_run_beside_their_parent_on_one_byte_axis(tmp_path: Path, capsy
         assert len(entries) == 1, "the same budget is the same number of entries for every variant"
     assert {row.key.routing for row in rows if "mixsga" in row.key.model} == {"expert_choice"}
     assert {row.key.routing for row in rows if "mixsga" not in row.key.model} == {""}
+    some = tmp_path / "some"
+    assert call(*asked[:-1], str(some), "--model", "random:tiny-llama,random:tiny-llama+gqa-3") == 1, "the others are done"
+    assert "gqa-3: skipped, groups of 3 do not divide 4" in capsys.readouterr().err
+    assert {row.key.model for row in read_rows(some)} == {"random:tiny-llama"} and (some / "report" / "scores.md").exists()
     assert call(*asked, "--model", "random:tiny-llama+gqa-3") == 2
     assert "do not divide 4 KV heads" in capsys.readouterr().err
     assert call(*asked, "--model", "random:tiny-llama+gqa") == 2
-    assert "no conversion 'gqa'; known" in capsys.readouterr().err
+    assert "conversion 'gqa': it needs groups" in capsys.readouterr().err
 
 
 def test_variant_json_says_where_it_came_from(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from conftest import FAMILIES, head_scores, network, read, tiny, tokens
 from test_cli import call
 
-from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES
+from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, TEXTS
 from harness.cache import Arena, Needs, keep_all
 from harness.importance import Estimate, Haystack, Journal, attempt, estimate_scores, observe, succeeded
 from harness.load import REFERENCE, load
@@ -190,6 +190,9 @@ def test_needles_are_found_where_they_were_put_and_lie_everywhere() -> None:
                 assert model.tokenizer.decode(made.answer).strip() == estimate.needle(number).answer
     for draw in (*RETRIEVAL_NEEDLES.values(), *REASONING_NEEDLES.values()):
         assert len({draw(n, random.Random(n)).answer for n in range(20)}) >= 20
+    for kind, written in (("r", "retrieval"), ("r2", "reasoning")):
+        asked = {Estimate(kind, "text").needle(n).span[1] for n in range(4 * len(TEXTS[written]))}  # type: ignore[arg-type]
+        assert len(asked) >= len(TEXTS[written]), "every needle takes its turn"
     reasoning = REASONING_NEEDLES["text"]
     assert {reasoning(0, random.Random(n)).span[0] for n in range(40)} == {0, 1, 2}
 

@@ -62,12 +62,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         answer = "hi" if "ODD" in text else answer  # type: ignore[assignment]
         body = b"oops" if "BROKEN" in text else json.dumps({"choices": [answer]}).encode()
+        with self.server.lock:
+            self.server.at_once -= 1  # before the answer: whoever has read it may ask again at once
         self.send_response(503 if fails else 401 if "FORBIDDEN" in text else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-        with self.server.lock:
-            self.server.at_once -= 1
 
     def log_message(self, *arguments: object) -> None:
         pass

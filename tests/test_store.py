@@ -21,6 +21,7 @@ from harness.plan import Work, run
 from harness.prompts import Protocol
 from harness.sweep import Sweep
 from methods import METHODS
+from reports.tables import lines
 from results.record import Key, Record
 from results.store import Store, StoreError, read_rows
 
@@ -57,6 +58,18 @@ def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
     Store(tmp_path).write(written)
     assert read_rows(tmp_path) == [written]
     assert Store(tmp_path).finished(written.key)
+
+
+def test_draws_of_a_record_are_averaged_and_generated_examples_are_not() -> None:
+    sizes = dict.fromkeys(("entries_asked", "entries", "bytes_kept", "bytes_allocated", "bytes_full"), 8)
+    drawn = [replace(record(n, metrics={"m": float(value)}, **sizes), key=replace(KEY, example=n, seed=seed, data="sha"))
+             for n, seed, value in ((0, 1, 1), (0, 2, 0), (1, 1, 1), (1, 2, 1))]  # fmt: skip
+    (line,) = lines(drawn)
+    assert line.score is not None and (line.score.mean, line.score.n) == (0.75, 2)
+    (line,) = lines([replace(row, key=replace(row.key, data="")) for row in drawn])
+    assert line.score is not None and (line.score.mean, line.score.n) == (0.75, 4)
+    sampled = lines([replace(row, key=replace(row.key, temperature=1.0, routing="argmax")) for row in drawn])[0].protocol
+    assert "sampled at temperature 1" in sampled and sampled.endswith("prefill routed by argmax")
 
 
 def test_every_setting_is_part_of_the_identity() -> None:
