@@ -65,12 +65,7 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add("--prompt", help="question_in, question_after, or both with a comma")
     add("--chat", choices=("raw", "template"), default="raw", help="(default: %(default)s)")
     add("--granularity", choices=("kv", "query"), default="kv", help="rows a KV head or a query head (default: %(default)s)")
-    add(
-        "--routing",
-        choices=("expert_choice", "argmax"),
-        default="expert_choice",
-        help="of a mixSGA prefill (default: %(default)s)",
-    )
+    add("--routing", default="expert_choice", help="of a mixSGA prefill: expert_choice, argmax, or both (default: %(default)s)")
     add("--truncation", type=int, help="tokens of a prompt; longer ones keep their two ends (default: the model's positions)")
     add("--max-new-tokens", type=int, help="of an answer (default: the benchmark's)")
     add("--limit", type=int, help="examples of each benchmark")

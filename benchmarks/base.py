@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 CountTokens = Callable[[str], int]
 
@@ -19,11 +19,20 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Request:
+    """How likely is `continuation` behind `context`? Or, `rolling`, how likely is `continuation` as a whole text?"""
+
+    context: str
+    continuation: str
+    rolling: bool = False
+
+
+@dataclass(frozen=True)
 class Example:
     """One prompt and what a right answer to it is.
 
     `context_end` cuts the prompt: what lies behind it is asked after the context was read (and, under `question_after`,
-    compressed). It counts characters of `prompt`, or tokens of `ids` where a benchmark gives those.
+    compressed). It counts characters of `prompt`, or tokens where a benchmark gives `ids` or `piece`.
     """
 
     index: int
@@ -33,6 +42,11 @@ class Example:
     max_new_tokens: int
     ids: tuple[int, ...] | None = None
     columns: dict[str, str | int | float] = field(default_factory=dict)  # length, depth, ...
+    until: tuple[str, ...] = ()  # texts at which an answer ends; neither they nor what follows is part of it
+    requests: tuple[Request, ...] = ()  # likelihoods that are asked for instead of an answer
+    piece: tuple[int, int] | None = None  # of the prompt's tokens only [first, last)
+    one_pass: bool = False  # what is scored is read in the same pass as what lies before it: there is no cache to compress
+    cut: Literal["middle", "start", "never"] = "middle"  # what is left out of a prompt that is too long; never: it is skipped
 
 
 class Task(Protocol):

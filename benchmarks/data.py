@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import lzma
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 OPENERS: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
@@ -61,6 +64,64 @@ def load(source: Source, data_dir: Path | None) -> Data:
     if not source.repository:
         raise BadData(f"no {source.local[0]}.jsonl in {data_dir or 'the folder of --data-dir, which was not given'}")
     return _from_hub(source, data_dir)
+
+
+WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet", "CC BY-SA 3.0 and GFDL (Wikipedia)")
+
+
+@lru_cache(maxsize=8)
+def text(name: str, data_dir: Path | None) -> Data:
+    """One record with the field `text`: WikiText-2's test split, or the user's file or folder of .txt.
+
+    Raises:
+        BadData: nothing there, or nothing in it.
+    """
+    places = [Path(name)] if data_dir is None else [data_dir / name, data_dir / "lm" / name, Path(name)]
+    path = next((place for place in places if place.exists()), None)
+    if path is None and name == "wikitext2":
+        repository, file, licence = WIKITEXT2
+        found = _from_hub(Source(("lm/wikitext2/wiki.test.raw",), ("text",), licence, repository, file), data_dir)
+        return Data(({"text": "".join(row["text"] for row in found.rows)},), found.sha256, found.source, licence)
+    if path is None:
+        raise BadData(f"no text {name!r}: wikitext2, or a file or folder of .txt, by itself or in --data-dir, is expected")
+    paths = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".raw")) if path.is_dir() else [path]
+    raw = b"\n".join(read(p) for p in paths)
+    joined = raw.decode("utf-8", errors="replace")
+    if not joined.strip():
+        raise BadData(f"{path} holds no text")
+    licence = WIKITEXT2[2] if name == "wikitext2" else "the user's own text"
+    return Data(({"text": joined},), hashlib.sha256(raw).hexdigest(), name, licence)
+
+
+def likelihoods(answer: str) -> list[tuple[float, bool, int]]:
+    """Of a stored answer: log-probability in nats, first choice throughout?, tokens; of every request."""
+    return [(float(logprob), bool(greedy), int(tokens)) for logprob, greedy, tokens in json.loads(answer)]
+
+
+def lm_eval_task(folder: str, task: str) -> dict[str, Any]:
+    """The settings of one of lm-eval's task files; functions that it names are not run.
+
+    Raises:
+        BadData: lm-eval is not installed, or has no such file.
+    """
+    found = importlib.util.find_spec("lm_eval")
+    if found is None or found.origin is None:
+        raise BadData(f"the prompts of {task} are read from lm-eval, which is not installed: pip install lm-eval")
+    path = Path(found.origin).parent / "tasks" / folder / f"{task}.yaml"
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, yaml.YAMLError) as error:
+        raise BadData(f"lm-eval's file of {task} is not as expected: {error}") from None
+    if not isinstance(settings, dict):
+        raise BadData(f"lm-eval's file of {task} is not as expected: it holds no settings")
+    return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads lm-eval's task files without running the functions that they name."""
+
+
+_Loader.add_multi_constructor("!function", lambda *_: None)
 
 
 def read(path: Path) -> bytes:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from benchmarks.base import CountTokens, Example, Metric
-from benchmarks.prose import sentences
+from benchmarks.haystack import Haystack, weave
 
 NAMES = tuple(
     """Mira Oslo Tavi Ruben Lena Odin Zara Kofi Yuki Ivo Priya Noor Enzo Dalia Anouk Bodhi
@@ -97,12 +95,12 @@ class Facts(ABC):
         room = self.length - count_tokens(asked) - sum(count_tokens(" " + text) for _, text in said)
         if room < 0:
             raise ValueError(f"its facts and question alone do not fit into {self.length} tokens")
-        filler = _fill(room, f"{name}/{seed}/{index}/filler", count_tokens)
-        context, depths = _weave(rng, filler, [text for _, text in said])
+        filler = Haystack().fill(room, f"{name}/{seed}/{index}/filler", count_tokens)
+        context, depths = weave(rng, filler, [text for _, text in said])
         found = [depths[number] for number, (what, _) in enumerate(said) if what in question.about]
         most = count_tokens(" " + question.answer)
         columns: dict[str, str | int | float] = {"length": self.length, "depth": round(sum(found) / len(found), 3)}
-        return Example(index, context + asked, len(context), (question.answer,), most, None, columns)
+        return Example(index, context + asked, len(context), (question.answer,), most, None, columns, cut="never")
 
     def score(self, answer: str, example: Example) -> dict[str, float]:
         """1 if the answer begins with exactly the right words, whatever the punctuation."""
@@ -169,32 +167,3 @@ class NeedleText(Facts):
 
 def words(text: str) -> list[str]:
     return re.findall(r"\w+", text)
-
-
-def _fill(tokens: int, seed: str, count_tokens: CountTokens) -> list[str]:
-    """Sentences of prose, as many as fit into `tokens`."""
-    found: list[str] = []
-    for text in sentences(seed):
-        tokens -= _size(text, count_tokens)
-        if tokens < 0:
-            return found
-        found.append(text)
-    return found
-
-
-@cache
-def _size(text: str, count_tokens: CountTokens) -> int:
-    return count_tokens(" " + text)
-
-
-def _weave(rng: random.Random, filler: Sequence[str], statements: Sequence[str]) -> tuple[str, list[float]]:
-    """The statements at random places between the sentences, in their order; and how deep each one lies, 0 to 1."""
-    places = sorted(rng.randint(0, len(filler)) for _ in statements)
-    text, starts, done = "", [], 0
-    for place, statement in zip(places, statements, strict=True):
-        text += "".join(f" {line}" for line in filler[done:place])
-        starts.append(len(text))
-        text += f" {statement}"
-        done = place
-    text += "".join(f" {line}" for line in filler[done:])
-    return text, [start / len(text) for start in starts]

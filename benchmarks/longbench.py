@@ -8,7 +8,6 @@ ones in white space and are put right (a test compares all with the official fil
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,8 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-import yaml
 
 from benchmarks import data, longbench_metrics
 from benchmarks.base import CountTokens, Example, Metric
@@ -59,6 +56,7 @@ KINDS: dict[str, Kind] = {
     "lcc": Kind("code", longbench_metrics.code_similarity, chat=False, extended=True),
     "repobench-p": Kind("code", longbench_metrics.code_similarity, chat=False, extended=True),
 }
+CATEGORIES = tuple(dict.fromkeys(kind.category for kind in KINDS.values()))
 CHINESE = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh")
 ENGLISH = tuple(task for task in KINDS if task not in CHINESE)
 HEADKV = ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique")  # of that paper's main tables
@@ -87,16 +85,12 @@ def official_prompt(task: str) -> Prompt:
     Raises:
         BadData: lm-eval is not installed, or has another form of this task.
     """
-    found = importlib.util.find_spec("lm_eval")
-    if found is None or found.origin is None:
-        raise BadData("LongBench's prompts are read from lm-eval, which is not installed: pip install lm-eval")
-    path = Path(found.origin).parent / "tasks" / "longbench" / f"{task}.yaml"
+    settings = data.lm_eval_task("longbench", task)
     try:
-        settings: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         template = re.sub(r"\{\{\s*(?:input|question)\s*\}\}", "{input}", settings["doc_to_text"])
         template = re.sub(r"\{\{\s*context\s*\}\}", "{context}", template)
         length = int(settings["generation_kwargs"]["max_gen_toks"])
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise BadData(f"lm-eval's file of longbench_{task} is not as expected: {error}") from None
     if task in WHITE_SPACE:
         short, official = WHITE_SPACE[task]
@@ -110,13 +104,6 @@ def _mended(template: str, short: str, official: str) -> str:
         return template
     head, found, tail = template.rpartition(short)
     return head + official + tail if found else template
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads lm-eval's task files without running the functions that they name."""
-
-
-_Loader.add_multi_constructor("!function", lambda *_: None)
 
 
 def _fault(task: str, answers: Any, classes: Any, words: Any) -> str | None:

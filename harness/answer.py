@@ -8,7 +8,7 @@ what the model itself says next; the rest is taken back. What a cell answers is 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -20,6 +20,7 @@ from harness.rows import Counts, RowCache
 
 MOST_DRAFTS = 7
 NOISE_KEPT = 64  # places of an answer whose noise is kept for the other cells
+TAIL = 8  # tokens that are looked at for a stop text, beyond those that its letters can take
 FORCED_NUMBERS = 2**26  # logits held at once by the forced pass
 
 
@@ -48,14 +49,53 @@ def _gumbel(seed: str, place: int, size: int) -> Tensor:
     return -torch.empty(size).exponential_(generator=generator).log()
 
 
+@dataclass(frozen=True)
+class Stop:
+    """What ends an answer: a token, a text in it, or its length."""
+
+    ids: frozenset[int]
+    most: int  # tokens, end token included
+    texts: tuple[str, ...] = ()
+    words: Callable[[list[int]], str] | None = None  # of tokens, for `texts`
+
+    def reason(self, tokens: list[int]) -> str | None:
+        """Why an answer ends with the last of `tokens`; None: it goes on."""
+        if tokens[-1] in self.ids:
+            return "end"
+        if self.texts and self.words is not None:
+            tail = self.words(tokens[-max(map(len, self.texts)) - TAIL :])  # a token of text has at least one character
+            if any(text in tail for text in self.texts):
+                return "text"
+        return "length" if len(tokens) >= self.most else None
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a continuation: summed log-probability in nats, whether each token is the model's first choice, and how many."""
+
+    logprob: float
+    greedy: bool
+    tokens: int
+
+    def __add__(self, other: Likelihood) -> Likelihood:
+        return Likelihood(self.logprob + other.logprob, self.greedy and other.greedy, self.tokens + other.tokens)
+
+    @classmethod
+    def of(cls, logits: Tensor, tokens: Tensor) -> Likelihood:
+        """[n, V] logits, or log-probabilities, of the places of `tokens` [n]."""
+        chosen = -torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="sum")
+        return cls(float(chosen), bool((logits.argmax(-1) == tokens).all()), len(tokens))
+
+
 @dataclass
 class Answer:
-    """What one cell has said so far."""
+    """What one cell has said so far, or how likely it found what it was asked about."""
 
     tokens: list[int]
     stop_reason: str | None = None
     end: Counts | None = None  # what the cell held when it had ended
     width: int = 0  # drafts of the next step at most
+    likelihoods: dict[int, Likelihood] = field(default_factory=dict)  # by request
 
     def adapt(self, offered: int, accepted: int) -> None:
         """Wider while drafts hold, narrower when they do not. Depends on tokens only, never on time."""
@@ -64,14 +104,11 @@ class Answer:
         elif accepted < 0.4 * offered:
             self.width //= 2
 
-    def add(self, tokens: Iterable[int], stop_ids: frozenset[int], most: int) -> None:
+    def add(self, tokens: Iterable[int], stop: Stop) -> None:
         for token in tokens:
             if self.stop_reason is None:
                 self.tokens.append(token)
-                if token in stop_ids:
-                    self.stop_reason = "end"
-                elif len(self.tokens) >= most:
-                    self.stop_reason = "length"
+                self.stop_reason = stop.reason(self.tokens)
 
 
 @dataclass
@@ -101,11 +138,10 @@ def generate(
     cache: RowCache,
     first: Sequence[int],
     drafts: Drafts,
-    stop_ids: frozenset[int],
-    most: int,
+    stop: Stop,
     chooser: Chooser = Chooser(),
 ) -> list[Answer]:
-    """Answers of the cells of `cache`, at most `most` tokens each, end token included.
+    """Answers of the cells of `cache`.
 
     Cells that have ended leave the batch; the last of them stay in the cache, which then holds the prompt and their answers but
     for the last token.
@@ -116,10 +152,10 @@ def generate(
     """
     answers = [Answer([]) for _ in first]
     for answer, token in zip(answers, first, strict=True):
-        answer.add([token], stop_ids, most)
+        answer.add([token], stop)
     active = list(range(len(answers)))
     while active := _drop_ended(cache, answers, active):
-        _step(model, cache, [answers[cell] for cell in active], drafts, stop_ids, most, chooser)
+        _step(model, cache, [answers[cell] for cell in active], drafts, stop, chooser)
     return answers
 
 
@@ -141,12 +177,11 @@ def _step(
     cache: RowCache,
     answers: Sequence[Answer],
     drafts: Drafts,
-    stop_ids: frozenset[int],
-    most: int,
+    stop: Stop,
     chooser: Chooser,
 ) -> None:
     """One pass of the model: every cell's last token, with its drafts behind it."""
-    guesses = [drafts.propose(a.tokens, min(max(a.width, 1), most - len(a.tokens) - 1)) for a in answers]
+    guesses = [drafts.propose(a.tokens, min(max(a.width, 1), stop.most - len(a.tokens) - 1)) for a in answers]
     pieces = [[answer.tokens[-1], *guess[: answer.width]] for answer, guess in zip(answers, guesses, strict=True)]
     places = [len(answer.tokens) + n for answer, piece in zip(answers, pieces, strict=True) for n in range(len(piece))]
     said = iter(chooser.choose(model.decode_ragged(cache, pieces), places))
@@ -156,7 +191,7 @@ def _step(
         right = _agreeing(guess, spoken)
         taken = min(right, len(piece) - 1)
         before = len(answer.tokens)
-        answer.add(spoken[: taken + 1], stop_ids, most)
+        answer.add(spoken[: taken + 1], stop)
         taken = len(answer.tokens) - before - 1  # drafts behind an end are no part of the answer
         drafts.learn(answer.tokens[-(taken + 3) :])
         answer.adapt(len(guess), right)  # at width 0 the guess is made but not run: it says when to begin
@@ -180,6 +215,27 @@ def forced(model: Model, cache: RowCache, tokens: Sequence[int]) -> Iterator[tup
         piece = torch.tensor(tokens[start : start + wide], device=model.device).expand(cache.cells, -1)
         yield start, model.decode(cache, piece, keep=piece.shape[1]).float().log_softmax(-1)
     cache.crop([len(tokens)] * cache.cells)
+
+
+def branch(model: Model, cache: RowCache, lead: Tensor, tokens: Sequence[int], scored: int) -> list[Likelihood]:
+    """How likely each cell finds the last `scored` of `tokens` behind what it holds. The cache is left as it was.
+
+    Args:
+        lead: [C, V], logits of the first token.
+    """
+    wanted = torch.tensor(tokens, device=lead.device)
+    sums = [Likelihood(0.0, True, 0) for _ in range(cache.cells)]
+
+    def add(start: int, logprobs: Tensor) -> None:  # [C, p, V], of the tokens from `start` on
+        first = max(0, len(tokens) - scored - start)
+        for cell, found in enumerate(logprobs[:, first:]):
+            if len(found):
+                sums[cell] += Likelihood.of(found, wanted[start + first : start + first + len(found)])
+
+    add(0, lead.float().log_softmax(-1)[:, None])
+    for start, logprobs in forced(model, cache, tokens[:-1]):
+        add(start + 1, logprobs)
+    return sums
 
 
 @dataclass(frozen=True)

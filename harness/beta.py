@@ -98,7 +98,7 @@ def _where(record: Record) -> tuple[str, str, str]:
 def _mean_of_means(records: list[Record]) -> float:
     tasks: dict[str, list[float]] = {}
     for record in records:
-        metric = BENCHMARKS[record.key.benchmark.split("@")[0].split("(")[0]].metrics[0]
+        metric = choose("benchmark", record.key.benchmark.split("@")[0], BENCHMARKS)[1].metrics[0]
         value = record.metrics[metric.name]
         tasks.setdefault(record.key.benchmark, []).append(value if metric.higher_is_better else -value)
     return mean(mean(values) for values in tasks.values())

@@ -193,6 +193,7 @@ class Prefill:
     layers: tuple[LayerKV, ...]
     stripes: tuple[tuple[Stripe, ...], ...]  # of each layer
     shape: ModelShape
+    tail: Tensor | None = None  # [S, V], logits of the last S tokens, if what follows each is scored
 
     @property
     def tokens(self) -> int:

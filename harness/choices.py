@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,24 +22,46 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def expand(names: Sequence[str], known: Container[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Group names become their members, with the group's settings; behind `lm_eval:x` a name not known here is lm-eval's, too."""
+    found: list[str] = []
+    for text in names:
+        name, bracket, settings = text.partition("(")
+        if name in groups:
+            found += [f"{member}{bracket}{settings}" for member in groups[name]]
+        elif name not in known and ":" not in name and found and found[-1].startswith("lm_eval:"):
+            found.append(f"lm_eval:{text}")
+        else:
+            found.append(text)
+    return list(dict.fromkeys(found))
+
+
 def choose(kind: str, text: str, table: Mapping[str, T]) -> tuple[str, T]:
     """The entry that `text` names, with its settings changed as asked, and its name with those settings in order.
+
+    `name:value` sets the first setting of an entry: `perplexity:wikitext2`.
 
     Raises:
         UnknownChoice: `kind` (method, benchmark) has no such entry or setting, or the setting cannot have that value.
     """
     match = re.fullmatch(r"\s*([^()]+?)\s*(?:\((.*)\))?\s*", text)
     name = match.group(1) if match else text
+    name, colon, first = name.partition(":")
     if match is None or name not in table:
         raise UnknownChoice(f"no {kind} {name!r}; known: {', '.join(table)}")
     settings = _settings(kind, text, match.group(2) or "")
+    if colon:
+        settings = {fields(table[name])[0].name: first} | settings  # type: ignore[arg-type]
     if not settings:
         return name, table[name]
     try:
         changed = _with(table[name], dict(settings))
     except (TypeError, ValueError) as error:
         raise UnknownChoice(f"{kind} {text!r}: {error}") from None
-    return f"{name}({','.join(f'{key}={value}' for key, value in sorted(settings.items()))})", changed
+    if colon:
+        name, settings = f"{name}:{Path(first).stem}", dict(list(settings.items())[1:])
+    listed = ",".join(f"{key}={value}" for key, value in sorted(settings.items()))
+    return f"{name}({listed})" if settings else name, changed
 
 
 def _settings(kind: str, text: str, inside: str) -> dict[str, Any]:

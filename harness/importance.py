@@ -12,8 +12,7 @@ import hashlib
 import json
 import os
 import random
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.haystack import Haystack
 from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, TEXTS, Needle
-from benchmarks.prose import sentences
 from benchmarks.wording import english_f1, rouge
-from harness.answer import Drafts, generate
+from harness.answer import Drafts, Stop, generate
 from harness.cache import Arena, Needs, keep_all
 from harness.model import Model
 from harness.plan import BadRequest
@@ -36,7 +35,6 @@ from methods.headkv import HeadScores, Kind, attended, copied
 from results.store import append_line
 
 LONGEST_NEEDLE = 64  # tokens of an answer, at most
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 @dataclass(frozen=True)
@@ -74,41 +72,6 @@ class Estimate:
         turn, place = divmod(number, written)
         order = random.Random(f"{self.seed}/{turn}").sample(range(written), written)
         return draw(order[place], random.Random(f"importance/{self.needles}/{self.kind}/{self.seed}/{number}"))
-
-
-@dataclass(frozen=True)
-class Haystack:
-    """Sentences to hide a needle in: generated prose, or the text files of a folder."""
-
-    lines: tuple[str, ...] = ()
-    sha256: str = ""
-
-    @classmethod
-    def of(cls, folder: Path | None) -> Haystack:
-        """
-        Raises:
-            BadRequest: no such folder, or no text in it.
-        """
-        if folder is None:
-            return cls()
-        paths = sorted(folder.rglob("*.txt")) if folder.is_dir() else []
-        try:
-            text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
-        except OSError as error:
-            raise BadRequest(f"--haystack {folder}: {error.strerror}") from None
-        lines = tuple(" ".join(line.split()) for line in SENTENCE_END.split(text) if line.strip())
-        if not lines:
-            raise BadRequest(f"--haystack {folder}: no text in its .txt files")
-        return cls(lines, hashlib.sha256(text.encode()).hexdigest()[:16])
-
-    def sentences(self, seed: str) -> Iterator[str]:
-        if not self.lines:
-            yield from sentences(seed)
-            return
-        start = random.Random(seed).randrange(len(self.lines))
-        while True:
-            yield self.lines[start % len(self.lines)]
-            start += 1
 
 
 @dataclass(frozen=True)
@@ -192,7 +155,7 @@ def _answer(model: Model, cache: RowCache, work: Attempt, most: int) -> tuple[li
     """What the model says, greedily, without its end token. The cache is left as it was."""
     read = cache.seen.copy()
     first = model.decode(cache, torch.tensor([work.ids[-1:]], device=model.device))[0, -1].argmax().item()
-    answer = generate(model, cache, [int(first)], Drafts(), model.stop_ids, most)[0]
+    answer = generate(model, cache, [int(first)], Drafts(), Stop(model.stop_ids, most))[0]
     cache.crop(cache.seen - read)
     said = [token for token in answer.tokens if token not in model.stop_ids]
     assert model.tokenizer is not None

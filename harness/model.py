@@ -107,6 +107,12 @@ class Model:
         """Positions that the model was made for."""
         return int(self.network.config.max_position_embeddings)
 
+    def words(self, tokens: list[int]) -> str:
+        """Tokens as text, without special ones; as numbers where there is no tokenizer."""
+        if self.tokenizer is None:
+            return " ".join(map(str, tokens))
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
     @property
     def stop_ids(self) -> frozenset[int]:
         """Every end token that the generation config or the tokenizer names."""
@@ -118,21 +124,25 @@ class Model:
 
     @torch.inference_mode()
     def prefill(
-        self, ids: Tensor, needs: Needs, arena: Arena | None = None, routing: Routing = "expert_choice"
+        self, ids: Tensor, needs: Needs, arena: Arena | None = None, routing: Routing = "expert_choice", scored: int = 0
     ) -> tuple[Prefill, float]:
         """Reads `ids` [T] densely, and says how many seconds of that were observation. `routing` is for mixSGA variants.
 
         The prefill lives in the memory of `arena`, until the next one in the same arena.
+
+        Args:
+            scored: what follows each of the last so many tokens is to be scored: their logits are kept.
         """
         checksum = zlib.crc32(ids.to(device="cpu", dtype=torch.int64).numpy().tobytes())
-        observer = Observer(self.shape, needs, arena or Arena(), checksum)
+        observer = Observer(self.shape, needs, arena or Arena(), checksum, all_outputs=scored > 0)
         self._route(routing)
-        logits = self._forward(ids[None], torch.arange(len(ids), device=ids.device)[None], observer, 1)
+        logits = self._forward(ids[None], torch.arange(len(ids), device=ids.device)[None], observer, max(1, scored))
         if [layer.index for layer in observer.layers] != list(range(self.shape.layers)):
             raise UnsupportedModel(
                 f"attention of model {self.name!r} was reached in {len(observer.layers)} of {self.shape.layers} layers"
             )
-        prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), tuple(observer.stripes), self.shape)
+        tail = logits[0] if scored else None
+        prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), tuple(observer.stripes), self.shape, tail)
         return prefill, observer.lap.seconds
 
     @torch.inference_mode()
@@ -221,7 +231,7 @@ def register(base: str) -> str:
         if rows_pass is None:
             return official(module, query, key, value, mask, **settings)
         rows_pass.see(index, query[0], key[0], value[0], seen)
-        if index < rows_pass.shape.layers - 1:
+        if index < rows_pass.shape.layers - 1 or rows_pass.all_outputs:
             return official(module, query, key, value, mask, **settings)
         # of the last layer nobody reads more than the last token's output
         last_mask = None if mask is None else mask[..., -1:, :]

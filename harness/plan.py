@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import product
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from benchmarks.base import Example, Task
+from harness.answer import Answer
 from harness.cache import Budget
+from harness.likelihood import likelihood_prompts
 from harness.model import Model
-from harness.prompts import CannotPrompt, Prompt, Protocol, tokenize
+from harness.prompts import CannotPrompt, Prompt, Protocol, has_example, tokenize
 from harness.sweep import Cell, Outcome, Sweep
 from methods.base import Eviction, Method
 from results.record import Key, Record
 from results.store import Store
+
+NOTHING_TO_COMPRESS = (
+    "a text scored in the pass that reads it never meets a cache that could be compressed: only `full` applies, here and for "
+    "variants; the benchmark `perplexity` compresses what it has read before it scores"
+)
 
 
 class BadRequest(ValueError):
@@ -99,9 +110,11 @@ class Tally:
 def left_to_do(model: Model, work: Work, store: Store | None) -> Iterator[Todo]:
     """Prompts with at least one cell that has no finished row. Without a store: all of them."""
     for label, task in work.tasks.items():
-        wanted = product(protocols_of(task, work), work.seeds, work.examples(task))
+        wanted = product(protocols_of(task, work, bool(model.routers)), work.seeds, work.examples(task))
         for protocol, seed, index in wanted:
             example = _example(model, label, task, index, seed)
+            if not has_example(model.tokenizer, example):
+                continue
             limit = protocol.truncation or model.max_tokens - _most(example, protocol)
             if protocol.truncation and protocol.truncation > model.max_tokens:
                 raise BadRequest(
@@ -119,8 +132,8 @@ def left_to_do(model: Model, work: Work, store: Store | None) -> Iterator[Todo]:
                 yield todo
 
 
-def protocols_of(task: Task, work: Work) -> tuple[Protocol, ...]:
-    """Those asked for, as far as they apply to the task.
+def protocols_of(task: Task, work: Work, routed: bool = True) -> tuple[Protocol, ...]:
+    """Those asked for, as far as they apply to the task, and to a model that does not route its tokens.
 
     A likelihood has no question: what is scored always comes after the compressed context. Some tasks are never put into a chat
     template.
@@ -130,6 +143,8 @@ def protocols_of(task: Task, work: Work) -> tuple[Protocol, ...]:
         found = tuple(replace(protocol, prompt="question_after", temperature=0.0) for protocol in found)
     if not task.chat:
         found = tuple(replace(protocol, chat="raw") for protocol in found)
+    if not routed:
+        found = tuple(replace(protocol, routing="expert_choice") for protocol in found)
     return tuple(dict.fromkeys(found))
 
 
@@ -200,64 +215,80 @@ def run(
     sweeps: dict[tuple[Protocol, int], Sweep] = {}
     for todo in left_to_do(model, work, store):
         sweep = sweeps.setdefault((todo.protocol, todo.seed), sweep_of(todo.protocol, todo.seed))
-        prompt, skipped = _open(model, todo)
-        for cell, outcome in _outcomes(sweep, todo, prompt, skipped):
-            record = record_of(model, todo, prompt, cell, outcome, env)
+        prompts, skipped = _open(model, todo)
+        for cell, outcome in _outcomes(sweep, todo, prompts, skipped):
+            record = record_of(model, todo, prompts, cell, outcome, env)
             store.write(record)
             tally.add(record.status, record.reason)
             progress(1)
     return tally
 
 
-def _open(model: Model, todo: Todo) -> tuple[Prompt | None, dict[Cell, str]]:
-    """The prompt, and the cells that cannot run on it, with reasons."""
+def _open(model: Model, todo: Todo) -> tuple[list[Prompt], dict[Cell, str]]:
+    """The prompts, one but where likelihoods are asked for, and the cells that cannot run on them, with reasons."""
     try:
-        prompt = tokenize(model.tokenizer, todo.example, todo.protocol, todo.limit, todo.task.forced)
+        if todo.example.requests:
+            prompts = likelihood_prompts(model.tokenizer, todo.example, todo.protocol, todo.limit)
+        else:
+            prompts = [tokenize(model.tokenizer, todo.example, todo.protocol, todo.limit, todo.task.forced)]
     except CannotPrompt as reason:
-        return None, dict.fromkeys(todo.keys, str(reason))
+        return [], dict.fromkeys(todo.keys, str(reason))
     skipped = {}
     for cell in todo.keys:
-        if isinstance(cell.method, Eviction) and cell.budget is not None:
-            where = (prompt.context, todo.protocol.granularity)
-            why = cell.method.cannot_run(model.least_shape, cell.budget, *where, model.parent_shape)
-            if why:
+        for prompt in prompts:
+            if (why := _why_not(model, todo, cell, prompt)) is not None:
                 skipped[cell] = why
-    return prompt, skipped
+    return prompts, skipped
 
 
-def _outcomes(sweep: Sweep, todo: Todo, prompt: Prompt | None, skipped: dict[Cell, str]) -> Iterator[tuple[Cell, Outcome]]:
+def _why_not(model: Model, todo: Todo, cell: Cell, prompt: Prompt) -> str | None:
+    if not isinstance(cell.method, Eviction) or cell.budget is None:
+        return None
+    if prompt.one_pass:
+        return NOTHING_TO_COMPRESS
+    where = (prompt.context, todo.protocol.granularity)
+    return cell.method.cannot_run(model.least_shape, cell.budget, *where, model.parent_shape)
+
+
+def _outcomes(sweep: Sweep, todo: Todo, prompts: Sequence[Prompt], skipped: dict[Cell, str]) -> Iterator[tuple[Cell, Outcome]]:
     yield from ((cell, Outcome(skipped=why)) for cell, why in skipped.items())
     cells = [cell for cell in todo.keys if cell not in skipped]
-    if prompt is None or not cells:
+    if not prompts or not cells:
         return
     done: set[Cell] = set()
+    first: dict[Cell, Outcome] = {}  # of all prompts but the last
+    most = _most(todo.example, todo.protocol)
     try:
-        for cell, outcome in sweep.example(prompt, cells, _most(todo.example, todo.protocol)):
+        for prompt in prompts[:-1]:
+            for cell, outcome in sweep.example(prompt, cells, most):
+                first[cell] = first[cell].joined(outcome) if cell in first else outcome
+        for cell, outcome in sweep.example(prompts[-1], cells, most):
             done.add(cell)
-            yield cell, outcome
+            yield cell, first[cell].joined(outcome) if cell in first else outcome
     except (ValueError, RuntimeError, IndexError) as error:  # the one place where a prompt may fail without ending the run
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         yield from ((cell, Outcome(failed=reason)) for cell in cells if cell not in done)
 
 
-def record_of(model: Model, todo: Todo, prompt: Prompt | None, cell: Cell, outcome: Outcome, env: str) -> Record:
+def record_of(model: Model, todo: Todo, prompts: Sequence[Prompt], cell: Cell, outcome: Outcome, env: str) -> Record:
     key = todo.keys[cell]
     reason = outcome.failed or outcome.skipped
-    if reason or prompt is None:
+    if reason or not prompts:
         return Record(key, "failed" if outcome.failed else "skipped", env, reason=reason, columns=todo.example.columns)
     assert outcome.answer is not None and outcome.counts is not None
-    text = None if prompt.forced else decode(model, outcome.answer.tokens)
+    text = said(model, todo.example, prompts[0], outcome.answer)
     end = outcome.answer.end
+    full = sum(model.parent_shape.full_entries(prompt.context) for prompt in prompts)
     return Record(
         key,
         "ok",
         env,
         answer=text,
         stop_reason=outcome.answer.stop_reason,
-        metrics={"nll": outcome.fidelity["loss"]} if prompt.forced else todo.task.score(str(text), todo.example),
+        metrics={"nll": outcome.fidelity["loss"]} if prompts[0].forced else todo.task.score(str(text), todo.example),
         fidelity=outcome.fidelity,
         columns=todo.example.columns,
-        prompt_tokens=len(prompt.ids),
+        prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
         new_tokens=len(outcome.answer.tokens),
         compressed=outcome.compressed,
         entries_asked=outcome.entries_asked,
@@ -266,20 +297,30 @@ def record_of(model: Model, todo: Todo, prompt: Prompt | None, cell: Cell, outco
         bytes_allocated=outcome.counts.bytes_allocated,
         entries_end=end.entries if end else None,
         bytes_kept_end=end.bytes_kept if end else None,
-        bytes_full=model.parent_shape.full_entries(prompt.context) * model.parent_shape.entry_bytes(),
+        bytes_full=full * model.parent_shape.entry_bytes(),
     )
 
 
-def decode(model: Model, tokens: list[int]) -> str:
-    if model.tokenizer is None:
-        return " ".join(map(str, tokens))
-    return str(model.tokenizer.decode(tokens, skip_special_tokens=True))
+def said(model: Model, example: Example, prompt: Prompt, answer: Answer) -> str | None:
+    """The answer in words, up to a text that ends it; or, where likelihoods were asked for, those as JSON, in order."""
+    if prompt.forced:
+        return None
+    if prompt.asks_likelihoods:
+        found = [answer.likelihoods[number] for number in sorted(answer.likelihoods)]
+        return json.dumps([[one.logprob, one.greedy, one.tokens] for one in found])
+    text = model.words(answer.tokens)
+    return text[: min((at for end in example.until if (at := text.find(end)) >= 0), default=len(text))]
 
 
 def token_counter(model: Model) -> Callable[[str], int]:
-    if model.tokenizer is None:
+    """The same function for the same tokenizer, so that what it counted can be remembered."""
+    return _counter(model.tokenizer)
+
+
+@lru_cache(maxsize=4)
+def _counter(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[str], int]:
+    if tokenizer is None:
         return lambda text: len(text.split())
-    tokenizer = model.tokenizer
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

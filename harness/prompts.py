@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -15,12 +16,29 @@ Chat = Literal["raw", "template"]
 
 
 @dataclass(frozen=True)
+class Branch:
+    """What may stand behind a prompt's context; the last `scored` tokens of it are what a request asks about."""
+
+    request: int  # number of the request in the example
+    ids: tuple[int, ...]
+    scored: int
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Token ids, of which the first `context` are read and compressed before the rest is asked."""
 
     ids: list[int]
     context: int
     forced: tuple[int, ...] = ()  # tokens behind them whose likelihood is the score; nothing is generated then
+    until: tuple[str, ...] = ()  # texts at which an answer ends
+    branches: tuple[Branch, ...] = ()  # what is scored behind the context, instead of an answer
+    one_pass: tuple[int, ...] = ()  # what follows each of the last ids: scored in the pass that reads them, instead of an answer
+    request: int = 0  # which request `one_pass` answers
+
+    @property
+    def asks_likelihoods(self) -> bool:
+        return bool(self.branches or self.one_pass)
 
 
 @dataclass(frozen=True)
@@ -47,11 +65,18 @@ def tokenize(
     """The prompt as ids, at most `limit` of them: a longer one keeps its first and last half.
 
     Raises:
-        CannotPrompt: nothing to read, no chat template, or no text behind the context under `question_after`.
+        CannotPrompt: nothing to read, no chat template, no text behind the context under `question_after`, or too long for what
+            may not be cut.
     """
     ids, context = _ids(tokenizer, example, protocol)
     if not ids:
         raise CannotPrompt("the prompt is empty")
+    if len(ids) > limit and example.cut == "never":
+        raise CannotPrompt(f"{len(ids)} tokens do not fit into {limit}, and cut this prompt means nothing: ask for a shorter one")
+    if example.one_pass:
+        return Prompt(ids[:-1], len(ids) - 1, one_pass=tuple(ids[context:]))
+    if len(ids) > limit and example.cut == "start":
+        ids, context = ids[-limit:], max(0, context - (len(ids) - limit))
     if len(ids) > limit:
         head = tail = limit // 2  # as LongBench does: an odd limit leaves one unused
         dropped = len(ids) - head - tail
@@ -62,12 +87,22 @@ def tokenize(
             raise CannotPrompt("nothing to read, or nothing to score behind it")
         return Prompt(ids[:context], context, tuple(ids[context:]))
     if protocol.prompt == "question_in":
-        return Prompt(ids, len(ids))
+        return Prompt(ids, len(ids), until=example.until)
     if context >= len(ids):
         raise CannotPrompt("no text behind the context, so nothing can be asked after it")
     if context <= 0:
         raise CannotPrompt("no context before the question")
-    return Prompt(ids, context)
+    return Prompt(ids, context, until=example.until)
+
+
+def has_example(tokenizer: PreTrainedTokenizerBase | None, example: Example) -> bool:
+    """Does the text still have the piece that this example is?"""
+    return example.piece is None or tokenizer is None or len(_stream(tokenizer, example.prompt)) >= example.piece[1]
+
+
+@lru_cache(maxsize=4)
+def _stream(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: Protocol) -> tuple[list[int], int]:
@@ -76,6 +111,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: 
         return list(example.ids), example.context_end
     if tokenizer is None:
         raise CannotPrompt("the model has no tokenizer for a prompt in words")
+    if example.piece is not None:
+        start = list(tokenizer("")["input_ids"])[:1]  # the token that this tokenizer puts before every text, if it does
+        first, last = example.piece
+        return start + _stream(tokenizer, example.prompt)[first : last - len(start)], example.context_end
     encoded = encode(tokenizer, example.prompt, protocol.chat)
     end = example.context_end + encoded.shift
     holds = [number for number, (start, stop) in enumerate(encoded.offsets) if start < min(stop, end)]

@@ -6,22 +6,24 @@ import argparse
 import copy
 import sys
 from dataclasses import asdict, fields, is_dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import BENCHMARKS
+from benchmarks import BENCHMARKS, GROUPS
 from benchmarks.base import Task
 from benchmarks.data import BadData
+from benchmarks.haystack import Haystack
 from harness.averaging import first_tokens, perplexity_changes
-from harness.cache import Arena, Budget
-from harness.choices import UnknownChoice, choose, split
+from harness.cache import Arena, Budget, Routing
+from harness.choices import UnknownChoice, choose, expand, split
 from harness.env import record_data, record_environment
 from harness.families import CannotConvert, routers
 from harness.head_scores import with_head_scores
-from harness.importance import LONGEST_NEEDLE, Estimate, Haystack, estimate_scores
+from harness.importance import LONGEST_NEEDLE, Estimate, estimate_scores
 from harness.judge import Case, Judge, judge_rows
 from harness.judge import Tally as JudgeTally
 from harness.load import UnknownModel, check_name, load
@@ -31,6 +33,7 @@ from harness.plan import BadRequest, Shard, Tally, Work, check, left_to_do, prot
 from harness.plan import cannot_run as cells_that_cannot
 from harness.prompts import CannotPrompt, PromptProtocol, Protocol
 from harness.reference_data import Documents, book_sentences
+from harness.replay import replay
 from harness.shapes import SHAPES
 from harness.suites import SUITES, Suite
 from harness.sweep import CELL_BYTES, Sweep
@@ -67,7 +70,7 @@ def suite_of(options: argparse.Namespace) -> Suite:
         "methods": split(options.methods) if options.methods else None,
         "variants": () if options.model or options.methods else None,
         "budgets": split(options.budgets) if options.budgets else None,
-        "benchmarks": split(options.benchmarks) if options.benchmarks else None,
+        "benchmarks": expand(split(options.benchmarks), BENCHMARKS, GROUPS) if options.benchmarks else None,
         "prompts": split(options.prompt) if options.prompt else None,
         "limit": options.limit,
         "seeds": _seeds(options.seed) if options.seed is not None else None,
@@ -102,9 +105,12 @@ def work_of(options: argparse.Namespace, suite: Suite) -> Work:
         budgets = tuple(dict.fromkeys(Budget.parse(text) for text in suite.budgets))
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    unknown = set(suite.prompts) - set(get_args(PromptProtocol))
-    if unknown:
-        raise BadRequest(f"no prompt protocol {sorted(unknown)[0]!r}; known: {', '.join(get_args(PromptProtocol))}")
+    for what, asked, known in (
+        ("prompt protocol", suite.prompts, get_args(PromptProtocol)),
+        ("routing", split(options.routing), get_args(Routing)),
+    ):
+        if unknown := set(asked) - set(known):
+            raise BadRequest(f"no {what} {sorted(unknown)[0]!r}; known: {', '.join(known)}")
     for name, least in (("limit", 1), ("truncation", 2), ("max_new_tokens", 1), ("cell_bytes", 1)):
         given = getattr(options, name)
         if given is not None and given < least:
@@ -127,9 +133,9 @@ def work_of(options: argparse.Namespace, suite: Suite) -> Work:
                 options.truncation,
                 options.max_new_tokens,
                 suite.temperature,
-                options.routing,
+                routing,  # type: ignore[arg-type]
             )
-            for prompt in suite.prompts
+            for prompt, routing in product(suite.prompts, split(options.routing))
         ),
         limit=suite.limit,
         seeds=suite.seeds,
@@ -196,6 +202,7 @@ def run_request(options: argparse.Namespace, keys: set[str] | None = None) -> in
         if keys is not None:
             keys |= {key.id for todo in left_to_do(model, mine, None) for key in todo.keys.values()}
         tally = _run_on(model, options, suite, mine, store)
+        replay(options.out, mine.tasks)
         failed += tally.failed
         print(f"{name}: {tally.ok} cells done, {tally.skipped} skipped, {tally.failed} failed", file=sys.stderr)
         for reason, count in tally.reasons.items():

@@ -29,6 +29,10 @@ class Counts:
     bytes_kept: int
     bytes_allocated: int
 
+    def __add__(self, other: Counts) -> Counts:
+        sums = (self.entries + other.entries, self.bytes_kept + other.bytes_kept, self.bytes_allocated + other.bytes_allocated)
+        return Counts(*sums)
+
 
 @dataclass(frozen=True)
 class Group:

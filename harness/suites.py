@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.instruct import SETS
-from benchmarks.longbench import ENGLISH, HEADKV, KINDS
+from benchmarks import GROUPS
+from benchmarks.longbench import CATEGORIES
 from harness.prompts import PromptProtocol
 
 
@@ -30,21 +29,33 @@ class Suite:
 
 EVICTING = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
 BY_HEAD = ("headkv_r", "headkv_er", "headkv_r2")
+VARIANTS = ("reference+gqa-2", "reference+mqa", "reference+mixsga-3:1:6", "reference+none")
 COMPARED = ("full", "streaming_llm", "h2o", "snapkv", "pyramidkv", "ada_snapkv", "headkv_r", "headkv_r2")
 
 
-def longbench(about: str, tasks: Iterable[str]) -> Suite:
+def longbench(about: str, group: str) -> Suite:
     """Every record of some of LongBench's tasks."""
-    benchmarks = tuple(f"longbench_{task}" for task in tasks)
-    return Suite(about, methods=COMPARED, budgets=("128", "1024", "25%"), benchmarks=benchmarks, limit=1000)
+    return Suite(about, methods=COMPARED, budgets=("128", "1024", "25%"), benchmarks=GROUPS[group], limit=1000)
 
 
-CATEGORIES = tuple(dict.fromkeys(kind.category for kind in KINDS.values()))
+def instruct(about: str, seeds: tuple[int, ...] = (0,), temperature: float = 0.0) -> Suite:
+    """Every record of the instruction sets."""
+    return Suite(
+        about,
+        methods=COMPARED,
+        budgets=("32", "64", "50%"),
+        benchmarks=GROUPS["instruct"],
+        limit=1000,
+        seeds=seeds,
+        temperature=temperature,
+        fidelity=not temperature,
+    )
+
 
 SUITES: dict[str, Suite] = {
     "default": Suite(
         about="every eviction method at equal bytes on the embedded model, and its variants: what `python run_all.py` runs",
-        variants=("reference+gqa-2", "reference+mqa", "reference+mixsga-3:1:6", "reference+none"),
+        variants=VARIANTS,
         variant_methods=("full", "snapkv", "h2o"),
         methods=("full", *EVICTING, *BY_HEAD, "snapkv(kernel=5)", "ada_snapkv(kernel=5)"),
         budgets=("16", "32", "64", "128", "25%"),
@@ -69,32 +80,59 @@ SUITES: dict[str, Suite] = {
         limit=100,
         seeds=(11,),
     ),
-    "longbench": longbench("LongBench, all 21 tasks", KINDS),
-    "longbench-en": longbench("LongBench, the 16 English tasks", ENGLISH),
-    "longbench-headkv": longbench("LongBench, the six tasks of HeadKV's main tables", HEADKV),
+    "longbench": longbench("LongBench, all 21 tasks", "longbench"),
+    "longbench-en": longbench("LongBench, the 16 English tasks", "longbench_en"),
+    "longbench-headkv": longbench("LongBench, the six tasks of HeadKV's main tables", "longbench_headkv"),
     **{
-        f"longbench-{category}": longbench(
-            f"LongBench, {category}", (t for t, kind in KINDS.items() if kind.category == category)
-        )
+        f"longbench-{category}": longbench(f"LongBench, {category}", f"longbench_{category.replace('-', '_')}")
         for category in CATEGORIES
     },
-    "longbench-e": longbench("LongBench-E, its 13 tasks", (f"{task}_e" for task, kind in KINDS.items() if kind.extended)),
-    "instruct": Suite(
-        about="Dolly, Self-Instruct, Vicuna, Super-Natural and Unnatural Instructions, greedy, by ROUGE-L",
-        methods=COMPARED,
-        budgets=("32", "64", "50%"),
-        benchmarks=tuple(SETS),
-        limit=1000,
+    "longbench-e": longbench("LongBench-E, its 13 tasks", "longbench_e"),
+    "instruct": instruct("Dolly, Self-Instruct, Vicuna, Super-Natural and Unnatural Instructions, greedy, by ROUGE-L"),
+    "instruct-sampled": instruct(
+        "the same, sampled at temperature 1 with five seeds, as MiniLLM does", (10, 20, 30, 40, 50), temperature=1.0
     ),
-    "instruct-sampled": Suite(
-        about="the same, sampled at temperature 1 with five seeds, as MiniLLM does",
+    "needle": Suite(
+        about="a needle in a haystack, lengths x depths, in the words of the embedded model: heat maps",
+        methods=("full", "streaming_llm", "snapkv", "ada_snapkv", "headkv_r2"),
+        budgets=("32", "128"),
+        benchmarks=("needle_facts",),
+        limit=50,
+    ),
+    "babilong": Suite(
+        about="BABILong, qa1 to qa5 at 0k to 4k: reasoning in a haystack",
         methods=COMPARED,
-        budgets=("32", "64", "50%"),
-        benchmarks=tuple(SETS),
-        limit=1000,
-        seeds=(10, 20, 30, 40, 50),
-        temperature=1.0,
-        fidelity=False,
+        budgets=("128",),
+        benchmarks=tuple(f"babilong_qa{task}(length={length})" for length in ("0k", "1k", "2k", "4k") for task in range(1, 6)),
+        limit=100,
+    ),
+    "loogle": Suite(
+        about="LooGLE, short questions and the four kinds of long ones",
+        methods=COMPARED,
+        budgets=("128", "1024"),
+        benchmarks=GROUPS["loogle"],
+        limit=100,
+    ),
+    "ruler": Suite(
+        about="RULER-style tasks of our own at three lengths",
+        methods=COMPARED,
+        budgets=("64", "25%"),
+        benchmarks=tuple(f"{task}(length={length})" for length in (512, 1024, 1792) for task in GROUPS["ruler"]),
+    ),
+    "perplexity": Suite(
+        about="WikiText-2 under a compressed cache, and window by window for the embedded model and its variants",
+        variants=VARIANTS,
+        variant_methods=("full", "snapkv"),
+        methods=("full", *EVICTING),
+        budgets=("64", "25%"),
+        benchmarks=("perplexity", "perplexity_windows"),
+    ),
+    "lm-eval": Suite(
+        about="lm-eval's HellaSwag, PIQA, WinoGrande and ARC under a compressed cache",
+        methods=COMPARED,
+        budgets=("32", "50%"),
+        benchmarks=tuple(f"lm_eval:{task}" for task in ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge")),
+        limit=200,
     ),
     "sweep-speed": Suite(
         about="cost of a sweep of 31 cells beside the plain prefills of its prompts; prints one JSON line, stores nothing",

@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from harness.answer import MOST_DRAFTS, Answer, Chooser, Drafts, FullAnswer, generate
+from harness.answer import MOST_DRAFTS, Answer, Chooser, Drafts, FullAnswer, Likelihood, Stop, branch, generate
 from harness.cache import Arena, Budget, Needs, Prefill, Selection, keep_all
 from harness.measure import Lap, OutOfMemory, memory_errors, stopwatch
 from harness.model import Model
@@ -43,6 +43,21 @@ class Outcome:
     compressed: bool | None = None
     skipped: str | None = None
     failed: str | None = None
+
+    def joined(self, other: Outcome) -> Outcome:
+        """One example's outcome over two prompts: likelihoods side by side, counts summed. Whatever stopped one stops both."""
+        if self.answer is None or other.answer is None or self.counts is None or other.counts is None:
+            return self if self.answer is None else other
+        both = dict(self.answer.likelihoods)
+        for number, likelihood in other.answer.likelihoods.items():
+            both[number] = both[number] + likelihood if number in both else likelihood
+        return Outcome(
+            Answer([], self.answer.stop_reason, likelihoods=both),
+            {},
+            self.counts + other.counts,
+            (self.entries_asked or 0) + (other.entries_asked or 0),
+            bool(self.compressed and other.compressed),
+        )
 
 
 @dataclass
@@ -106,7 +121,9 @@ class _Example:
         laps, model = self.sweep.laps, self.sweep.model
         ids = torch.tensor(self.prompt.ids[: self.prompt.context], device=model.device)
         with stopwatch(model.device, laps.prefill):
-            prefill, observed = model.prefill(ids, needs, self.sweep.arena, self.sweep.protocol.routing)
+            prefill, observed = model.prefill(
+                ids, needs, self.sweep.arena, self.sweep.protocol.routing, len(self.prompt.one_pass)
+            )
         laps.prefill.seconds -= observed
         laps.observe.seconds += observed
         self.prefill: Prefill = prefill.at(self.sweep.protocol.granularity)
@@ -137,10 +154,11 @@ class _Example:
     @property
     def room(self) -> int:
         """Tokens that a cell may yet take: the question, its answer, and drafts that are taken back."""
-        return len(self.prompt.ids) - self.prompt.context + len(self.prompt.forced) + self.most + MOST_DRAFTS
+        appended = max((len(b.ids) for b in self.prompt.branches), default=len(self.prompt.forced))
+        return len(self.prompt.ids) - self.prompt.context + appended + self.most + MOST_DRAFTS
 
     def answer_all(self, cells: list[tuple[Cell, Selection]]) -> Iterator[tuple[Cell, Outcome]]:
-        if self.sweep.with_fidelity or self.prompt.forced:
+        if self.prompt.forced or (self.sweep.with_fidelity and not self.prompt.asks_likelihoods):
             mine = [pair for pair in cells if not isinstance(pair[0].method, Eviction)]
             cells = [pair for pair in cells if isinstance(pair[0].method, Eviction)]
             outcome = self._answer_full()
@@ -239,9 +257,25 @@ class _Example:
     def _generate(self, cache: RowCache, logits: Tensor) -> list[Answer]:
         if self.prompt.forced:
             return [Answer(list(self.prompt.forced), "forced") for _ in range(cache.cells)]
+        if self.prompt.asks_likelihoods:
+            return self._likelihoods(cache, logits)
         model, protocol = self.sweep.model, self.sweep.protocol
         stop_ids = model.stop_ids if protocol.stop == "eos" else frozenset()
+        stop = Stop(stop_ids, self.most, self.prompt.until, model.words)
         chooser = Chooser(protocol.temperature, f"{self.sweep.seed}/{self.prompt.ids}" if protocol.temperature else "")
         with stopwatch(model.device, self.sweep.laps.decode):
             first = chooser.choose(logits, [0] * cache.cells)
-            return generate(model, cache, first, self.drafts, stop_ids, self.most, chooser)
+            return generate(model, cache, first, self.drafts, stop, chooser)
+
+    def _likelihoods(self, cache: RowCache, logits: Tensor) -> list[Answer]:
+        answers = [Answer([], "forced") for _ in range(cache.cells)]
+        if self.prefill.tail is not None:
+            read = Likelihood.of(self.prefill.tail, torch.tensor(self.prompt.one_pass, device=self.prefill.tail.device))
+            for answer in answers:
+                answer.likelihoods[self.prompt.request] = read
+        with stopwatch(self.sweep.model.device, self.sweep.laps.decode):
+            for asked in self.prompt.branches:
+                found = branch(self.sweep.model, cache, logits, asked.ids, asked.scored)
+                for answer, likelihood in zip(answers, found, strict=True):
+                    answer.likelihoods[asked.request] = likelihood
+        return answers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -179,6 +180,31 @@ def markdown(found: Sequence[Line]) -> str:
             what += f"\n\n{PATH_ONLY}"
         parts += [f"## {panel[1]}, {panel[2]}, {panel[0]}", "", what, "", *_table(mine), ""]
     return "\n".join(parts)
+
+
+def lm_eval(found: Sequence[Mapping[str, Any]]) -> str:
+    """What lm-eval itself makes of the stored answers, cell by cell."""
+    if not found:
+        return ""
+    metrics = sorted({name for cell in found for name in cell["results"] if not name.split(",")[0].endswith("_stderr")})
+    header = ("model", "task", "method", "budget", "n", "compressed", *(name.removesuffix(",none") for name in metrics))
+    text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for cell in sorted(found, key=_cell_order):
+        routing = f" ({cell['routing']})" if cell["routing"] else ""
+        chat = ", chat template" if cell["chat"] == "template" else ""
+        name = cell["benchmark"].split("@")[0].removeprefix("lm_eval:") + chat
+        values = [f"{cell['results'][metric]:.4g}" if metric in cell["results"] else "-" for metric in metrics]
+        asked = (cell["model"] + routing, name, cell["method"].split("@")[0], cell["budget"] or "-")
+        text.append(f"| {' | '.join((*asked, str(cell['examples']), format(cell['compressed'], '.0%'), *values))} |")
+    return "\n".join(["## lm-eval's own aggregation", "", LM_EVAL, "", *text, "", ""])
+
+
+def _cell_order(cell: Mapping[str, Any]) -> tuple[object, ...]:
+    where = tuple(cell[name] for name in ("model", "routing", "benchmark", "chat"))
+    return (*where, cell["method"] != "full@1", cell["method"], cell["budget"])
+
+
+LM_EVAL = "Compressed: the share of requests whose context lost entries; a short context that fits says nothing about a method."
 
 
 def not_measured(records: Iterable[Record]) -> str:

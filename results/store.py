@@ -155,6 +155,17 @@ def read_ratings(out: Path) -> dict[str, dict[str, float]]:
     return found
 
 
+def read_lm_eval(out: Path) -> list[dict[str, Any]]:
+    """lm-eval's own results, a cell each; what cannot be read is no result."""
+    found = []
+    for path in sorted((out / "lm_eval").glob("*.json")):
+        try:
+            found.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
 def _parsed(data: bytes) -> Iterator[dict[str, object]]:
     """The lines that are rows; a torn one is not."""
     for line in data.splitlines():

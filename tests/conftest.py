@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,8 @@ from methods.base import Eviction, Method
 from methods.headkv import HeadScores
 
 torch.set_num_threads(1)
+
+DATA = Path(__file__).parent.parent.parent / "shared" / "data"  # real records, where they are at hand
 
 VOCABULARY = 97
 BASE = {

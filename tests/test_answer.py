@@ -7,7 +7,7 @@ import torch
 from conftest import network, read, tiny, tokens
 
 import harness.answer
-from harness.answer import Answer, Chooser, Drafts, FullAnswer, forced, generate
+from harness.answer import Answer, Chooser, Drafts, FullAnswer, Stop, forced, generate
 from harness.cache import keep_all
 from harness.rows import compact
 from methods import METHODS
@@ -33,7 +33,7 @@ def test_answers_are_the_models_own_whatever_is_drafted(family: str, most_drafts
     drafts = Drafts()
     drafts.learn(ids.tolist())
     cache = compact(prefill, [keep_all(prefill)] * 2, 48)
-    answers = generate(tiny(family), cache, [first, first], drafts, frozenset(), 40)
+    answers = generate(tiny(family), cache, [first, first], drafts, Stop(frozenset(), 40))
     assert [answer.tokens for answer in answers] == [plain_greedy(family, ids, 40)] * 2
     assert answers[0].stop_reason == "length"
 
@@ -54,7 +54,7 @@ def test_drafts_save_passes() -> None:
         for _ in range(2):
             passes.append(0)
             cache = compact(prefill, [keep_all(prefill)], 72)
-            answers.append(generate(model, cache, first, drafts, frozenset(), 64)[0].tokens)
+            answers.append(generate(model, cache, first, drafts, Stop(frozenset(), 64))[0].tokens)
     finally:
         del model.decode_ragged  # type: ignore[attr-defined]
     assert answers[0] == answers[1]
@@ -71,7 +71,7 @@ def test_a_cell_ends_at_its_end_token_and_keeps_its_counts(monkeypatch: pytest.M
     for drafts, width in ((Drafts(), 0), (known, 7)):  # drafts that go on behind the end are no part of the answer
         monkeypatch.setattr(harness.answer, "Answer", lambda tokens, width=width: Answer(tokens, width=width))
         cache = compact(prefill, [keep_all(prefill)], 40)
-        answer = generate(tiny("llama"), cache, [said[0]], drafts, frozenset({stop}), 20)[0]
+        answer = generate(tiny("llama"), cache, [said[0]], drafts, Stop(frozenset({stop}), 20))[0]
         assert answer.tokens == said[: said.index(stop) + 1]
         assert answer.stop_reason == "end"
         assert answer.end is not None
@@ -80,10 +80,10 @@ def test_a_cell_ends_at_its_end_token_and_keeps_its_counts(monkeypatch: pytest.M
 
 def test_an_answer_takes_nothing_behind_its_end() -> None:
     answer = Answer([])
-    answer.add([5, 6, 7, 8], frozenset({7}), 10)
+    answer.add([5, 6, 7, 8], Stop(frozenset({7}), 10))
     assert (answer.tokens, answer.stop_reason) == ([5, 6, 7], "end")
     answer = Answer([])
-    answer.add([5, 6, 7], frozenset(), 2)
+    answer.add([5, 6, 7], Stop(frozenset(), 2))
     assert (answer.tokens, answer.stop_reason) == ([5, 6], "length")
 
 
@@ -156,7 +156,7 @@ def test_drafts_never_reach_behind_the_answers_end(most: int) -> None:
     drafts = Drafts()
     for _ in range(2):  # the second time everything is drafted
         cache = compact(prefill, [keep_all(prefill)], most + 7)
-        answer = generate(model, cache, [int(prefill.logits.argmax())], drafts, frozenset(), most)[0]
+        answer = generate(model, cache, [int(prefill.logits.argmax())], drafts, Stop(frozenset(), most))[0]
         assert len(answer.tokens) == most
         assert answer.end is not None
         assert answer.end.entries == model.shape.full_entries(len(ids) + most - 1)
@@ -174,7 +174,7 @@ def test_sampled_answers_share_their_luck_and_do_not_depend_on_drafts_or_neighbo
     def answers(chosen: list) -> list[list[int]]:
         cache = compact(prefill, chosen, 40)
         first = chooser.choose(prefill.logits.expand(len(chosen), -1), [0] * len(chosen))
-        return [a.tokens for a in generate(tiny(family), cache, first, Drafts(), frozenset(), 24, chooser)]
+        return [a.tokens for a in generate(tiny(family), cache, first, Drafts(), Stop(frozenset(), 24), chooser)]
 
     def one_by_one(selection) -> list[int]:
         cache, said = compact(prefill, [selection], 40), chooser.choose(prefill.logits[None], [0])

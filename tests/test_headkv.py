@@ -13,9 +13,10 @@ import torch
 from conftest import FAMILIES, head_scores, network, read, tiny, tokens
 from test_cli import call
 
+from benchmarks.haystack import Haystack
 from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, TEXTS
 from harness.cache import Arena, Needs, keep_all
-from harness.importance import Estimate, Haystack, Journal, attempt, estimate_scores, observe, succeeded
+from harness.importance import Estimate, Journal, attempt, estimate_scores, observe, succeeded
 from harness.load import REFERENCE, load
 from harness.plan import BadRequest
 from harness.rows import compact

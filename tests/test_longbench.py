@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA
 from test_cli import call
 
 from benchmarks import BENCHMARKS, longbench_metrics
@@ -19,7 +20,6 @@ from harness.load import load as load_model
 from harness.prompts import Protocol, tokenize
 from results.store import read_rows
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 PREDICTIONS = DATA / "longbench_scored_predictions" / "llama2-7b-chat"
 needs_data = pytest.mark.skipif(not (DATA / "longbench").is_dir(), reason="LongBench's records are not in ../shared/data")
 needs_predictions = pytest.mark.skipif(not PREDICTIONS.is_dir(), reason="scored predictions are not in ../shared/data")

@@ -13,7 +13,7 @@ from benchmarks.facts import Facts, Recall
 from harness.cache import Budget, keep_all
 from harness.load import REFERENCE, load
 from harness.model import Model
-from harness.plan import decode, token_counter
+from harness.plan import token_counter
 from harness.prompts import Protocol, tokenize
 from harness.reference_data import Documents
 from harness.rows import compact
@@ -62,7 +62,7 @@ def test_it_recalls_with_the_full_cache_and_not_without_the_facts(model: Model, 
         prompt = tokenize(model.tokenizer, example, Protocol(), 4096)
         for cell, outcome in sweep.example(prompt, CELLS, example.max_new_tokens):
             assert outcome.answer is not None
-            right[cell.name].append(task.score(decode(model, outcome.answer.tokens), example)["exact"])
+            right[cell.name].append(task.score(model.words(outcome.answer.tokens), example)["exact"])
     assert sum(right["full"]) >= 0.8 * len(right["full"]) >= 4
     assert sum(right["streaming_llm"]) <= 1
 

@@ -1,0 +1,119 @@
+"""Long texts to hide things in: prose of our own, or the text files of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+
+from benchmarks.base import CountTokens
+from benchmarks.data import BadData, Data
+from benchmarks.prose import sentences
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Sentences: generated without end, or those of the user's texts, in their order."""
+
+    lines: tuple[str, ...] = ()
+    sha256: str = ""
+    source: str = ""
+
+    @classmethod
+    def of(cls, folder: Path | None) -> Haystack:
+        """
+        Raises:
+            BadData: no such folder, or no text in it.
+        """
+        return cls() if folder is None else _read(folder)
+
+    def sentences(self, seed: str) -> Iterator[str]:
+        """Endless; of the user's texts from a random sentence on, and round again behind the last."""
+        if not self.lines:
+            yield from sentences(seed)
+            return
+        start = random.Random(seed).randrange(len(self.lines))
+        while True:
+            yield self.lines[start % len(self.lines)]
+            start += 1
+
+    def fill(self, tokens: int, seed: str, count_tokens: CountTokens) -> list[str]:
+        """As many sentences as fit into `tokens`, each with a space before it.
+
+        Raises:
+            BadData: the user's texts are shorter than that.
+        """
+        found: list[str] = []
+        for text in self.sentences(seed):
+            if self.lines and len(found) == len(self.lines):
+                whole = sum(_size(line, count_tokens) for line in self.lines)
+                raise BadData(f"haystack {self.source} holds {whole} tokens; {whole + tokens} are asked for")
+            tokens -= _size(text, count_tokens)
+            if tokens < 0:
+                break
+            found.append(text)
+        return found
+
+
+@lru_cache(maxsize=4)
+def _read(folder: Path) -> Haystack:
+    paths = sorted(folder.rglob("*.txt")) if folder.is_dir() else []
+    try:
+        text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
+    except OSError as error:
+        raise BadData(f"haystack {folder}: {error.strerror}") from None
+    lines = tuple(" ".join(line.split()) for line in SENTENCE_END.split(text) if line.strip())
+    if not lines:
+        raise BadData(f"haystack {folder}: {'no text in its .txt files' if folder.is_dir() else 'no such folder'}")
+    return Haystack(lines, hashlib.sha256(text.encode()).hexdigest()[:16], folder.name)
+
+
+@dataclass(frozen=True)
+class InHaystack:
+    """What tasks that hide something share: where their haystack comes from."""
+
+    haystack: str = ""  # folder of .txt, by itself or in --data-dir; "": prose of our own
+    data_dir: Path | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def texts(self) -> Haystack:
+        if not self.haystack:
+            return Haystack()
+        there = (self.data_dir or Path()) / self.haystack
+        return Haystack.of(there if there.is_dir() else Path(self.haystack))
+
+    def records(self) -> Data:
+        found = self.texts
+        return Data(tuple({"sentence": line} for line in found.lines), found.sha256, found.source, "the user's own texts")
+
+    @property
+    def data(self) -> str:
+        return self.texts.sha256
+
+
+@cache
+def _size(text: str, count_tokens: CountTokens) -> int:
+    return count_tokens(" " + text)
+
+
+def weave(rng: random.Random, filler: Sequence[str], statements: Sequence[str]) -> tuple[str, list[float]]:
+    """The statements at random places between the sentences, in their order; and how deep each one lies, 0 to 1."""
+    return place(filler, statements, sorted(rng.randint(0, len(filler)) for _ in statements))
+
+
+def place(filler: Sequence[str], statements: Sequence[str], places: Sequence[int]) -> tuple[str, list[float]]:
+    """Statement i behind the first places[i] sentences, places in ascending order; and how deep each one lies, 0 to 1."""
+    text, starts, done = "", [], 0
+    for where, statement in zip(places, statements, strict=True):
+        text += "".join(f" {line}" for line in filler[done:where])
+        starts.append(len(text))
+        text += f" {statement}"
+        done = where
+    text += "".join(f" {line}" for line in filler[done:])
+    return text, [start / len(text) for start in starts]
