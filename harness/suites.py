@@ -97,6 +97,7 @@ SUITES: dict[str, Suite] = {
         methods=("full", "streaming_llm", "snapkv", "ada_snapkv", "headkv_r2"),
         budgets=("32", "128"),
         benchmarks=("needle_facts",),
+        prompts=("question_in", "question_after"),
         limit=50,
     ),
     "babilong": Suite(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from reports.needles import needle_maps
 from reports.plots import plot
 from reports.tables import frame, lines, lm_eval, markdown, not_measured
 from results.store import StoreError, read_lm_eval, read_ratings, read_rows
@@ -24,7 +25,7 @@ def write_report(out: Path) -> list[Path]:
         table, text = folder / "scores.csv", folder / "scores.md"
         frame(found).to_csv(table, index=False)
         text.write_text(INTRODUCTION + _judged_by(ratings) + markdown(found) + lm_eval(read_lm_eval(out)) + not_measured(records))
-        return [text, table, *plot(found, folder)]
+        return [text, table, *plot(found, folder), *needle_maps(records, folder)]
     except OSError as error:
         raise StoreError(f"cannot write the report to {folder}: {error.strerror}") from None
 

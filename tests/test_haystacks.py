@@ -236,3 +236,14 @@ def test_group_names_stand_for_their_members() -> None:
         "perplexity:wikitext2",
     ]
     assert {name for group in GROUPS.values() for name in group} <= set(BENCHMARKS)
+
+
+def test_needles_are_drawn_as_heat_maps(tmp_path: Path) -> None:
+    asked = ("run", "--model", "reference", "--benchmarks", "needle_facts(shortest=200,longest=400,lengths=2,depths=3)")
+    asked += ("--methods", "full,snapkv", "--budgets", "24", "--limit", "6", "--prompt", "question_after")
+    assert call(*asked, "--out", str(tmp_path)) == 0
+    full = [row for row in read_rows(tmp_path) if not row.key.budget]
+    assert {(row.columns["context"], row.columns["depth"]) for row in full} == {(n, d) for n in (200, 400) for d in (0, 50, 100)}
+    assert sum(row.metrics["words"] for row in full) >= 500, "the embedded model finds a lone needle"
+    drawn = sorted(path.suffix for path in (tmp_path / "report").glob("needle_*"))
+    assert drawn == [".png", ".svg"]
