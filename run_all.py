@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     score.add_argument("--json", action="store_true", help="as JSON")
     report = commands.add_parser("report", help="tables and plots from stored rows", description="no model is needed")
-    report.add_argument("--out", type=Path, default=OUT, help="folder of the rows (default: %(default)s)")
+    about = f"folder of the rows (default: {OUT}); given twice, the two are also put side by side"
+    report.add_argument("--out", type=Path, action="append", help=about)
     return main
 
 
@@ -148,6 +149,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments or ["run"])
+    options.arguments = arguments
     if options.command is None:
         parser().print_help()
         return 2
@@ -179,9 +181,11 @@ def _run(options: argparse.Namespace) -> int:
         line = sweep_speed(METHODS, options.verify) if options.suite == "sweep-speed" else attention_speed()
         print(json.dumps(line))
         return 0
+    from harness.evidence import record_command
     from harness.request import judge_request, run_request
 
     failed = run_request(options)
+    record_command(options.out, options.arguments)
     done = _report(options)
     if options.judge_url:  # the report is there, whatever becomes of the judge
         failed += judge_request(options).statuses["unreachable"]
@@ -212,10 +216,18 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from reports.compare import write_comparison
     from reports.write import write_report
 
-    for path in write_report(options.out):
-        print(path)
+    folders = options.out if isinstance(options.out, list) else [options.out or OUT]
+    if len(folders) > 2:
+        return _refuse(ValueError(f"--out is given {len(folders)} times: one run, or two side by side"))
+    for folder in folders:
+        for path in write_report(folder):
+            print(path)
+    if len(folders) == 2:
+        for path in write_comparison(*folders):
+            print(path)
     return 0
 
 

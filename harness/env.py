@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.base import Task
-from results.store import StoreError
+from results.store import write_json
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "accelerate", "datasets", "lm-eval", "triton", "flash-attn")
 
@@ -37,17 +37,10 @@ def record_environment(out: Path, device: torch.device) -> str:
     Raises:
         StoreError: the folder cannot be written to.
     """
-    text = json.dumps(environment(device), indent=1, sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:12]
-    path = out / "env" / f"{name}.json"
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(f".{os.getpid()}")
-            draft.write_text(text + "\n")
-            draft.replace(path)
-    except OSError as error:
-        raise StoreError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
+    found = environment(device)
+    name = hashlib.sha256(json.dumps(found, indent=1, sort_keys=True).encode()).hexdigest()[:12]
+    if not (path := out / "env" / f"{name}.json").exists():
+        write_json(path, found)
     return name
 
 
@@ -62,12 +55,7 @@ def record_data(out: Path, tasks: Mapping[str, Task]) -> None:
             continue
         records = task.records()  # type: ignore[attr-defined]
         about = {"source": records.source, "sha256": records.sha256, "records": len(records.rows), "licence": records.licence}
-        path = out / "data" / f"{records.sha256[:12]}.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(about, indent=1) + "\n")
-        except OSError as error:
-            raise StoreError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
+        write_json(out / "data" / f"{records.sha256[:12]}.json", about)
 
 
 def _version(package: str) -> str | None:

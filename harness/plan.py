@@ -298,6 +298,7 @@ def record_of(model: Model, todo: Todo, prompts: Sequence[Prompt], cell: Cell, o
         entries_end=end.entries if end else None,
         bytes_kept_end=end.bytes_kept if end else None,
         bytes_full=full * model.parent_shape.entry_bytes(),
+        kept=outcome.kept if key.example == 0 else None,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.base import Task
 from benchmarks.lm_eval_tasks import LmEval, aggregate
 from results.record import Key, Record
-from results.store import StoreError, read_rows
+from results.store import read_rows, write_json
 
 
 def replay(out: Path, tasks: Mapping[str, Task]) -> list[Path]:
@@ -44,9 +44,5 @@ def _write(out: Path, cell: str, task: LmEval, rows: list[Record]) -> Path:
         "results": aggregate(task, {row.key.example: row.answer or "" for row in rows}),
     }
     path = out / "lm_eval" / f"{hashlib.sha256(cell.encode()).hexdigest()[:16]}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(about, indent=1) + "\n")
-    except OSError as error:
-        raise StoreError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
+    write_json(path, about)
     return path

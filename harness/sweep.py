@@ -41,6 +41,7 @@ class Outcome:
     counts: Counts | None = None  # right after compaction
     entries_asked: int | None = None
     compressed: bool | None = None
+    kept: list[list[int]] | None = None  # [L][Hq] entries that each query head reads, right after compaction
     skipped: str | None = None
     failed: str | None = None
 
@@ -57,6 +58,7 @@ class Outcome:
             self.counts + other.counts,
             (self.entries_asked or 0) + (other.entries_asked or 0),
             bool(self.compressed and other.compressed),
+            self.kept,
         )
 
 
@@ -101,8 +103,9 @@ class Sweep:
                 yield cell, outcome
             else:
                 ready.append((cell, outcome))
+        selections = dict(ready)
         for cell, outcome in work.answer_all(ready):
-            outcome.entries_asked = work.asked(cell)
+            outcome.entries_asked, outcome.kept = work.asked(cell), work.by_head(selections[cell])
             yield cell, outcome
 
 
@@ -150,6 +153,15 @@ class _Example:
 
     def entries(self, selection: Selection) -> int:
         return sum(row.entries(kv.keys.shape[1]) for kv, rows in zip(self.prefill.layers, selection, strict=True) for row in rows)
+
+    def by_head(self, selection: Selection) -> list[list[int]]:
+        """[L][Hq] entries that each query head reads."""
+        found = [[0] * self.prefill.shape.query_heads for _ in self.prefill.layers]
+        for heads, kv, rows in zip(found, self.prefill.layers, selection, strict=True):
+            for row in rows:
+                for head in range(row.first, row.first + row.width):
+                    heads[head] += row.entries(kv.keys.shape[1])
+        return found
 
     @property
     def room(self) -> int:

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 
 from results.record import Key, Record
 from results.store import slug
@@ -64,7 +65,7 @@ def _size(label: str) -> tuple[bool, float]:
     return (budget.endswith("%"), float(budget.rstrip("%")) if budget else 0.0)
 
 
-def _map(axis: Axes, found: Mapping[Cell, Sequence[float]], lengths: Sequence[int], depths: Sequence[int]) -> object:
+def _map(axis: Axes, found: Mapping[Cell, Sequence[float]], lengths: Sequence[int], depths: Sequence[int]) -> AxesImage:
     """Means; white where nothing was asked. Light is found, dark is lost: it reads in grey."""
     grid = np.full((len(depths), len(lengths)), np.nan)
     for (length, depth), values in found.items():

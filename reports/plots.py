@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,118 +16,200 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from reports.statistics import Estimate
-from reports.tables import Line
+from reports.style import order_of, style_of
+from reports.tables import Line, label_of
+from results.store import slug
 
-# Okabe and Ito's colours, safe for colour-blind readers; with a marker and a dash each, so that print in grey reads too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#555555")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
-KNOWN: tuple[str, ...] = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
-KNOWN += ("headkv_r", "headkv_er", "headkv_r2", "headkv_paper", "full")
+LEGEND_COLUMNS = 6
+HIGH = 3.6  # inches of the axes with their labels
 LEAST_KL = 1e-6  # below this two caches predict the same in float32
-SHOWN = (("score", "score", True), ("kl", "KL to the full cache, nats", False), ("top1", "same top token as full", True))
+FIELDS = (("score", "score"), ("kl", "KL to the full cache, nats"), ("top1", "same top token as full"))
+UNUSED_IDS = r'id="(figure_1|axes_1|matplotlib\.axis_\d+|(patch|text|[xy]tick|line2d|LineCollection)_\d+)"'
 
 
-def plot(found: Sequence[Line], folder: Path) -> list[Path]:
-    """One figure, as PNG and SVG."""
-    panels = list(dict.fromkeys(_panel(line) for line in found))
-    shown = [what for what in SHOWN if any(getattr(line, what[0]) for line in found)]
-    if not panels or not shown:
+@dataclass(frozen=True)
+class Panel:
+    """The lines of a model and its variants on one benchmark: they are counted in the same bytes."""
+
+    model: str
+    benchmark: str
+    prompt: str
+    protocol: str
+    lines: tuple[Line, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.benchmark}, {self.prompt}, {self.model}"
+
+    @property
+    def labels(self) -> list[str]:
+        return sorted({label_of(line) for line in self.lines if line.byte_share is not None}, key=order_of)
+
+    @property
+    def fields(self) -> list[tuple[str, str]]:
+        """What can be drawn, with what the axis says."""
+        metric = next((line.metric for line in self.lines if line.metric), "score")
+        drawn = [line for line in self.lines if not line.is_full] or self.lines
+        shown = [(field, metric if field == "score" else what) for field, what in FIELDS]
+        return [(field, what) for field, what in shown if any(getattr(line, field) for line in drawn)]
+
+
+def panels(found: Sequence[Line]) -> list[Panel]:
+    grouped: dict[tuple[str, str, str, str], list[Line]] = {}
+    for line in found:
+        where = (line.model.split("+")[0], line.benchmark, line.prompt, line.protocol.split(", prefill routed")[0])
+        grouped.setdefault(where, []).append(line)
+    made = [Panel(*where, tuple(lines)) for where, lines in grouped.items()]
+    return sorted(made, key=lambda panel: any(line.lower_is_better for line in panel.lines))  # what is answered comes first
+
+
+def save(panel: Panel, folder: Path) -> list[Path]:
+    """One figure of everything that can be drawn, with its legend; as PNG and SVG."""
+    shown = panel.fields
+    if not shown:
         return []
-    several = len({panel[0] for panel in panels}) > 1  # models and protocols are named where they differ
-    mixed = len({panel[:3] for panel in panels}) < len(panels)
-    size = (4.6 * len(shown), 3.4 * len(panels) + 0.6)
-    figure, axes = plt.subplots(len(panels), len(shown), figsize=size, squeeze=False, layout="constrained")
-    for row, panel in zip(axes, panels, strict=True):
-        for axis, (field, label, _) in zip(row, shown, strict=True):
-            _draw(axis, [line for line in found if _panel(line) == panel], field)
-            axis.set_title(", ".join([panel[1], panel[2], *panel[: 1 * several], *panel[3 : 3 + mixed]]), fontsize=9)
-            axis.set_xlabel("bytes kept, share of the full cache (measured)", fontsize=8)
-            metric = next((line.metric for line in found if _panel(line) == panel and line.metric), label)
-            axis.set_ylabel(metric if field == "score" else label, fontsize=8)
+    legend = 0.2 * -(-len(panel.labels) // LEGEND_COLUMNS) + 0.1  # inches; laid out by hand, which is three times faster
+    wide, high = 4.6 * len(shown), HIGH + legend + 0.3
+    figure = Figure(figsize=(wide, high))
     labelled: dict[str, Any] = {}
-    for axis in axes.flat:
+    for number, (field, what) in enumerate(shown):
+        place = ((4.6 * number + 0.7) / wide, (legend + 0.5) / high, 3.65 / wide, (HIGH - 0.6) / high)
+        axis = figure.add_axes(place)
+        _draw(axis, panel, field, what)
         handles, labels = axis.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles, strict=True))
-    figure.legend(list(labelled.values()), list(labelled), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    paths = [folder / f"byte_share.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.suptitle(panel.title, fontsize=10, y=1 - 0.08 / high)
+    entries = (list(labelled.values()), list(labelled))
+    below: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.0)}
+    figure.legend(*entries, ncols=LEGEND_COLUMNS, fontsize=8, frameon=False, **below)
+    protocol = hashlib.sha256(panel.protocol.encode()).hexdigest()[:6]  # several panels may differ in nothing else
+    name = f"{slug(f'{panel.model}_{panel.benchmark}_{panel.prompt}')}_{protocol}"
+    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
+    with plt.rc_context({"svg.hashsalt": "bytes", "svg.fonttype": "none"}):  # the same bytes for the same figure
+        figure.savefig(paths[0], dpi=150)
+        figure.savefig(paths[1], metadata={"Date": None})
     return paths
 
 
-def _panel(line: Line) -> tuple[str, str, str, str]:
-    """A model and its variants share one: they are counted in the same bytes."""
-    return (line.model.split("+")[0], line.benchmark, line.prompt, line.protocol.split(", prefill routed")[0])
+def inline(panel: Panel, field: str, what: str, number: int) -> str:
+    """One axis as SVG for a page: text stays text, and every point says what it is in `data-tip`."""
+    figure = Figure(figsize=(4.6, 3.1))
+    axis = figure.add_axes((0.15, 0.17, 0.79, 0.79))
+    tips = _draw(axis, panel, field, what)
+    held = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"page {number}"}):
+        figure.savefig(held, format="svg", metadata={"Date": None})
+    return _with_tips(held.getvalue(), tips, number)
 
 
-def _label(line: Line) -> str:
-    method, (_, plus, variant) = line.method.split("@")[0], line.model.partition("+")
-    causal = " (argmax)" if line.protocol.endswith("argmax") else ""
-    return f"{method} on {variant}{causal}" if plus else method
+def _with_tips(svg: str, tips: dict[str, list[str]], number: int) -> str:
+    """Without what only a file of its own needs; the k-th mark of a group gets the k-th text."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
+    svg = re.sub(
+        r'id="(figure_1|axes_1|patch_\d+|matplotlib\.axis_\d+|text_\d+|[xy]tick_\d+|line2d_\d+|LineCollection_\d+)"', "", svg
+    )
+    for group, texts in tips.items():
+        at = svg.index(f'id="{group}"')
+        end = svg.index("</g>", at)
+        marks = iter(texts)
+        body = re.sub("<use ", lambda _, marks=marks: f'<use data-tip="{_attribute(next(marks))}" ', svg[at:end])  # type: ignore[misc]
+        svg = svg[:at] + body + svg[end:]
+    return svg.replace('id="tips', f'id="p{number}tips')
 
 
-def _draw(axis: Axes, found: Sequence[Line], field: str) -> None:
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def swatch(label: str) -> str:
+    """A method's line and mark as SVG, for a legend outside of a figure."""
+    figure = Figure(figsize=(0.42, 0.16))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    if label == "full":
+        axis.plot([0, 2], [0, 0], color="black", linewidth=1)
+    else:
+        style = style_of(label)
+        fill = "full" if style.filled else "none"
+        axis.plot([0, 1, 2], [0, 0, 0], color=style.colour, linestyle=style.dash, linewidth=1.2)
+        axis.plot([1], [0], color=style.colour, marker=style.marker, markersize=4, fillstyle=fill)
+    axis.set(xlim=(-0.1, 2.1), ylim=(-1, 1))
+    held = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": label}):
+        figure.savefig(held, format="svg", metadata={"Date": None}, transparent=True)
+    return _with_tips(held.getvalue(), {}, 0)
+
+
+def _draw(axis: Axes, panel: Panel, field: str, what: str) -> dict[str, list[str]]:
+    """Gives, by the identifier of each group of marks, what they say."""
+    tips: dict[str, list[str]] = {}
     if field == "kl":
         axis.set_yscale("log")
-    for label in sorted({_label(line) for line in found}, key=_order):
+    for label in panel.labels:
         points = [
-            (line.byte_share, value)
-            for line in found
-            if _label(line) == label and line.byte_share is not None and (value := getattr(line, field))
+            (line.byte_share, value, line)
+            for line in panel.lines
+            if label_of(line) == label and line.byte_share is not None and (value := getattr(line, field))
         ]
         if label.startswith("full") and field != "score":
             continue  # compared with itself
         if label == "full":
-            for _, value in points:
+            for _, value, _ in points:
                 axis.axhline(value.mean, color="black", linewidth=1, label="full")
         elif points:
-            _line(axis, sorted(points, key=lambda point: point[0]), label)
-    axis.set_xscale("log")
-    axis.set_xticks(*_ticks(found))
+            points.sort(key=lambda point: point[0])
+            _line(axis, [(share, value) for share, value, _ in points], label)
+            group = f"tips{len(tips)}"
+            heights = [max(value.mean, LEAST_KL) if field == "kl" else value.mean for _, value, _ in points]
+            axis.scatter([share for share, _, _ in points], heights, s=90, alpha=0.0, gid=group, zorder=9)
+            tips[group] = [_tip(label, share, value, line) for share, value, line in points]
+    axis.set(xscale="log", xlabel="bytes kept, share of the full cache (measured)", ylabel=what)
+    for text in (axis.xaxis.label, axis.yaxis.label):
+        text.set_fontsize(8)
+    axis.set_xticks(*_ticks(panel.lines))
     axis.minorticks_off()
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.tick_params(labelsize=8)
+    return tips
+
+
+def _tip(label: str, share: float, value: Estimate, line: Line) -> str:
+    budget = f" at {line.budget}" if line.budget else ""
+    return f"{label}{budget}: {value.mean:.3g} [{value.low:.3g}, {value.high:.3g}], {share:.1%} of the bytes, n = {value.n}"
 
 
 def _ticks(found: Sequence[Line]) -> tuple[list[float], list[str]]:
     """A tick at every share that was measured, but for those too close to another to be read."""
     shares: list[float] = []
     for share in sorted({line.byte_share for line in found if line.byte_share}):
-        if not shares or share > 1.2 * shares[-1]:
+        if not shares or share > 1.35 * shares[-1]:
             shares.append(share)
     return shares, [f"{share:.1%}" if share < 0.1 else f"{share:.0%}" for share in shares]
 
 
-def _order(method: str) -> tuple[int, str]:
-    name = method.split(" on ")[0].split("(")[0]
-    return (len(KNOWN) * (" on " in method) + (KNOWN.index(name) if name in KNOWN else len(KNOWN)), method)
-
-
-def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], method: str) -> None:
-    plain, _, variant = method.partition(" on ")
-    name, *setting = plain.split("(")  # another setting of a method, or the same on a variant: its colour, not filled
-    number = KNOWN.index(name) if name in KNOWN else len(KNOWN) + sum(map(ord, name))
-    style, turn = number % len(COLOURS), number // len(COLOURS)
-    dash = (style + turn + sum(map(ord, variant))) % len(DASHES)
-    shares = [share for share, _ in points]
+def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], label: str) -> None:
+    style = style_of(label)
     least = LEAST_KL if axis.get_yscale() == "log" else -np.inf
     means = [max(value.mean, least) for _, value in points]
     spread = [[max(0.0, v.mean - max(v.low, least)) for _, v in points], [max(0.0, v.high - v.mean) for _, v in points]]
-    axis.errorbar(
-        shares,
+    drawn = axis.errorbar(
+        [share for share, _ in points],
         means,
         yerr=spread,
-        label=method,
-        color=COLOURS[style],
-        marker=MARKERS[(style + 3 * turn) % len(MARKERS)],
-        fillstyle="none" if setting or variant else "full",
-        linestyle=DASHES[dash],
+        label=label,
+        color=style.colour,
+        marker=style.marker,
+        fillstyle="full" if style.filled else "none",
+        linestyle=style.dash,
         linewidth=1.2,
         markersize=4,
-        capsize=2,
-        elinewidth=0.7,
+        capsize=1.5,
+        elinewidth=0.6,
     )
+    for part in (*drawn.lines[1], *drawn.lines[2]):
+        part.set_alpha(0.45)  # intervals stand behind what they are of

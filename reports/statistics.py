@@ -1,9 +1,15 @@
-"""Means with intervals, and paired differences: seeded bootstraps over examples."""
+"""Means with intervals, paired differences and their tests: seeded, over examples.
+
+Intervals are percentile bootstraps; a paired difference is tested by flipping signs (Fisher's randomisation test), and a family
+of tests is corrected by Holm's step-down (1979).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from typing import TypeVar
 
 import numpy as np
@@ -11,18 +17,21 @@ import numpy as np
 RESAMPLES = 10_000
 LEVEL = 0.95
 LEAST = 6  # examples: with fewer, even a difference that all of them share may be chance (two-sided sign test)
+KEPT = 1000  # examples up to which resamples are drawn once and kept
+EXACT = 12  # examples up to which every pattern of signs is tried
 
 Example = TypeVar("Example", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % interval; `n` examples."""
+    """A mean and its 95 % interval; `n` examples. `p` of a paired difference: how likely one as large is by chance."""
 
     mean: float
     low: float
     high: float
     n: int
+    p: float | None = None
 
     @property
     def excludes_zero(self) -> bool:
@@ -35,12 +44,39 @@ def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
     mean = float(values.mean())
     if len(values) == 1 or bool((values == values[0]).all()):
         return Estimate(mean, mean, mean, len(values))
-    rng = np.random.default_rng(seed)
-    resampled = np.concatenate(
-        [values[rng.integers(0, len(values), (chunk, len(values)))].mean(1) for chunk in _chunks(len(values))]
-    )
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(_resampled(values, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(mean, float(low), float(high), len(values))
+
+
+def mean_of_means(tasks: Sequence[np.ndarray], seed: int = 0) -> Estimate:
+    """The mean of the tasks' means, every task counting alike, its bootstrap drawn within each task. `n`: all examples."""
+    mean = float(np.mean([np.mean(values) for values in tasks]))
+    resampled = np.mean([_resampled(np.asarray(values, np.float64), seed + task) for task, values in enumerate(tasks)], axis=0)
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(mean, min(float(low), mean), max(float(high), mean), sum(map(len, tasks)))
+
+
+def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
+    """Means of `RESAMPLES` samples drawn with replacement."""
+    if len(values) <= KEPT:
+        return np.asarray(_draws(len(values), seed) @ values)
+    rng = np.random.default_rng(seed)
+    return np.concatenate([values[rng.integers(0, len(values), (chunk, len(values)))].mean(1) for chunk in _chunks(len(values))])
+
+
+@lru_cache(maxsize=8)
+def _draws(size: int, seed: int) -> np.ndarray:
+    """How often each of `size` examples is in each resample, as a share, [RESAMPLES, size]."""
+    drawn = np.random.default_rng(seed).integers(0, size, (RESAMPLES, size))
+    flat = drawn + size * np.arange(RESAMPLES)[:, None]
+    return np.bincount(flat.ravel(), minlength=RESAMPLES * size).reshape(RESAMPLES, size) / size
+
+
+def _chunks(size: int) -> list[int]:
+    """Resamples in pieces of bounded memory."""
+    piece = max(1, min(RESAMPLES, 2_000_000 // size))
+    whole, rest = divmod(RESAMPLES, piece)
+    return [piece] * whole + ([rest] if rest else [])
 
 
 def proportion(values: np.ndarray) -> Estimate:
@@ -59,16 +95,43 @@ def proportion(values: np.ndarray) -> Estimate:
     return Estimate(mean, max(0.0, low), min(1.0, high), count)
 
 
-def _chunks(size: int) -> list[int]:
-    """Resamples in pieces of bounded memory."""
-    piece = max(1, min(RESAMPLES, 2_000_000 // size))
-    whole, rest = divmod(RESAMPLES, piece)
-    return [piece] * whole + ([rest] if rest else [])
-
-
 def paired_difference(ours: Mapping[Example, float], baseline: Mapping[Example, float], seed: int = 0) -> Estimate | None:
-    """Of the examples that both answered; None if there are none."""
+    """Of the examples that both answered, with its `p`; None if there are none."""
     shared = sorted(set(ours) & set(baseline), key=str)
     if not shared:
         return None
-    return estimate(np.array([ours[i] - baseline[i] for i in shared]), seed)
+    differences = np.array([ours[i] - baseline[i] for i in shared])
+    found = estimate(differences, seed)
+    return Estimate(found.mean, found.low, found.high, found.n, sign_flip_p(differences, seed))
+
+
+def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
+    """Two-sided: the share of sign patterns whose mean is as far from 0; of few examples all patterns, else `RESAMPLES`."""
+    count = len(differences)
+    if not differences.any():
+        return 1.0
+    exact = count <= EXACT
+    signs = _patterns(count) if exact else _signs(count, seed)
+    scale = np.abs(differences).max()  # so that equal sums compare as equal
+    reached = np.abs(signs @ (differences / scale)) >= abs((differences / scale).sum()) - 1e-9
+    return float(reached.mean()) if exact else float((reached.sum() + 1) / (len(signs) + 1))
+
+
+@lru_cache(maxsize=EXACT)
+def _patterns(count: int) -> np.ndarray:
+    return np.array(list(product((-1.0, 1.0), repeat=count)))
+
+
+@lru_cache(maxsize=4)
+def _signs(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2, (RESAMPLES, count)).astype(np.float32) * 2 - 1
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjusted p-values of one family of tests: below a level, the family's chance of any false find is at most that level."""
+    order = sorted(range(len(ps)), key=lambda number: ps[number])
+    adjusted, largest = [1.0] * len(ps), 0.0
+    for rank, number in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[number]))
+        adjusted[number] = largest
+    return adjusted

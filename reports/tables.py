@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import pandas as pd
 
-from reports.statistics import Estimate, estimate, paired_difference, proportion
+from reports.statistics import Estimate, estimate, holm, paired_difference, proportion
 from results.record import Key, Record
 
 Where = tuple[str, ...]
+Example = tuple[int, int]  # seed and number
+SIGNIFICANT = 0.05
+LOWER_IS_BETTER = ("nll",)
+# tasks that the embedded model can do
+OWN = ("recall", "two_hop", "recall_many", "needle_text", "needle_facts", "perplexity_own", "random_tokens")
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,24 @@ class Line:
     kl: Estimate | None
     top1: Estimate | None
     loss: Estimate | None
+    asked: float | None = None  # entries, mean
     judge: Estimate | None = None  # 1 to 10
-    own: bool = True  # a task of ours, which the embedded model can do
+    own: bool = True  # a task that the embedded model can do
+    p: float | None = None  # of the difference to full, by Holm over the panel's methods at this budget
+    values: Mapping[Example, float] = field(default_factory=dict)  # the main metric by example
+
+    @property
+    def is_full(self) -> bool:
+        return self.method.startswith("full@")
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric in LOWER_IS_BETTER
+
+    @property
+    def differs(self) -> bool:
+        """Is a difference to full shown?"""
+        return self.p is not None and self.p < SIGNIFICANT
 
     @property
     def panel(self) -> tuple[str, str, str, str]:
@@ -57,9 +77,22 @@ def lines(records: Iterable[Record], ratings: Mapping[str, float] | None = None)
         key = record.key
         asked = f"{key.revision} {key.benchmark_params} {key.data} {key.max_new_tokens} {key.fidelity}"  # not shown
         method = (key.method, key.params, key.budget)  # `asked` and the parameters tell apart, but are not shown
-        where = (key.model, _benchmark(record), key.prompt, _protocol(key), asked, *method)
+        where = (key.model, benchmark_of(record), key.prompt, _protocol(key), asked, *method)
         groups.setdefault(where, []).append(record)
-    return [_line(where, groups[where], _full(where, groups), ratings or {}) for where in sorted(groups, key=_order)]
+    found = [_line(where, groups[where], _full(where, groups), ratings or {}) for where in sorted(groups, key=_order)]
+    return _corrected(found)
+
+
+def _corrected(found: Sequence[Line]) -> list[Line]:
+    """With the tests against full of all methods at one budget of a panel corrected together."""
+    tests: dict[tuple[object, ...], dict[int, float]] = {}
+    for number, line in enumerate(found):
+        if line.score_difference and line.score_difference.p is not None and not line.is_full:
+            tests.setdefault((line.panel, line.budget), {})[number] = line.score_difference.p
+    corrected: dict[int, float] = {}
+    for family in tests.values():
+        corrected |= dict(zip(family, holm(list(family.values())), strict=True))
+    return [replace(line, p=corrected.get(number)) for number, line in enumerate(found)]
 
 
 def _protocol(key: Key) -> str:
@@ -73,7 +106,14 @@ def _protocol(key: Key) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _benchmark(record: Record) -> str:
+def label_of(line: Line) -> str:
+    """The method; on a variant, with its name: `snapkv on gqa-2`."""
+    method, (_, plus, variant) = line.method.split("@")[0], line.model.partition("+")
+    causal = " (argmax)" if line.protocol.endswith("argmax") else ""
+    return f"{method} on {variant}{causal}" if plus else method
+
+
+def benchmark_of(record: Record) -> str:
     """The benchmark with the length that its rows carry: lengths are columns, and are not averaged together."""
     length = record.columns.get("length")
     return record.key.benchmark if length is None or "length=" in record.key.benchmark else f"{record.key.benchmark} {length}"
@@ -115,18 +155,20 @@ def _line(where: Where, records: Sequence[Record], full: Sequence[Record], ratin
         top1=_estimate(record.fidelity["top1"] for record in done if record.fidelity),
         loss=_estimate(record.fidelity["loss"] for record in done if record.fidelity),
         judge=_estimate(ratings[record.key.id] for record in done if record.key.id in ratings),
+        asked=float(np.mean([record.entries_asked for record in done])) if done else None,
+        values=scores,
         own=records[0].key.benchmark.partition("@")[0].partition("(")[0] in OWN,
     )
 
 
-def _by_example(records: Iterable[Record]) -> dict[tuple[int, int], float]:
+def _by_example(records: Iterable[Record]) -> dict[Example, float]:
     """The main metric (a benchmark's first) of each example, by seed and number.
 
     Records of a data set are the same under every seed: there a seed is a draw of the answer, and the draws are averaged.
     """
-    found: dict[tuple[int, int], list[float]] = {}
+    found: dict[Example, list[float]] = {}
     for record in records:
-        if record.metrics:
+        if record.metrics and np.isfinite(next(iter(record.metrics.values()))):
             where = (0 if record.key.data else record.key.seed, record.key.example)
             found.setdefault(where, []).append(next(iter(record.metrics.values())))
     return {where: float(np.mean(values)) for where, values in found.items()}
@@ -153,6 +195,7 @@ def _share(records: Sequence[Record], count: str) -> float | None:
 
 
 ESTIMATES = ("score", "score_difference", "kl", "top1", "loss", "judge")
+NOT_A_COLUMN = ("values",)
 
 
 def frame(found: Sequence[Line]) -> pd.DataFrame:
@@ -160,96 +203,11 @@ def frame(found: Sequence[Line]) -> pd.DataFrame:
     rows = []
     for line in found:
         row: dict[str, object] = {}
-        for name, value in asdict(line).items():
+        for name in (f.name for f in fields(line) if f.name not in NOT_A_COLUMN):
+            value = getattr(line, name)
             if name in ESTIMATES:
-                row |= {f"{name}_{part}": None if value is None else value[part] for part in ("mean", "low", "high")}
+                row |= {f"{name}_{part}": None if value is None else getattr(value, part) for part in ("mean", "low", "high")}
             else:
                 row[name] = value
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def markdown(found: Sequence[Line]) -> str:
-    """One table a model, benchmark and protocol."""
-    parts = []
-    for panel in dict.fromkeys(line.panel for line in found):
-        mine = [line for line in found if line.panel == panel]
-        metric = next((line.metric for line in mine if line.metric), None)
-        what = f"Score: {metric}. Protocol: {panel[3]}" if metric else f"Protocol: {panel[3]}"
-        if panel[0].split("+")[0] == "reference" and not mine[0].own:
-            what += f"\n\n{PATH_ONLY}"
-        parts += [f"## {panel[1]}, {panel[2]}, {panel[0]}", "", what, "", *_table(mine), ""]
-    return "\n".join(parts)
-
-
-def lm_eval(found: Sequence[Mapping[str, Any]]) -> str:
-    """What lm-eval itself makes of the stored answers, cell by cell."""
-    if not found:
-        return ""
-    metrics = sorted({name for cell in found for name in cell["results"] if not name.split(",")[0].endswith("_stderr")})
-    header = ("model", "task", "method", "budget", "n", "compressed", *(name.removesuffix(",none") for name in metrics))
-    text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    for cell in sorted(found, key=_cell_order):
-        routing = f" ({cell['routing']})" if cell["routing"] else ""
-        chat = ", chat template" if cell["chat"] == "template" else ""
-        name = cell["benchmark"].split("@")[0].removeprefix("lm_eval:") + chat
-        values = [f"{cell['results'][metric]:.4g}" if metric in cell["results"] else "-" for metric in metrics]
-        asked = (cell["model"] + routing, name, cell["method"].split("@")[0], cell["budget"] or "-")
-        text.append(f"| {' | '.join((*asked, str(cell['examples']), format(cell['compressed'], '.0%'), *values))} |")
-    return "\n".join(["## lm-eval's own aggregation", "", LM_EVAL, "", *text, "", ""])
-
-
-def _cell_order(cell: Mapping[str, Any]) -> tuple[object, ...]:
-    where = tuple(cell[name] for name in ("model", "routing", "benchmark", "chat"))
-    return (*where, cell["method"] != "full@1", cell["method"], cell["budget"])
-
-
-LM_EVAL = "Compressed: the share of requests whose context lost entries; a short context that fits says nothing about a method."
-
-
-def not_measured(records: Iterable[Record]) -> str:
-    """What was skipped or failed, and why, so that every gap in a table is explained."""
-    reasons: dict[tuple[str, str, str], int] = {}
-    for record in records:
-        if record.status != "ok":
-            what = (record.status, f"{record.key.method} {record.key.budget} on {_benchmark(record)}", record.reason or "")
-            reasons[what] = reasons.get(what, 0) + 1
-    if not reasons:
-        return ""
-    listed = [f"- {status}: {cell}, {count} examples: {reason}" for (status, cell, reason), count in sorted(reasons.items())]
-    return "\n".join(["## Not measured", "", *listed, ""])
-
-
-OWN = ("recall", "two_hop", "recall_many", "needle_text", "needle_facts", "perplexity_own", "random_tokens")
-PATH_ONLY = "The embedded model cannot do this task: these scores prove the path, not the methods, and are not to be ranked on."
-HEADER = ("method", "budget", "bytes kept", "allocated", "n", "score", "against full", "KL to full", "same top token")
-
-
-def _table(found: Sequence[Line]) -> list[str]:
-    judged = any(line.judge for line in found)  # without a judge there is no column
-    header = (*HEADER, "judge") if judged else HEADER
-    text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    for line in found:
-        cells = (
-            line.method.split("@")[0],
-            line.budget or "-",
-            "-" if line.byte_share is None else f"{line.byte_share:.1%}",
-            "-" if line.allocated_share is None else f"{line.allocated_share:.1%}",
-            f"{line.n}"
-            + (f" ({line.skipped} skipped)" if line.skipped else "")
-            + (f" ({line.failed} failed)" if line.failed else ""),
-            _shown(line.score),
-            _shown(line.score_difference, mark=True),
-            _shown(line.kl),
-            _shown(line.top1),
-            *([_shown(line.judge)] if judged else []),
-        )
-        text.append(f"| {' | '.join(cells)} |")
-    return text
-
-
-def _shown(value: Estimate | None, mark: bool = False) -> str:
-    if value is None:
-        return "-"
-    star = "*" if mark and value.excludes_zero else ""
-    return f"{value.mean:.3g}{star} [{value.low:.3g}, {value.high:.3g}]"

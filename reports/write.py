@@ -2,49 +2,83 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from reports import plots
+from reports.evidence import importance_maps, kept_maps, routing_pictures
+from reports.formats import latex, markdown
 from reports.needles import needle_maps
-from reports.plots import plot
-from reports.tables import frame, lines, lm_eval, markdown, not_measured
-from results.store import StoreError, read_lm_eval, read_ratings, read_rows
+from reports.page import READING, Made, Pictures, page
+from reports.present import lm_eval_table, mean_tables, missing_table, score_tables
+from reports.summary import families, sentence, verdicts
+from reports.tables import frame, lines
+from results.store import StoreError, read_commands, read_folder, read_ratings, read_rows
 
 
 def write_report(out: Path) -> list[Path]:
-    """Rebuilds every table and plot of `out` under `<out>/report`, and gives their paths.
+    """Rebuilds every table, plot and page of `out` under `<out>/report`, and gives the paths of the first to be looked at.
 
     Raises:
         StoreError: no rows, rows of another schema, or a folder that cannot be written to.
     """
-    records = read_rows(out)
-    ratings = read_ratings(out)
+    records, ratings = read_rows(out), read_ratings(out)
     found = lines(records, next(iter(ratings.values()), None))
+    averaged = families(found)
     folder = out / "report"
+    plotted = folder / "plots"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        table, text = folder / "scores.csv", folder / "scores.md"
+        shutil.rmtree(plotted, ignore_errors=True)  # what is no longer drawn is not left lying about
+        plotted.mkdir(parents=True)
+        table, text, paper, html = (folder / f"scores{ending}" for ending in (".csv", ".md", ".tex", ".html"))
+        several = mean_tables([family for family in averaged if len(family.tasks) > 1])
+        rest = [*lm_eval_table(read_folder(out, "lm_eval")), *missing_table(records)]
         frame(found).to_csv(table, index=False)
-        text.write_text(INTRODUCTION + _judged_by(ratings) + markdown(found) + lm_eval(read_lm_eval(out)) + not_measured(records))
-        return [text, table, *plot(found, folder), *needle_maps(records, folder)]
+        short = [f"- {family.title}, {family.metric}: {sentence(one)}" for family in averaged for one in verdicts(family)]
+        head = ["# Scores against bytes", "", *_judged_by(ratings), *("\n\n".join(READING).splitlines()), "", *short, "", ""]
+        text.write_text("\n".join(head) + markdown([*several, *score_tables(found), *rest]))
+        paper.write_text(latex([*several, *score_tables(found)]))
+        for panel in plots.panels(found):
+            plots.save(panel, plotted)
+        pictures = _pictures(out, records, plotted)
+        made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"))
+        html.write_text(page(f"KV-cache methods: {out.name}", found, averaged, records, pictures, rest, made), encoding="utf-8")
     except OSError as error:
         raise StoreError(f"cannot write the report to {folder}: {error.strerror}") from None
+    return [html, text, table, paper, plotted]
 
 
-def _judged_by(ratings: dict[str, dict[str, float]]) -> str:
+def _pictures(out: Path, records: Sequence[Any], folder: Path) -> list[Pictures]:
+    heads, routing = read_folder(out, "heads"), read_folder(out, "routing")
+    needles = [path for path in needle_maps(records, folder) if path.suffix == ".png"]
+    return [
+        Pictures("Needles", NEEDLES, needles),
+        Pictures("Heads", HEADS, [*importance_maps(heads, folder), *kept_maps(records, folder)]),
+        Pictures("Routing", ROUTING, routing_pictures(routing, folder), [_text(one) for one in routing]),
+    ]
+
+
+def _text(routing: Mapping[str, Any]) -> dict[str, Any]:
+    """A text with the expert of each token, in the last layer of the prefill."""
+    layers = routing["experts"]["expert_choice"]
+    title = f"{routing['model']}, layer {len(layers) - 1}, expert choice"
+    return {"title": title, "tokens": list(zip(routing["words"], layers[-1], strict=False))}
+
+
+NEEDLES = "How much of a needle's words was found, by the length of the text and the depth of the needle."
+HEADS = (
+    "Head scores that were given to HeadKV, and how many entries each query head read on one prompt: methods that share a budget "
+    "unevenly differ from head to head."
+)
+ROUTING = "Where a mixSGA variant sends its tokens: the shares of its experts by layer, and one text marked token by token."
+
+
+def _judged_by(ratings: dict[str, dict[str, float]]) -> list[str]:
     """Who judged. Of several judges the first one's ratings are shown: they are not on one scale."""
     if not ratings:
-        return ""
+        return []
     shown, *others = ratings
     more = f" Ratings of {', '.join(others)} are stored, but not shown." if others else ""
-    return f"Ratings from 1 to 10 are those of {shown}, of {len(ratings[shown])} answers.{more}\n\n"
-
-
-INTRODUCTION = """# Scores against bytes
-
-Bytes kept and allocated are measured in the cache right after compaction, as a share of the unconverted model's full cache of
-the same prompt. Intervals are of 95 %: bootstraps over examples, Wilson's for shares of right answers. "Against full" is the
-paired difference to the full cache on the same examples; a star marks an interval that excludes 0, of at least six examples.
-For `nll` lower is better, for every other score higher. KL and top token compare the cell with the full cache while both are fed
-the full cache's answer. `-`: nothing was measured.
-
-"""
+    return [f"Ratings from 1 to 10 are those of {shown}, of {len(ratings[shown])} answers.{more}", ""]

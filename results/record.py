@@ -7,7 +7,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-SCHEMA = 2
+SCHEMA = 3
+MIGRATED = (2,)  # older schemas whose rows mean the same: 2 lacks `kept`
 
 Status = Literal["ok", "skipped", "failed"]
 Column = str | int | float
@@ -72,6 +73,7 @@ class Record:
     entries_end: int | None = None  # at the last token
     bytes_kept_end: int | None = None
     bytes_full: int | None = None  # the unconverted model's full cache of the same prompt: the common denominator
+    kept: list[list[int]] | None = None  # [L][Hq] entries that each query head reads; of example 0 alone, for a picture
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -83,8 +85,10 @@ class Record:
         Raises:
             ValueError: a row of another schema, or with fields missing or unknown.
         """
+        if row.get("schema") in MIGRATED:
+            row = {**row, "schema": SCHEMA}
         if row.get("schema") != SCHEMA:
-            raise ValueError(f"row of schema {row.get('schema')}, this version reads {SCHEMA}")
+            raise ValueError(f"row of schema {row.get('schema')}, this version reads {', '.join(map(str, (*MIGRATED, SCHEMA)))}")
         unknown = set(row) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"row with unknown fields {sorted(unknown)}")

@@ -155,15 +155,42 @@ def read_ratings(out: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def read_lm_eval(out: Path) -> list[dict[str, Any]]:
-    """lm-eval's own results, a cell each; what cannot be read is no result."""
+def read_folder(out: Path, name: str) -> list[dict[str, Any]]:
+    """The JSON files of one of its folders (lm_eval, heads, routing, env, data); what cannot be read is left out."""
     found = []
-    for path in sorted((out / "lm_eval").glob("*.json")):
+    for path in sorted((out / name).glob("*.json")):
         try:
-            found.append(json.loads(path.read_text()))
-        except (OSError, ValueError):
+            found.append({"id": path.stem, **json.loads(path.read_text())})
+        except (OSError, ValueError, TypeError):
             continue
     return found
+
+
+def read_commands(out: Path) -> list[dict[str, Any]]:
+    """When what was run, in order; a torn line is none."""
+    path = out / "commands.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return found
+
+
+def write_json(path: Path, what: Any) -> None:
+    """Whole or not at all.
+
+    Raises:
+        StoreError: the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(what, indent=1) + "\n")
+        draft.replace(path)
+    except OSError as error:
+        raise StoreError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
 
 
 def _parsed(data: bytes) -> Iterator[dict[str, object]]:

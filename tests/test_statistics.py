@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reports.statistics import Estimate, estimate, paired_difference, proportion
+from reports.statistics import Estimate, estimate, holm, mean_of_means, paired_difference, proportion, sign_flip_p
 
 
 @pytest.mark.parametrize("size", [5, 40, 3000])
@@ -49,3 +49,39 @@ def test_proportions_equal_scipys_wilson(right: int, of: int) -> None:
     theirs = stats.binomtest(right, of).proportion_ci(method="wilson")
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
     assert ours.high > ours.low and ours.mean == right / of
+
+
+@pytest.mark.parametrize("size", [4, 9, 12, 40])
+def test_sign_flips_equal_scipys_permutation_test(size: int) -> None:
+    differences = np.random.default_rng(size).normal(0.3, 1.0, size=size)
+    theirs = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=10_000, rng=1)
+    assert sign_flip_p(differences) == pytest.approx(theirs.pvalue, abs=1e-9 if size <= 12 else 0.02)
+
+
+def test_what_few_examples_can_show() -> None:
+    assert sign_flip_p(np.ones(5)) == pytest.approx(2 / 2**5) and sign_flip_p(np.ones(6)) < 0.05
+    assert sign_flip_p(np.zeros(9)) == 1.0 and sign_flip_p(np.array([1.0])) == 1.0
+    assert sign_flip_p(np.array([0.1] * 7 + [-0.1])) == pytest.approx(2 * 9 / 2**8), "equal sums count as equal"
+
+
+def test_holm_is_the_step_down_of_its_definition() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.6, 0.9]) == [1.0, 1.0]
+    ps = list(np.random.default_rng(2).random(30) ** 3)
+    adjusted = holm(ps)
+    for level in (0.01, 0.05, 0.2):
+        rejected = set()
+        for rank, number in enumerate(sorted(range(30), key=lambda n: ps[n])):
+            if ps[number] > level / (30 - rank):
+                break
+            rejected.add(number)
+        assert {number for number, p in enumerate(adjusted) if p <= level} == rejected
+
+
+def test_a_mean_of_means_counts_every_task_alike() -> None:
+    rng = np.random.default_rng(4)
+    tasks = [rng.normal(mean, 1, size) for mean, size in ((0.0, 400), (6.0, 25), (3.0, 1))]
+    found = mean_of_means(tasks)
+    assert found.mean == pytest.approx(np.mean([task.mean() for task in tasks])) and found.n == 426
+    spread = np.sqrt(sum(task.var() / len(task) for task in tasks)) / 3
+    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(spread, rel=0.1)

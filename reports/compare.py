@@ -1,0 +1,102 @@
+"""Two runs side by side: the same task, protocol, method and budget in both, with the second's paired difference to the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reports.formats import Cell, Table, latex, markdown
+from reports.page import simple_page
+from reports.present import estimated
+from reports.statistics import Estimate, holm, paired_difference
+from reports.tables import SIGNIFICANT, Line, label_of, lines
+from results.store import StoreError, read_rows
+
+Where = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A cell that both runs measured."""
+
+    first: Line
+    second: Line
+    difference: Estimate | None  # of the examples that both answered
+
+
+def write_comparison(first: Path, second: Path) -> list[Path]:
+    """Writes `<first>/report/side_by_side.{html,md,tex}`.
+
+    Raises:
+        StoreError: nothing that both runs measured alike, or a folder that cannot be read or written to.
+    """
+    ours, theirs = lines(read_rows(first)), lines(read_rows(second))
+    names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
+    tables = comparison(ours, theirs, names)
+    if not tables:
+        raise StoreError(f"{first} and {second} share no task, protocol, method and budget: there is nothing to put side by side")
+    title = f"{names[1]} against {names[0]}"
+    folder = first / "report"
+    paths = [folder / f"side_by_side.{ending}" for ending in ("html", "md", "tex")]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = (simple_page(title, NOTE, tables), f"# {title}\n\n{NOTE}\n\n{markdown(tables)}", latex(tables))
+        for path, text in zip(paths, texts, strict=True):
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write the report to {folder}: {error.strerror}") from None
+    return paths
+
+
+NOTE = (
+    "A difference is the second run's score less the first's, paired over the examples that both answered; a star marks one "
+    "that is significant at 0.05 by Holm's correction over the methods at its budget. Runs of different protocols are not "
+    "compared."
+)
+
+
+def comparison(ours: Sequence[Line], theirs: Sequence[Line], names: tuple[str, str]) -> list[Table]:
+    """One table a task and protocol. Two runs of one model each are compared whatever the models are called."""
+    single = len({line.model.split("+")[0] for line in ours}) == len({line.model.split("+")[0] for line in theirs}) == 1
+    known = {_where(line, single): line for line in theirs}
+    panels: dict[Where, list[Pair]] = {}
+    for line in ours:
+        other = known.get(_where(line, single))
+        if other is not None and line.score and other.score:
+            difference = paired_difference(other.values, line.values) if line.metric == other.metric else None
+            panels.setdefault(_where(line, single)[:-2], []).append(Pair(line, other, difference))
+    return [_table(pairs, names) for pairs in panels.values()]
+
+
+def _where(line: Line, single: bool) -> Where:
+    model = "" if single else line.model.split("+")[0]
+    return (model, line.benchmark, line.prompt, line.protocol, label_of(line), line.budget)
+
+
+def _table(pairs: Sequence[Pair], names: tuple[str, str]) -> Table:
+    shown: set[int] = set()
+    for budget in dict.fromkeys(pair.first.budget for pair in pairs):
+        tests = {id(pair): pair.difference.p for pair in pairs if pair.first.budget == budget and pair.difference}
+        ps = holm([p for p in tests.values() if p is not None])
+        shown |= {pair for pair, p in zip(tests, ps, strict=True) if p < SIGNIFICANT}
+    first = pairs[0].first
+    rows = tuple(_row(pair, id(pair) in shown) for pair in pairs)
+    header = ("method", "budget", *(f"{what}, {name}" for what in ("bytes", "score") for name in names), "difference", "pairs")
+    models = dict.fromkeys(line.model.split("+")[0] for line in (first, pairs[0].second))
+    title = f"{first.benchmark}, {first.prompt}, {' and '.join(models)}"
+    return Table(title, header, rows, (f"Score: {first.metric}. Protocol: {first.protocol}",))
+
+
+def _row(pair: Pair, differs: bool) -> tuple[Cell, ...]:
+    shares = (pair.first.byte_share, pair.second.byte_share)
+    count = pair.difference.n if pair.difference else 0
+    return (
+        Cell(label_of(pair.first)),
+        Cell(pair.first.budget or "-"),
+        *(Cell("-" if share is None else f"{share:.1%}", share) for share in shares),
+        estimated(pair.first.score),
+        estimated(pair.second.score),
+        estimated(pair.difference, differs),
+        Cell(str(count), count),
+    )

@@ -1,0 +1,278 @@
+"""The report from made rows: golden tables, a page in a real browser, two runs side by side, and folders that are broken.
+
+`PYTHONPATH=. python tests/test_report.py` writes the golden files anew; read what changed before it is committed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reports.compare import comparison
+from reports.formats import Cell, Table, latex, markdown
+from reports.summary import families, sentence, verdicts
+from reports.tables import lines
+from reports.write import write_report
+from results.record import Key, Record
+from results.store import Store, StoreError, read_rows
+
+GOLDEN = Path(__file__).parent / "golden"
+TEXTS = ("scores.md", "scores.tex", "scores.csv")
+NASTY = '<script>document.title = "taken"</script> & "quoted" $x_1$'
+KEY = Key(
+    model="reference",
+    revision="r",
+    benchmark="recall@1",
+    benchmark_params="B()",
+    data="",
+    example=0,
+    method="full@1",
+    params="M()",
+    budget="",
+    prompt="question_in",
+    chat="raw",
+    truncation=100,
+    granularity="kv",
+    routing="",
+    stop="eos",
+    max_new_tokens=8,
+    dtype="float32",
+    seed=0,
+    temperature=0.0,
+    fidelity=True,
+)
+RIGHT = {  # how many of eight examples each method gets right, by task and budget
+    "recall": {"full": 8, "snapkv": {"32": 3, "50%": 7}, "h2o": {"32": 0, "50%": 6}, "headkv_r2": {"32": 8, "50%": 8}},
+    "two_hop": {"full": 8, "snapkv": {"32": 2, "50%": 8}, "h2o": {"32": 0, "50%": 5}, "headkv_r2": {"32": 8, "50%": 8}},
+}
+
+
+def made_rows(examples: int = 8) -> list[Record]:
+    """Two tasks, three methods at two budgets, one variant; a cell that was skipped and one that failed."""
+    rows = []
+    for task, methods in RIGHT.items():
+        for method, budgets in methods.items():
+            for budget, right in ({"": budgets} if isinstance(budgets, int) else budgets).items():
+                share = {"": 1.0, "32": 0.0625, "50%": 0.5}[budget]
+                for example in range(examples):
+                    key = replace(KEY, benchmark=f"{task}@1", method=f"{method}@1", budget=budget, example=example)
+                    rows.append(_row(key, float(example < right), share))
+    variant = replace(KEY, model="reference+gqa-2", revision="v")
+    rows += [_row(replace(variant, example=example), float(example < 7), 0.5) for example in range(examples)]
+    skipped, failed = (replace(KEY, method="pyramidkv@1", budget=budget) for budget in ("32", "50%"))
+    rows.append(Record(skipped, "skipped", "env", reason="2 entries a head cannot hold the 8 protected ones"))
+    rows.append(Record(failed, "failed", "env", reason="out of memory: 3 <GiB> & more"))
+    return rows
+
+
+def _row(key: Key, score: float, share: float) -> Record:
+    size = 100_000
+    fidelity = {} if not key.budget else {"kl": (1 - share) * (2 - score), "top1": 0.5 + score / 2, "loss": 1.0}
+    return Record(
+        key,
+        "ok",
+        "env",
+        answer=NASTY if key.example == 1 else f"answer {score:g}",
+        stop_reason="end",
+        metrics={"exact": score},
+        fidelity=fidelity,
+        columns={"length": 1024},
+        prompt_tokens=1000,
+        new_tokens=4,
+        compressed=share < 1 and bool(key.budget),
+        entries_asked=int(share * 4000),
+        entries=int(share * 4000),
+        bytes_kept=int(share * size),
+        bytes_allocated=int(share * size * 1.1),
+        bytes_full=size,
+        kept=[[int(share * 1000 * (1 + head * (key.method == "headkv_r2@1"))) for head in range(2)] for _ in range(2)]
+        if key.example == 0
+        else None,
+    )
+
+
+def stored(out: Path, rows: list[Record]) -> Path:
+    store = Store(out)
+    for row in rows:
+        store.write(row)
+    return out
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = stored(tmp_path / "made", made_rows())
+    for name, what in (
+        ("env/1", {"python": "3.11", "packages": {"torch": "2.13.0"}}),
+        ("heads/2", {"variant": "reference", "kind": "r2", "attempts": 9, "successes": 8, "values": [[0.1, 0.9], [0.4, 0.2]]}),
+        ("routing/3", {"model": "reference+mixsga-3:1:6", "benchmark": "recall@1", "tokens": 4,
+                       "words": ["The", " <b>", " end", "."],
+                       "experts": {"expert_choice": [[0, 1, 2, 2]] * 2, "argmax": [[0, 0, 2, 2]] * 2},
+                       "shares": {"expert_choice": [[0.25, 0.25, 0.5]] * 2, "argmax": [[0.5, 0.0, 0.5]] * 2}}),
+    ):  # fmt: skip
+        path = folder / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(what))
+    (folder / "commands.jsonl").write_text('{"when": "now", "command": "python run_all.py run <x>"}\n{"torn')
+    return folder
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_tables_are_as_they_were(name: str, out: Path) -> None:
+    write_report(out)
+    assert (out / "report" / name).read_text() == (GOLDEN / name).read_text(), "see the docstring of this file"
+
+
+def test_the_summary_says_what_is_shown_and_no_more() -> None:
+    (family,) = [family for family in families(lines(made_rows())) if len(family.tasks) == 2]
+    said = [sentence(verdict) for verdict in verdicts(family)]
+    assert said == [
+        "At 32 entries a head (6.2% of the bytes), headkv_r2 has the best mean, 1: better than h2o and snapkv; "
+        "no difference to the full cache's 1 is shown.",
+        "At 50% of the bytes, headkv_r2 has the best mean, 1: no difference is shown to h2o and snapkv; "
+        "no difference to the full cache's 1 is shown.",
+    ]
+
+
+def test_a_tiny_difference_is_no_difference() -> None:
+    rng = random.Random(1)
+    rows = []
+    for example in range(200):
+        ours = rng.random() * 65.9
+        for method, budget, score in (("full@1", "", 32.90), ("snapkv@1", "128", ours), ("h2o@1", "128", rng.random() * 65.8)):
+            rows.append(_row(replace(KEY, method=method, budget=budget, example=example), score, 0.5))
+    found = lines(rows)
+    assert not any(line.differs for line in found)
+    assert all("no difference is shown" in sentence(verdict) for family in families(found) for verdict in verdicts(family))
+
+
+def test_a_mean_over_tasks_needs_every_task() -> None:
+    rows = [row for row in made_rows() if not (row.key.benchmark == "two_hop@1" and row.key.method == "h2o@1")]
+    (family,) = [family for family in families(lines(rows)) if len(family.tasks) == 2]
+    assert {cell.label for cell in family.cells} == {"full", "snapkv", "headkv_r2"}, "h2o lacks a task, the variant too"
+    snap = next(cell for cell in family.cells if (cell.label, cell.budget) == ("snapkv", "32"))
+    assert snap.score.mean == pytest.approx((3 / 8 + 2 / 8) / 2)
+
+
+def test_protocols_are_never_mixed() -> None:
+    after = [replace(row, key=replace(row.key, prompt="question_after")) for row in made_rows()]
+    assert len(families(lines(made_rows() + after))) == 2 * len(families(lines(made_rows())))
+    assert comparison(lines(made_rows()), lines(after), ("a", "b")) == []
+
+
+def test_two_runs_side_by_side(tmp_path: Path) -> None:
+    rows = made_rows()
+    worse = [replace(row, metrics={"exact": 0.0}) if row.key.budget == "50%" and row.status == "ok" else row for row in rows]
+    tables = comparison(lines(rows), lines(worse), ("a", "b"))
+    assert len(tables) == 2
+    row = next(row for row in tables[0].rows if [cell.text for cell in row[:2]] == ["headkv_r2", "50%"])
+    assert (row[4].value, row[5].value, row[6].value, row[7].text) == (1.0, 0.0, -1.0, "8") and "*" in row[6].text
+    same = next(row for row in tables[0].rows if [cell.text for cell in row[:2]] == ["snapkv", "32"])
+    assert same[6].value == 0 and "*" not in same[6].text
+    from test_cli import call
+
+    first, second = stored(tmp_path / "a", rows), stored(tmp_path / "b", worse)
+    assert call("report", "--out", str(first), "--out", str(second)) == 0
+    assert "headkv_r2" in (first / "report" / "side_by_side.html").read_text()
+    other = stored(tmp_path / "c", [replace(row, key=replace(row.key, benchmark="other@1")) for row in rows])
+    assert call("report", "--out", str(first), "--out", str(other)) == 2
+    assert call("report", "--out", str(first), "--out", str(first), "--out", str(first)) == 2
+
+
+def test_broken_folders_get_one_line_or_a_report_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no rows"):
+        write_report(tmp_path / "empty")
+    failed = stored(tmp_path / "failed", [row for row in made_rows() if row.status != "ok"])
+    write_report(failed)
+    assert "nothing to compare in words" in (failed / "report" / "scores.html").read_text()
+    assert "out of memory" in (failed / "report" / "scores.md").read_text()
+    one = stored(tmp_path / "one", made_rows(examples=1))
+    write_report(one)
+    assert "| snapkv | 32 | 6.2% | 6.9% | 1 | 1 [1, 1] |" in (one / "report" / "scores.md").read_text()
+    rows = [replace(row, metrics={"exact": math.nan}) if row.key.method == "h2o@1" else row for row in made_rows()]
+    found = lines(rows)
+    assert all(line.score is None for line in found if line.method == "h2o@1"), "what is not a number is not a score"
+    write_report(stored(tmp_path / "nan", rows))
+    path = next((tmp_path / "one" / "rows").glob("*snapkv*"))
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "kept"} | {"schema": 2}) + "\n" for row in old))
+    assert len(read_rows(one)) == len(made_rows(1)), "rows of the schema before are read"
+    path.write_text(json.dumps(old[0] | {"schema": 1}) + "\n" + '{"torn')
+    with pytest.raises(StoreError, match="schema 1"):
+        write_report(one)
+
+
+def test_every_form_escapes() -> None:
+    table = Table("a & b_c", ("x_1", "50%"), ((Cell("<b>|"), Cell("#{}~^\\", 1.0, best=True)),), ("100 % of $x$",))
+    assert r"\textless{}b\textgreater{}|" in latex([table])
+    assert r"\textbf{\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}}" in latex([table])
+    assert r"\caption{a \& b\_c. 100 \% of \$x\$}" in latex([table]) and r"x\_1 & 50\%" in latex([table])
+    assert "| <b>&#124; | **#{}~^\\** |" in markdown([table])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    program = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page is looked at with playwright")
+    if program is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as tools:
+        quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
+        opened = tools.chromium.launch(executable_path=program, args=quiet)
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(width: int, out: Path, browser: Any) -> None:
+    write_report(out)
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((out / "report" / "scores.html").as_uri())
+    assert said == [] and [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert page.title() == "KV-cache methods: made", "a script in an answer stays text"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+    images = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 0)")
+    assert len(images) >= 3 and all(images)
+    assert page.locator("figure svg").count() == 6
+    assert page.locator("#answers td", has_text="<script>").count() > 0 and page.locator("#answers script").count() == 0
+    table = page.locator("#means table").first
+    column = table.locator("tbody td:nth-child(2)")
+    first = column.all_inner_texts()
+    table.locator("th button").nth(1).click()
+    ascending = column.all_inner_texts()
+    table.locator("th button").nth(1).click()
+    descending = column.all_inner_texts()
+    assert ascending == sorted(first, key=_value) and descending == sorted(first, key=_value, reverse=True) != ascending
+    mark = page.locator("figure svg [data-tip]").first
+    mark.scroll_into_view_if_needed()
+    mark.hover(force=True)
+    assert "of the bytes, n = 8" in page.locator("#tip").inner_text()
+    page.close()
+
+
+def _value(text: str) -> float:
+    return -math.inf if text == "-" else float(text.split()[0].rstrip("*"))
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = stored(Path(made) / "made", made_rows())
+        write_report(folder)
+        GOLDEN.mkdir(exist_ok=True)
+        for wanted in TEXTS:
+            shutil.copy(folder / "report" / wanted, GOLDEN / wanted)
+    sys.exit()
