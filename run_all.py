@@ -76,6 +76,9 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU, bfloat16 on a GPU)")
     add("--cell-bytes", type=int, help="rows of the cells decoded together, at most this many bytes")
+    add("--contexts", help="cost suites: tokens of the prompts, with commas")
+    add("--batches", help="cost suites: sequences decoded together, with commas")
+    add("--rounds", type=int, help="cost suites: how often each latency is measured")
     add("--shard", default="1/1", help="i/n: the i-th of n shares of the examples (default: %(default)s)")
     add("--data-dir", type=Path, help="folder with data sets and published head scores; looked into before the hub")
     add("--head-scores", help="files or folders of head scores for HeadKV, with commas")
@@ -181,16 +184,30 @@ def _run(options: argparse.Namespace) -> int:
         line = sweep_speed(METHODS, options.verify) if options.suite == "sweep-speed" else attention_speed()
         print(json.dumps(line))
         return 0
+    from harness.cost_request import cost_behind
     from harness.evidence import record_command
     from harness.request import judge_request, run_request
+    from harness.suites import COST_SUITES
 
+    if options.suite in COST_SUITES:
+        return _cost(options)
     failed = run_request(options)
+    failed += cost_behind(options)
     record_command(options.out, options.arguments)
     done = _report(options)
     if options.judge_url:  # the report is there, whatever becomes of the judge
         failed += judge_request(options).statuses["unreachable"]
         done = _report(options)
     return max(done, 1 if failed else 0)
+
+
+def _cost(options: argparse.Namespace) -> int:
+    from harness.cost_request import cost_request
+    from harness.evidence import record_command
+
+    failed = cost_request(options)
+    record_command(options.out, options.arguments)
+    return max(_report(options), 1 if failed else 0)
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness import kernels
 from harness.rows import Group, RowLayer, Step
 
 
@@ -29,6 +30,9 @@ def attend(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap
     heads, tokens, dim = queries.shape
     where = torch.as_tensor(layer.readers(step), device=queries.device)
     asked = (queries * scaling).reshape(heads * tokens, dim)[where]  # [M, D], in the order of rows
+    if queries.is_cuda and kernels.can_run(queries.dtype, dim):
+        found, weight = attend_by_kernel(layer, asked, step, softcap)
+        return _placed(found, weight if layer.striped else None, where, heads * tokens).view(heads, tokens, dim)
     out = torch.empty_like(asked)
     lse = asked.new_empty(len(asked), dtype=torch.float32) if layer.striped else None
     done = 0
@@ -37,9 +41,23 @@ def attend(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap
         done = mine.stop
         if mine.stop > mine.start:
             _attend_group(layer, group, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
-    if lse is not None:
-        return _merge(out, lse, where, heads * tokens).view(heads, tokens, dim)
-    return torch.empty_like(out).index_copy_(0, where, out).view(heads, tokens, dim)  # one row a query: put in its place
+    return _placed(out, lse, where, heads * tokens).view(heads, tokens, dim)
+
+
+def _placed(out: Tensor, lse: Tensor | None, where: Tensor, queries: int) -> Tensor:
+    """What each row says, put where its queries stand; of several rows a query, merged."""
+    return torch.empty_like(out).index_copy_(0, where, out) if lse is None else _merge(out, lse, where, queries)
+
+
+def attend_by_kernel(layer: RowLayer, asked: Tensor, step: Step, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """All rows of the layer in one launch. asked: [M, D], scaled, in the order of rows. Gives [M, D] and the lse [M]."""
+    news = step.counts[layer.cell]
+    work = kernels.plan(layer.start, layer.length, layer.width * news)
+    if layer.window is None and (news <= 1).all():  # a lone new token lies behind all others
+        return kernels.attend_pieces(asked, layer.keys, layer.values, work, softcap)
+    token = layer.readers(step) % len(step.positions)
+    asking = torch.as_tensor(step.positions[token], dtype=torch.int32).to(asked.device)
+    return kernels.attend_pieces(asked, layer.keys, layer.values, work, softcap, layer.positions, asking, layer.window)
 
 
 def _attend_group(

@@ -56,6 +56,14 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
+def give_back_freed_memory() -> None:
+    """Has glibc return to the system what was freed: resident memory is then memory in use. Nothing where there is no glibc."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next prompt: pages fresh from the system cost more than what is done with them.
 

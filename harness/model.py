@@ -38,6 +38,14 @@ class UnsupportedModel(ValueError):
     """The harness cannot reach this model's attention, so it would run uncompressed."""
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Seconds of a prefill that were spent on watching it."""
+
+    seconds: float
+    column_sums: float  # of these
+
+
 @dataclass
 class DecodePass:
     """New tokens of the cells of a cache, side by side in one sequence."""
@@ -125,8 +133,8 @@ class Model:
     @torch.inference_mode()
     def prefill(
         self, ids: Tensor, needs: Needs, arena: Arena | None = None, routing: Routing = "expert_choice", scored: int = 0
-    ) -> tuple[Prefill, float]:
-        """Reads `ids` [T] densely, and says how many seconds of that were observation. `routing` is for mixSGA variants.
+    ) -> tuple[Prefill, Observed]:
+        """Reads `ids` [T] densely, and says how much of that was observation. `routing` is for mixSGA variants.
 
         The prefill lives in the memory of `arena`, until the next one in the same arena.
 
@@ -143,7 +151,7 @@ class Model:
             )
         tail = logits[0] if scored else None
         prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), tuple(observer.stripes), self.shape, tail)
-        return prefill, observer.lap.seconds
+        return prefill, Observed(observer.lap.seconds, observer.sums.seconds)
 
     @torch.inference_mode()
     def decode(self, cache: RowCache, ids: Tensor, keep: int = 1, watch: Watch | None = None) -> Tensor:

@@ -31,6 +31,7 @@ class Observer:
     layers: list[LayerKV] = field(default_factory=list)
     stripes: list[tuple[Stripe, ...]] = field(default_factory=list)  # of each layer
     lap: Lap = field(default_factory=Lap)
+    sums: Lap = field(default_factory=Lap)  # of `lap`, the column sums
 
     def see(self, index: int, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> None:
         """queries: [Hq, T, D]; keys, values: [H, T, D], after RoPE. Heads that are averaged come repeated."""
@@ -44,7 +45,8 @@ class Observer:
         with stopwatch(keys.device, self.lap):
             candidates = self.shape.candidates(index, tokens)
             self.stripes.append(_stripes(settings, self.shape.group, candidates))
-            sums = column_sums(queries, keys, settings)[:, -candidates:] if self.needs.column_sums else None
+            with stopwatch(keys.device, self.sums):
+                sums = column_sums(queries, keys, settings)[:, -candidates:] if self.needs.column_sums else None
             last = queries[:, tokens - min(self.needs.window, tokens) :].clone() if self.needs.window else None
             self.layers.append(
                 LayerKV(

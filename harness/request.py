@@ -36,7 +36,7 @@ from harness.prompts import CannotPrompt, PromptProtocol, Protocol
 from harness.reference_data import Documents, book_sentences
 from harness.replay import replay
 from harness.shapes import SHAPES
-from harness.suites import SUITES, Suite
+from harness.suites import COST_SUITES, SUITES, Suite
 from harness.sweep import CELL_BYTES, Sweep
 from harness.train import Batches, CannotTrain, Recipe, forget, heal, routing_of
 from harness.train_data import HELD_OUT, BadText, ReferenceBatches, instruct_batches, text_batches
@@ -65,7 +65,7 @@ REFUSED = (
 def suite_of(options: argparse.Namespace) -> Suite:
     """The suite, with what the command line changes of it."""
     if options.suite not in SUITES:
-        raise BadRequest(f"no suite {options.suite!r}; known: {', '.join(SUITES)}")
+        raise BadRequest(f"no suite {options.suite!r}; known: {', '.join((*SUITES, *COST_SUITES))}")
     changes: dict[str, Any] = {
         "models": split(options.model) if options.model else None,
         "methods": split(options.methods) if options.methods else None,
@@ -155,12 +155,12 @@ def works_of(options: argparse.Namespace, suite: Suite) -> dict[str, Work]:
 
 
 def load_model(options: argparse.Namespace, name: str) -> Model:
-    device = _device(options.device)
+    device = device_of(options.device)
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     return load(name, getattr(torch, dtype), device, options.revision)
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -420,7 +420,7 @@ def _plan_of(model: Model, work: Work, store: Store | None) -> dict[str, Any]:
 def listing(what: str) -> dict[str, str]:
     """Name -> what it is, in one line."""
     if what == "suites":
-        return {name: suite.about for name, suite in SUITES.items()}
+        return {name: suite.about for name, suite in (SUITES | COST_SUITES).items()}
     if what == "models":
         return {"reference": "the embedded model"} | {
             f"random:{name}": f"{s['model_type']}, random weights" for name, s in SHAPES.items()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.cache import Arena, LayerKV, ModelShape, Prefill, Row, Selection
+from harness.cache import Arena, LayerKV, ModelShape, Prefill, Row, Selection, Stripe
 
 ROOM_STEP = 64  # the room behind a row is a multiple of this
 
@@ -236,14 +236,41 @@ def compact(prefill: Prefill, selections: Sequence[Selection], room: int, arena:
     positions = arena.take("positions", sum(sizes), torch.zeros(0, dtype=torch.int32, device=like.device))
     layers, offset = [], 0
     for kv, (table, rows), size in zip(prefill.layers, plans, sizes, strict=True):
-        pool = tuple(flat[offset : offset + size] for flat in (keys, values, positions))
+        pool = (keys[offset : offset + size], values[offset : offset + size], positions[offset : offset + size])
         stripes = len(prefill.stripes[kv.index])
-        layer = RowLayer(pool, prefill.shape, kv.window, table, stripes, len(selections))  # type: ignore[arg-type]
-        for row, start, length in zip(rows, table[:, 4].tolist(), table[:, 6].tolist(), strict=True):
-            _fill(layer, slice(start, start + length), kv, row)
-        layers.append(layer)
+        layers.append(_filled(kv, table, rows, RowLayer(pool, prefill.shape, kv.window, table, stripes, len(selections))))
         offset += size
     return RowCache(layers, prefill.shape, [prefill.tokens] * len(selections))
+
+
+def compact_and_free(
+    held: list[LayerKV | None],
+    stripes: Sequence[tuple[Stripe, ...]],
+    shape: ModelShape,
+    selections: Sequence[Selection],
+    room: int,
+) -> RowCache:
+    """As `compact`, but a layer at a time into pools of their own, and each layer of `held` is dropped once it was copied.
+
+    Nobody else may hold the layers, or nothing is freed: no more than the full cache and one layer lie in memory.
+    """
+    room = -(-room // ROOM_STEP) * ROOM_STEP
+    layers, tokens = [], 0
+    for index, kv in enumerate(held):
+        assert kv is not None
+        table, rows = _plan(kv, [selection[index] for selection in selections], room)
+        size, tokens = int(table[:, 5].sum()), kv.tokens
+        keys, values = (kv.keys.new_empty(size, shape.head_dim) for _ in range(2))
+        pool = (keys, values, torch.empty(size, dtype=torch.int32, device=keys.device))
+        layers.append(_filled(kv, table, rows, RowLayer(pool, shape, kv.window, table, len(stripes[index]), len(selections))))
+        held[index] = kv = None
+    return RowCache(layers, shape, [tokens] * len(selections))
+
+
+def _filled(kv: LayerKV, table: np.ndarray, rows: list[Row], layer: RowLayer) -> RowLayer:
+    for row, start, length in zip(rows, table[:, 4].tolist(), table[:, 6].tolist(), strict=True):
+        _fill(layer, slice(start, start + length), kv, row)
+    return layer
 
 
 def _plan(kv: LayerKV, cells: Sequence[tuple[Row, ...]], room: int) -> tuple[np.ndarray, list[Row]]:

@@ -17,6 +17,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "initializer_range": 0.1,
     },
+    "small-llama": {
+        "model_type": "llama",
+        "vocab_size": 4096,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+    },
     "llama-3-8b": {
         "model_type": "llama",
         "vocab_size": 128256,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_tokens import RandomTokens
 from harness.attention import attend
@@ -19,6 +19,7 @@ from harness.measure import keep_freed_memory, peak_resident_bytes
 from harness.model import Model
 from harness.prompts import Prompt, Protocol, tokenize
 from harness.rows import compact
+from harness.shapes import SHAPES
 from harness.sweep import Cell, Sweep
 from methods.base import Method
 
@@ -104,17 +105,8 @@ def attention_speed() -> dict[str, float]:
 
 def speed_model() -> Model:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=8,
-        hidden_size=512,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        intermediate_size=1408,
-        vocab_size=4096,
-        max_position_embeddings=8192,
-    )
-    return Model(LlamaForCausalLM(config), None, "random:sweep-speed", "seed-0")
+    config = AutoConfig.for_model(**SHAPES["small-llama"])
+    return Model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), None, "random:sweep-speed", "seed-0")
 
 
 def _plain_prefills(model: Model, prompts: list[Prompt]) -> float:

@@ -25,6 +25,21 @@ class Suite:
     seeds: tuple[int, ...] = (0,)  # of generated examples and sampled answers
     temperature: float = 0.0
     fidelity: bool = True
+    cost: str = ""  # the cost suite that is run behind it, unless the request is narrowed
+
+
+@dataclass(frozen=True)
+class CostSuite:
+    """Whose cost to measure, on random prompts: latency in rounds, memory once, every cell in a process of its own."""
+
+    about: str
+    models: tuple[str, ...]
+    methods: tuple[str, ...]
+    budgets: tuple[str, ...]
+    contexts: tuple[int, ...]  # tokens
+    batches: tuple[int, ...] = (1,)
+    new_tokens: int = 32
+    rounds: int = 3
 
 
 EVICTING = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
@@ -62,6 +77,7 @@ SUITES: dict[str, Suite] = {
         benchmarks=("recall", "two_hop", "recall_many", "perplexity_own"),
         prompts=("question_in", "question_after"),
         limit=10,
+        cost="cost-default",
     ),
     "smoke": Suite(
         about="a minute of everything, on a random model: does the machinery run here?",
@@ -142,5 +158,48 @@ SUITES: dict[str, Suite] = {
     "attention-speed": Suite(
         about="decode attention at 10 to 50 % of a full cache, beside that share of the full cache's time; one JSON line",
         models=(),
+    ),
+}
+
+COST_SUITES: dict[str, CostSuite] = {
+    "cost-default": CostSuite(
+        about="the cost cells of the default run: one round on a small model",
+        models=("random:small-llama",),
+        methods=("full", "snapkv", "h2o", "ada_snapkv"),
+        budgets=("10%",),
+        contexts=(4096,),
+        rounds=1,
+    ),
+    "cost-small": CostSuite(
+        about="latency and memory on two CPU cores, in minutes",
+        models=("random:small-llama",),
+        methods=("full", "snapkv", "h2o", "ada_snapkv"),
+        budgets=("10%",),
+        contexts=(1024, 4096),
+    ),
+    "cost": CostSuite(
+        about="latency and memory of an 8B model at 8K, 32K and 128K tokens: for a GPU",
+        models=("random:llama-3-8b",),
+        methods=("full", "streaming_llm", "snapkv", "pyramidkv", "ada_snapkv"),
+        budgets=("128", "1024"),
+        contexts=(8192, 32768, 130000),
+        new_tokens=128,
+    ),
+    "cost-batch": CostSuite(
+        about="throughput of an 8B model by batch at 8K tokens: for a GPU",
+        models=("random:llama-3-8b",),
+        methods=("full", "snapkv", "ada_snapkv"),
+        budgets=("1024",),
+        contexts=(8192,),
+        batches=(1, 8, 32, 64),
+        new_tokens=64,
+    ),
+    "cost-variants": CostSuite(
+        about="an 8B model against its GQA and mixSGA conversions at equal and smaller bytes: for a GPU",
+        models=("random:llama-3-8b", "random:llama-3-8b+gqa-2", "random:llama-3-8b+mqa", "random:llama-3-8b+mixsga-3:1:6"),
+        methods=("full",),
+        budgets=(),
+        contexts=(8192, 32768),
+        new_tokens=128,
     ),
 }

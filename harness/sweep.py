@@ -127,8 +127,8 @@ class _Example:
             prefill, observed = model.prefill(
                 ids, needs, self.sweep.arena, self.sweep.protocol.routing, len(self.prompt.one_pass)
             )
-        laps.prefill.seconds -= observed
-        laps.observe.seconds += observed
+        laps.prefill.seconds -= observed.seconds
+        laps.observe.seconds += observed.seconds
         self.prefill: Prefill = prefill.at(self.sweep.protocol.granularity)
         self.drafts.learn(self.prompt.ids)
 

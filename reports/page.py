@@ -86,8 +86,8 @@ def page(
     shown = plots.panels(found)
     several = [family for family in families if len(family.tasks) > 1]
     sections = [
-        _section("Bytes", [byte_table(_of_first_panel(found), "Asked, kept and allocated")], BYTES),
-        *(_section(table.title, [table]) for table in tables),
+        *([_section("Bytes", [byte_table(_of_first_panel(found), "Asked, kept and allocated")], BYTES)] if found else []),
+        *(_section(title, [t for t in tables if _kind(t) == title]) for title in dict.fromkeys(map(_kind, tables))),
         *([_section("Answers", answers, ANSWERS)] if (answers := answer_tables(records)) else []),
     ]
     pictured = [one for one in pictures if one.paths]
@@ -177,8 +177,13 @@ def answer_tables(records: Sequence[Record]) -> list[Table]:
     return made
 
 
+def _kind(table: Table) -> str:
+    """Tables of one kind, such as the latencies of several models, share a section."""
+    return table.title.split(",")[0]
+
+
 def _section(title: str, tables: Sequence[Table], about: str = "") -> dict[str, Any]:
-    return {"title": title, "anchor": _anchor(title), "about": about, "tables": tables, "folded": len(tables) > 1}
+    return {"title": title, "anchor": _anchor(title), "about": about, "tables": tables, "folded": len(tables) > 3}
 
 
 def _anchor(title: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reports import plots
+from reports.cost import cost_pictures, cost_tables, costs
 from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
 from reports.needles import needle_maps
@@ -15,7 +16,7 @@ from reports.page import READING, Made, Pictures, page
 from reports.present import lm_eval_table, mean_tables, missing_table, score_tables
 from reports.summary import families, sentence, verdicts
 from reports.tables import frame, lines
-from results.store import StoreError, read_commands, read_folder, read_ratings, read_rows
+from results.store import StoreError, read_commands, read_costs, read_folder, read_ratings, read_rows
 
 
 def write_report(out: Path) -> list[Path]:
@@ -24,7 +25,9 @@ def write_report(out: Path) -> list[Path]:
     Raises:
         StoreError: no rows, rows of another schema, or a folder that cannot be written to.
     """
-    records, ratings = read_rows(out), read_ratings(out)
+    measured = read_costs(out)
+    records = [] if measured and not (out / "rows").is_dir() else read_rows(out)
+    ratings = read_ratings(out)
     found = lines(records, next(iter(ratings.values()), None))
     averaged = families(found)
     folder = out / "report"
@@ -34,17 +37,19 @@ def write_report(out: Path) -> list[Path]:
         plotted.mkdir(parents=True)
         table, text, paper, html = (folder / f"scores{ending}" for ending in (".csv", ".md", ".tex", ".html"))
         several = mean_tables([family for family in averaged if len(family.tasks) > 1])
+        cost = cost_tables(costs(measured), measured)
         rest = [*lm_eval_table(read_folder(out, "lm_eval")), *missing_table(records)]
         frame(found).to_csv(table, index=False)
         short = [f"- {family.title}, {family.metric}: {sentence(one)}" for family in averaged for one in verdicts(family)]
         head = ["# Scores against bytes", "", *_judged_by(ratings), *("\n\n".join(READING).splitlines()), "", *short, "", ""]
-        text.write_text("\n".join(head) + markdown([*several, *score_tables(found), *rest]))
-        paper.write_text(latex([*several, *score_tables(found)]))
+        text.write_text("\n".join(head) + markdown([*several, *score_tables(found), *cost, *rest]))
+        paper.write_text(latex([*several, *score_tables(found), *cost]))
         for panel in plots.panels(found):
             plots.save(panel, plotted)
-        pictures = _pictures(out, records, plotted)
+        pictures = [*_pictures(out, records, plotted), Pictures("Cost", COST, cost_pictures(costs(measured), plotted))]
         made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"))
-        html.write_text(page(f"KV-cache methods: {out.name}", found, averaged, records, pictures, rest, made), encoding="utf-8")
+        title = f"KV-cache methods: {out.name}"
+        html.write_text(page(title, found, averaged, records, pictures, [*cost, *rest], made), encoding="utf-8")
     except OSError as error:
         raise StoreError(f"cannot write the report to {folder}: {error.strerror}") from None
     return [html, text, table, paper, plotted]
@@ -73,6 +78,12 @@ HEADS = (
     "unevenly differ from head to head."
 )
 ROUTING = "Where a mixSGA variant sends its tokens: the shares of its experts by layer, and one text marked token by token."
+
+
+COST = (
+    "What an answer costs, measured cell by cell in processes of their own: milliseconds a token with their floor, and peaks of "
+    "memory while decoding and before the first token."
+)
 
 
 def _judged_by(ratings: dict[str, dict[str, float]]) -> list[str]:

@@ -178,6 +178,21 @@ def read_commands(out: Path) -> list[dict[str, Any]]:
     return found
 
 
+def read_costs(out: Path) -> list[dict[str, Any]]:
+    """Every cost cell's row: of equal ids the first `ok` one, else the newest. Torn lines are none."""
+    path = out / "cost" / "rows.jsonl"
+    found: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            name = str(row["id"])
+        except (ValueError, TypeError, KeyError):
+            continue
+        if found.get(name, {}).get("status") != "ok":
+            found[name] = row
+    return list(found.values())
+
+
 def write_json(path: Path, what: Any) -> None:
     """Whole or not at all.
 

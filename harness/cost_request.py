@@ -1,0 +1,137 @@
+"""From a cost suite to rows: every cell in a process of its own, round by round, stored as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from harness.cache import Budget
+from harness.choices import choose, split
+from harness.cost import CostCell
+from harness.env import record_environment
+from harness.load import check_name
+from harness.plan import BadRequest
+from harness.request import device_of
+from harness.suites import COST_SUITES, SUITES, CostSuite
+from methods import METHODS
+from results.store import append_line, read_costs
+
+HOUR = 3600.0
+MEMORY_STEPS = 8  # tokens decoded while memory is watched: it does not move from one to the next
+
+
+NARROWING = ("model", "methods", "budgets", "benchmarks", "prompt")
+
+
+def cost_behind(options: argparse.Namespace) -> int:
+    """Runs the cost suite behind a quality suite, if there is one and nothing of the request was narrowed."""
+    cost = SUITES[options.suite].cost
+    if not cost or any(getattr(options, name) for name in NARROWING):
+        return 0
+    return cost_request(argparse.Namespace(**{**vars(options), "suite": cost, "max_new_tokens": None}))
+
+
+def cost_request(options: argparse.Namespace) -> int:
+    """Runs what has no row yet, and gives how many cells failed.
+
+    Raises:
+        BadRequest, UnknownChoice, UnknownModel: the request makes no sense.
+        StoreError: the folder cannot be written to.
+    """
+    suite = cost_suite_of(options)
+    for name in suite.models:
+        check_name(name)
+    device = device_of(options.device)
+    env = record_environment(options.out, device)
+    done = {row["id"] for row in read_costs(options.out) if row["status"] in ("ok", "skipped")}
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    cells = [cell for cell in cells_of(suite, dtype, str(device)) if identity(cell, env) not in done]
+    failed = 0
+    with tqdm(cells, unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar:
+        for cell in bar:
+            bar.set_postfix_str(f"{cell.what} {cell.method} {cell.budget} {cell.context}", refresh=False)
+            found = run_cell(cell)
+            failed += found["status"] == "failed"
+            row = {"id": identity(cell, env), "cell": asdict(cell), "env": env, **found}
+            append_line(options.out / "cost" / "rows.jsonl", json.dumps(row))
+    return failed
+
+
+def cost_suite_of(options: argparse.Namespace) -> CostSuite:
+    """The suite, with what the command line changes of it."""
+    changes: dict[str, Any] = {}
+    for field in ("models", "methods", "budgets"):
+        text = getattr(options, field if field != "models" else "model")
+        if text:
+            changes[field] = tuple(split(text))
+    for field in ("contexts", "batches"):
+        if text := getattr(options, field):
+            changes[field] = _numbers(field, text)
+    if options.max_new_tokens is not None:
+        changes["new_tokens"] = options.max_new_tokens
+    if options.rounds is not None:
+        changes["rounds"] = options.rounds
+    suite = replace(COST_SUITES[options.suite], **changes)
+    if suite.new_tokens < 2 or suite.rounds < 1:
+        raise BadRequest("a cost suite needs at least one round, and 2 new tokens: the first is timed apart")
+    try:
+        for budget in suite.budgets:
+            Budget.parse(budget)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    for method in suite.methods:
+        choose("method", method, METHODS)
+    return suite
+
+
+def _numbers(field: str, text: str) -> tuple[int, ...]:
+    parts = split(text)
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise BadRequest(f"--{field} {text!r} must be whole numbers above 0, with commas")
+    return tuple(map(int, parts))
+
+
+def cells_of(suite: CostSuite, dtype: str, device: str) -> Iterator[CostCell]:
+    """Memory once a cell, then the rounds of latency, every cell once a round: what drifts drifts for all."""
+    threads = torch.get_num_threads()
+    asked = []
+    for model, context, batch, method in product(suite.models, suite.contexts, suite.batches, suite.methods):
+        budgets: Sequence[str] = suite.budgets if choose("method", method, METHODS)[1].takes_budget else ("",)
+        sizes = (context, batch, suite.new_tokens, dtype, device, threads)
+        asked += [CostCell(model, method, budget, *sizes) for budget in budgets]
+    yield from (replace(cell, what="memory", new_tokens=min(MEMORY_STEPS, cell.new_tokens)) for cell in asked)
+    for number in range(suite.rounds):
+        yield from (replace(cell, round=number) for cell in asked)
+
+
+def identity(cell: CostCell, env: str) -> str:
+    """Times belong to an environment: another machine, or other versions, measure anew."""
+    return hashlib.sha256(json.dumps([asdict(cell), env], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def run_cell(cell: CostCell) -> dict[str, Any]:
+    """What the cell's own process printed, or why it printed nothing."""
+    command = [sys.executable, "-m", "harness.cost", json.dumps(asdict(cell))]
+    try:
+        ran = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=HOUR, check=False)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "reason": f"no result after {HOUR:.0f} s"}
+    if ran.returncode < 0:
+        return {"status": "failed", "reason": f"its process was ended by signal {-ran.returncode}: too little memory?"}
+    lines = ran.stdout.strip().splitlines()
+    if ran.returncode or not lines:
+        said = ran.stderr.strip().splitlines()
+        return {"status": "failed", "reason": said[-1][:300] if said else f"its process ended with code {ran.returncode}"}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found

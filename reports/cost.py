@@ -1,0 +1,193 @@
+"""What a cell costs: a table of phases and peaks beside their floors, and two pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib.figure import Figure
+
+from reports.formats import Cell, Table
+from reports.style import order_of, style_of
+from results.store import slug
+
+Where = tuple[str, ...]
+LATENCY: tuple[str, ...] = ("method", "budget", "context", "batch", "prefill s", "its floor", "observe", "column sums")
+LATENCY += ("score", "select", "compact")
+LATENCY += ("first token ms", "ms a token", "p10 to p90", "rounds", "floor ms", "over the floor", "tokens a second")
+MEMORY = ("method", "budget", "context", "batch", "bytes kept", "allocated", "prefill peak", "decode peak", "at the last token")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The rows of one cell: its rounds of latency, and its memory."""
+
+    model: str
+    dtype: str
+    device: str
+    method: str
+    budget: str
+    context: int
+    batch: int
+    new_tokens: int
+    laps: tuple[Mapping[str, Any], ...]
+    memory: Mapping[str, Any] | None
+
+    @property
+    def panel(self) -> Where:
+        return (self.model, self.dtype, self.device)
+
+    @property
+    def token_ms(self) -> float | None:
+        """Median of a token, the median over the rounds."""
+        return None if not self.laps else 1000 * float(np.median([lap["token"] for lap in self.laps]))
+
+    @property
+    def floor_ms(self) -> float:
+        return 1000 * float(np.median([lap["token_floor"] for lap in self.laps]))
+
+
+def costs(rows: Sequence[Mapping[str, Any]]) -> list[Cost]:
+    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cell = row["cell"]
+        where = tuple(cell[name] for name in ("model", "dtype", "device", "method", "budget", "context", "batch"))
+        grouped.setdefault(where, []).append(row)
+    found = []
+    for where, mine in grouped.items():
+        done = [row for row in mine if row["status"] == "ok"]
+        laps = tuple(row for row in done if row["cell"]["what"] == "latency")
+        memory = next((row for row in done if row["cell"]["what"] == "memory"), None)
+        if laps or memory:
+            steps = max(row["cell"]["new_tokens"] for row in done)
+            model, dtype, device, method, budget, context, batch = where
+            found.append(Cost(model, dtype, device, method, budget, context, batch, steps, laps, memory))
+    return sorted(found, key=_order)
+
+
+def _order(cost: Cost) -> tuple[object, ...]:
+    return (cost.panel, cost.context, cost.batch, cost.method != "full", order_of(cost.method), cost.budget)
+
+
+def cost_tables(found: Sequence[Cost], rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Latency and memory of each model and device, and what could not be measured."""
+    made = []
+    for panel in dict.fromkeys(cost.panel for cost in found):
+        mine = [cost for cost in found if cost.panel == panel]
+        title = f"{panel[0]}, {panel[1]}, {panel[2]}"
+        rate = next((lap for cost in mine for lap in cost.laps), None)
+        measured = (
+            ""
+            if rate is None
+            else f" Measured here: {rate['bandwidth'] / 1e9:.1f} GB/s copied, {rate['flops'] / 1e9:,.0f} GFLOP/s."
+        )
+        made.append(
+            Table(f"Latency, {title}", LATENCY, tuple(_latency(cost) for cost in mine if cost.laps), (FLOORS + measured,))
+        )
+        made.append(Table(f"Memory, {title}", MEMORY, tuple(_memory(cost) for cost in mine if cost.memory), (PEAKS,)))
+    missing: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            cell = row["cell"]
+            what = (row["status"], cell["model"], cell["method"], cell["budget"] or "-", f"{cell['context']:,}", row["reason"])
+            missing[what] = missing.get(what, 0) + 1
+    if missing:
+        header = ("status", "model", "method", "budget", "context", "reason")
+        made.append(Table("Costs not measured", header, tuple(tuple(Cell(text) for text in what) for what in sorted(missing))))
+    return [table for table in made if table.rows]
+
+
+FLOORS = (
+    "Median over the rounds, each in a process of its own; `rounds` is their spread. Floor of a token: the bytes of the weights "
+    "and of the kept entries over the copy bandwidth; of a prefill: its products over their rate."
+)
+PEAKS = "Bytes above the model's weights; on a CPU what is resident, which includes the allocator's slack."
+
+
+def _latency(cost: Cost) -> tuple[Cell, ...]:
+    phases = {name: float(np.median([lap["phases"].get(name, 0.0) for lap in cost.laps])) for name in cost.laps[0]["phases"]}
+    token, floor = cost.token_ms or 0.0, cost.floor_ms
+    first = 1000 * float(np.median([lap["first_token"] for lap in cost.laps]))
+    rounds = [1000 * lap["token"] for lap in cost.laps]
+    low, high = (1000 * float(np.median([lap[name] for lap in cost.laps])) for name in ("p10", "p90"))
+    prefill_floor = float(np.median([lap["prefill_floor"] for lap in cost.laps]))
+    return (
+        *_asked(cost),
+        _number(phases["prefill"], "{:.3f}"),
+        _number(prefill_floor, "{:.3f}"),
+        *(_number(phases.get(name, 0.0), "{:.3f}") for name in ("observe", "column sums", "score", "select", "compact")),
+        _number(first, "{:.2f}"),
+        _number(token, "{:.2f}"),
+        Cell(f"{low:.2f} to {high:.2f}", low),
+        Cell(f"{min(rounds):.2f} to {max(rounds):.2f}", min(rounds)),
+        _number(floor, "{:.2f}"),
+        _number(token / floor, "{:.2f}x"),
+        _number(1000 * cost.batch / token, "{:.1f}"),
+    )
+
+
+def _memory(cost: Cost) -> tuple[Cell, ...]:
+    memory = cost.memory or {}
+    end = memory["bytes_kept"] + memory["bytes_a_token"] * cost.new_tokens
+    shown = ("bytes_kept", "bytes_allocated", "prefill_peak", "decode_peak")
+    return (*_asked(cost), *(_bytes(memory[name]) for name in shown), _bytes(end))
+
+
+def _asked(cost: Cost) -> tuple[Cell, ...]:
+    sizes = (Cell(f"{cost.context:,}", cost.context), Cell(str(cost.batch), cost.batch))
+    return (Cell(cost.method), Cell(cost.budget or "-"), *sizes)
+
+
+def _number(value: float, form: str) -> Cell:
+    return Cell(form.format(value), value)
+
+
+def _bytes(value: float) -> Cell:
+    return Cell(f"{value / 2**20:,.1f} MiB", value)
+
+
+def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
+    """Milliseconds a token and peaks against the context, a line a method and budget, the floor beneath each."""
+    paths = []
+    for panel in dict.fromkeys(cost.panel for cost in found):
+        mine = [cost for cost in found if cost.panel == panel and cost.batch == min(c.batch for c in found if c.panel == panel)]
+        figure = Figure(figsize=(13.2, 4.4), layout="constrained")
+        axes = figure.subplots(1, 3)
+        for cell in dict.fromkeys((cost.method, cost.budget) for cost in mine):
+            label = f"{cell[0]} {cell[1]}".strip()
+            line = sorted((cost for cost in mine if (cost.method, cost.budget) == cell), key=lambda cost: cost.context)
+            _lines(axes, line, label, cell[0])
+        for axis, what in zip(axes, ("ms a token", "peak while decoding, MiB", "peak until the first token, MiB"), strict=True):
+            axis.set(xlabel="tokens of the prompt", ylabel=what, ylim=(0, None))
+            axis.grid(alpha=0.25, linewidth=0.5)
+        axes[0].plot([], [], color="grey", linestyle=":", label="floor: bytes over bandwidth")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+        figure.suptitle(", ".join(panel), fontsize=10)
+        path = folder / f"cost_{slug('_'.join(panel))}.png"
+        figure.savefig(path, dpi=150)
+        paths.append(path)
+    return paths
+
+
+def _lines(axes: Any, line: Sequence[Cost], label: str, method: str) -> None:
+    style = style_of(method)
+    manner = {"color": "black" if method == "full" else style.colour, "marker": style.marker, "markersize": 4}
+    timed, watched = [cost for cost in line if cost.laps], [cost for cost in line if cost.memory]
+    contexts = [cost.context for cost in timed]
+    rounds = [[1000 * lap["token"] for lap in cost.laps] for cost in timed]
+    middle = [cost.token_ms or 0.0 for cost in timed]
+    spread = [
+        [m - min(r) for m, r in zip(middle, rounds, strict=True)],
+        [max(r) - m for m, r in zip(middle, rounds, strict=True)],
+    ]
+    axes[0].errorbar(contexts, middle, yerr=spread, label=label, linestyle=style.dash, linewidth=1.2, capsize=2, **manner)
+    axes[0].plot(contexts, [cost.floor_ms for cost in timed], color=manner["color"], linestyle=":", linewidth=1)
+    for axis, peak in ((axes[1], "decode_peak"), (axes[2], "prefill_peak")):
+        values = [(cost.memory or {})[peak] / 2**20 for cost in watched]
+        axis.plot([cost.context for cost in watched], values, linestyle=style.dash, linewidth=1.2, **manner)

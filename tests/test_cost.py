@@ -1,0 +1,223 @@
+"""Cost cells: phases by a clock of our own, peaks by a meter of our own, one real cell, and what cannot be measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, network, read, tiny, tokens
+from test_cli import call
+
+from benchmarks import latency, memory
+from harness.cache import Budget, Needs, keep_all
+from harness.cost import CacheSubject, CostCell, CpuMeter, _pairs, floors, measure_cell, weight_bytes
+from harness.cost_request import cells_of, identity, run_cell
+from harness.model import Model
+from harness.rows import compact, compact_and_free
+from harness.suites import COST_SUITES, SUITES
+from methods import METHODS
+from reports.cost import cost_tables, costs
+from results.store import read_costs
+
+CELL = CostCell("random:tiny-llama", "snapkv", "10%", 200, 1, 4, "float32", "cpu", 1)
+
+
+class Clock:
+    """Time passes only in the work."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+
+class Subject:
+    """Takes a known time for everything, ten times as long the first time; holds a known number of bytes."""
+
+    def __init__(self, clock: Clock, meter: Meter) -> None:
+        self.clock, self.meter, self.cold, self.steps, self.resets = clock, meter, 10, 0, 0
+        self.within = {"observe": 0.5, "column sums": 1.5}
+
+    @property
+    def phases(self) -> tuple[tuple[str, Callable[[], None]], ...]:
+        return (("prefill", lambda: self._work(5.0, 100, 40)), ("score", lambda: self._work(0.25, 60, 40)))
+
+    def _work(self, seconds: float, peak: int, held: int) -> None:
+        self.clock.time += seconds * self.cold
+        self.meter.touch(peak)
+        self.meter.now = 1000 + held
+
+    def step(self) -> None:
+        self.steps += 1
+        self.clock.time += self.cold * (3.0 if self.steps % 8 == 1 else 0.5 + self.steps / 100)
+        self.meter.touch(45)
+
+    def reset(self) -> None:
+        self.cold, self.steps = 1, 0
+        self.resets += 1
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.now, self.most = 1000, 1000
+
+    def touch(self, more: int) -> None:
+        self.most = max(self.most, 1000 + more)
+
+    def held(self) -> int:
+        return self.now
+
+    def forget_peak(self) -> None:
+        self.most = self.now
+
+    def peak(self) -> int:
+        return self.most
+
+
+def test_phases_and_tokens_are_timed_apart_and_warm() -> None:
+    clock = Clock()
+    subject = Subject(clock, Meter())
+    found = latency.measure(subject, clock, 6)
+    assert found.phases == pytest.approx({"prefill": 3.0, "score": 0.25, "observe": 0.5, "column sums": 1.5})
+    assert found.first_token == pytest.approx(3.0) and found.tokens == pytest.approx([0.52, 0.53, 0.54, 0.55, 0.56])
+    assert (found.median, found.p10, found.p90) == pytest.approx((0.54, 0.524, 0.556)) and subject.resets == 2
+
+
+def test_peaks_of_prefill_and_decoding_are_apart() -> None:
+    clock, meter = Clock(), Meter()
+    found = memory.measure(Subject(clock, meter), meter, 3)
+    assert found == memory.Memory(resident=1000, prefill_peak=100, decode_peak=45, held=40)
+
+
+def test_the_meter_of_a_cpu_sees_what_is_allocated_and_freed() -> None:
+    meter = CpuMeter()
+    before = meter.held()
+    meter.forget_peak()
+    block: torch.Tensor | None = torch.ones(2**24)
+    assert meter.held() - before > 0.9 * 2**26
+    del block
+    assert meter.held() - before < 0.2 * 2**26 and meter.peak() - before > 0.9 * 2**26
+    meter.forget_peak()
+    assert meter.peak() - before < 0.2 * 2**26
+
+
+@pytest.mark.parametrize("name", ["full", "ada_snapkv"])
+def test_a_cell_decodes_what_the_sweep_decodes(name: str, family: str) -> None:
+    model, ids = tiny(family), tokens(60)
+    method, budget = METHODS[name], None if name == "full" else Budget.parse("12")
+    subject = CacheSubject(model, method, budget, ids, 3, 8)
+    for _, work in subject.phases:
+        work()
+    assert subject.prefill is None and set(subject.within) == {"observe", "column sums"}
+    said = []
+    for _ in range(5):
+        assert subject.next is not None
+        said.append(subject.next[:, 0].tolist())
+        subject.step()
+    prefill = model.prefill(ids, Needs(8, column_sums=True))[0]
+    subject = CacheSubject(model, method, budget, ids, 1, 8, prefill=prefill)
+    subject._score()
+    subject._select()
+    assert subject.selection is not None
+    cache, wanted = compact(prefill, [subject.selection], 8), []
+    token = prefill.logits.argmax().view(1, 1)
+    for _ in range(5):
+        wanted.append([int(token)] * 3)
+        token = model.decode(cache, token)[:, -1].argmax(-1, keepdim=True)
+    assert said == wanted, "every sequence of the batch has rows of its own, and says what one alone says"
+
+
+def test_layers_are_freed_as_they_are_copied(family: str) -> None:
+    prefill = read(family, tokens(40))
+    held = list(prefill.layers)
+    one = compact_and_free(held, prefill.stripes, prefill.shape, [keep_all(prefill)] * 2, 5)  # type: ignore[arg-type]
+    assert held == [None] * len(prefill.layers)
+    other = compact(prefill, [keep_all(prefill)] * 2, 5)
+    assert [asdict(count) for count in one.counts()] == [asdict(count) for count in other.counts()]
+    for a, b in zip(one.layers, other.layers, strict=True):
+        assert (a.table == b.table).all()
+        for row in range(len(a.table)):
+            where = slice(a.start[row], a.start[row] + a.length[row])
+            assert torch.equal(a.keys[where], b.keys[where]) and torch.equal(a.positions[where], b.positions[where])
+
+
+def test_floors_by_hand() -> None:
+    assert _pairs(4, None) == 10 and _pairs(4, 9) == 10 and _pairs(5, 2) == 1 + 2 * 4
+    net = network("llama")
+    model = Model(net, None, "tiny", "0")
+    every = sum(weight.numel() for weight in net.parameters()) * 4
+    assert weight_bytes(model) == every - net.get_input_embeddings().weight.numel() * 4
+    found = floors(
+        {"weights": 4000, "bytes_kept": 1000}, {"bandwidth": 100.0, "flops": 10.0}, model, replace(CELL, context=10, batch=2)
+    )
+    products = 2 * 1000 * 10 + 4 * 3 * 55 * 4 * 16
+    assert found == pytest.approx({"token_floor": 50.0, "prefill_floor": 2 * products / 10})
+
+
+def test_one_real_cell() -> None:
+    lap = measure_cell(CELL)
+    assert lap["status"] == "ok" and lap["token"] > 0 and lap["p10"] <= lap["token"] <= lap["p90"]
+    assert set(lap["phases"]) == {"prefill", "observe", "column sums", "score", "select", "compact"}
+    assert lap["bytes_kept"] == int(0.1 * lap["bytes_full"]) // 128 * 128, "counted right after compaction"
+    peaks = measure_cell(replace(CELL, what="memory", batch=2))
+    assert peaks["status"] == "ok" and peaks["bytes_kept"] == 2 * lap["bytes_kept"]
+    assert "over the model's 8192 positions" in measure_cell(replace(CELL, context=9000))["reason"]
+    assert "cannot hold" in measure_cell(replace(CELL, budget="1"))["reason"]
+    assert "head scores" in measure_cell(replace(CELL, method="headkv_r2"))["reason"]
+
+
+def test_a_process_that_dies_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_cell(replace(CELL, model="random:absent"))["status"] == "failed"
+    assert "no shape 'absent'" in run_cell(replace(CELL, model="random:absent"))["reason"]
+    monkeypatch.setattr("harness.cost_request.sys.executable", "/bin/false")
+    assert run_cell(CELL) == {"status": "failed", "reason": "its process ended with code 1"}
+
+
+def test_a_cost_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("run", "--suite", "cost-default", "--model", "random:tiny-llama", "--methods", "full,snapkv", "--contexts", "128")
+    asked += ("--rounds", "2", "--max-new-tokens", "3", "--out", str(tmp_path))
+    assert call(*asked) == 0
+    rows = read_costs(tmp_path)
+    assert sorted((row["cell"]["what"], row["cell"]["method"], row["cell"]["round"]) for row in rows) == [
+        ("latency", "full", 0),
+        ("latency", "full", 1),
+        ("latency", "snapkv", 0),
+        ("latency", "snapkv", 1),
+        ("memory", "full", 0),
+        ("memory", "snapkv", 0),
+    ]
+    before = (tmp_path / "cost" / "rows.jsonl").read_bytes()
+    assert call(*asked) == 0 and (tmp_path / "cost" / "rows.jsonl").read_bytes() == before, "a finished cell ran again"
+    text = (tmp_path / "report" / "scores.md").read_text()
+    assert "## Latency, random:tiny-llama, float32, cpu" in text and "## Memory, random:tiny-llama" in text
+    assert list((tmp_path / "report" / "plots").glob("cost_*.png"))
+    for wrong, said in (
+        (("--contexts", "x"), "--contexts 'x' must be whole numbers"),
+        (("--methods", "nosuch"), "no method 'nosuch'"),
+        (("--budgets", "200%"), "over 100 %"),
+        (("--rounds", "0"), "at least one round"),
+        (("--model", "random:nosuch"), "no shape 'nosuch'"),
+    ):
+        assert call("run", "--suite", "cost-default", *wrong, "--out", str(tmp_path / "wrong")) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_every_round_runs_every_cell_once() -> None:
+    cells = list(cells_of(COST_SUITES["cost-small"], "float32", "cpu"))
+    assert len(cells) == len({identity(cell, "e") for cell in cells}) == 8 * (1 + 3)
+    assert [cell.what for cell in cells[:8]] == ["memory"] * 8 and [cell.round for cell in cells[8:]] == [0] * 8 + [1] * 8 + [
+        2
+    ] * 8
+    assert not set(COST_SUITES) & set(SUITES)
+
+
+def test_tables_say_what_was_not_measured() -> None:
+    row = {"id": "1", "cell": asdict(CELL), "env": "e", "status": "failed", "reason": "out of memory: 3 GiB"}
+    (table,) = cost_tables(costs([row]), [row])
+    assert table.rows[0][-1].text == "out of memory: 3 GiB"
+    assert json.dumps(row) and FAMILIES

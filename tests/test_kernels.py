@@ -1,0 +1,159 @@
+"""The Triton kernels under their interpreter, against softmax written out: rows of any length and width, and what is hidden."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import read, tokens
+from torch import Tensor
+
+from harness import kernels
+from harness.attention import attend, attend_by_kernel
+from harness.cache import Needs, keep_all
+from harness.rows import compact
+
+pytest.importorskip("triton")
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def plain(asked: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """One row, in float64. hidden: [queries, n]."""
+    logits = asked.double() @ keys.double().T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if hidden is not None:
+        logits = logits.masked_fill(hidden, float("-inf"))
+    return logits.softmax(-1).nan_to_num(0.0) @ values.double(), logits.logsumexp(-1)
+
+
+class Pool:
+    """Rows with poisoned slack between them."""
+
+    def __init__(self, lengths: list[int], widths: list[int], dim: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(sum(lengths) + dim)
+        self.length, self.width = np.array(lengths), np.array(widths)
+        capacity = self.length + 7
+        self.start = np.cumsum(capacity) - capacity + 3
+        total = int(capacity.sum()) + 3
+        self.keys = torch.full((total, dim), float("nan"), dtype=dtype)
+        self.values = torch.full((total, dim), float("nan"), dtype=dtype)
+        self.positions = torch.full((total,), -(2**30), dtype=torch.int32)
+        for start, length in zip(self.start, self.length, strict=True):
+            rows = slice(start, start + length)
+            self.keys[rows] = torch.randn(length, dim, generator=generator).to(dtype)
+            self.values[rows] = torch.randn(length, dim, generator=generator).to(dtype)
+            self.positions[rows] = torch.randperm(2 * length + 1, generator=generator)[:length].sort().values.int()
+        self.asked = (torch.randn(int(self.width.sum()), dim, generator=generator) * dim**-0.5).to(dtype)
+
+    def check(self, softcap: float | None = None, window: int | None = None, masked: bool = False, split: int = 128) -> None:
+        work = kernels.plan(self.start, self.length, self.width, split)
+        asking = torch.randint(0, 2 * max(1, int(self.length.max())), (len(self.asked),)).int()
+        hide = (self.positions, asking, window) if masked else ()
+        out, lse = kernels.attend_pieces(self.asked, self.keys, self.values, work, softcap, *hide)
+        assert out.dtype == self.asked.dtype and lse.dtype == torch.float32
+        done = 0
+        for start, length, width in zip(self.start, self.length, self.width, strict=True):
+            mine, rows = slice(done, done + width), slice(start, start + length)
+            hidden = None
+            if masked:
+                held, at = self.positions[rows][None], asking[mine][:, None]
+                hidden = (held > at) | (held <= at - (window or 2**29))
+            wanted, weight = plain(self.asked[mine], self.keys[rows], self.values[rows], hidden, softcap)
+            tolerance = TOLERANCE[self.asked.dtype]
+            assert torch.allclose(out[mine].double(), wanted, atol=tolerance), (length, width)
+            assert torch.allclose(lse[mine].double(), weight, atol=tolerance), "nothing seen weighs -inf"
+            done += width
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_rows_of_every_length_and_width(softcap: float | None) -> None:
+    Pool([0, 1, 63, 64, 65, 300, 5, 128], [1, 4, 32, 2, 8, 16, 17, 1], 64, torch.float32).check(softcap)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_head_sizes_and_types(dim: int, dtype: torch.dtype) -> None:
+    Pool([70, 0, 129], [4, 2, 3], dim, dtype).check(softcap=20.0 if dim == 96 else None)
+
+
+def test_a_long_row_is_merged_from_many_pieces() -> None:
+    Pool([10_000, 3], [4, 4], 64, torch.float32).check(split=kernels.SPLIT)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_what_lies_behind_a_query_or_has_left_its_window_is_hidden(window: int | None) -> None:
+    Pool([0, 40, 65, 130, 1], [3, 8, 20, 4, 2], 64, torch.float32).check(window=window, masked=True, softcap=4.0)
+
+
+def test_pieces_cover_every_entry_of_every_query_once() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        length, queries = rng.integers(0, 2000, 6), rng.integers(1, 40, 6)
+        start = np.cumsum(length) - length
+        work = kernels.plan(start, length, queries, 256)
+        reader = np.repeat(np.arange(6), queries)
+        for query, row in enumerate(reader):
+            pieces = work.piece[query] + np.arange(work.pieces[query]) * work.stride[query]
+            assert (work.row[pieces] == row).all() and (work.tile[pieces] == (query - work.first[row]) // kernels.TILE).all()
+            covered = [t for piece in pieces for t in range(work.begin[piece], work.end[piece])]
+            assert covered == list(range(length[row]))
+        assert (work.end - work.begin).max() <= 256
+
+
+def test_a_layer_of_a_cache_is_read_as_by_the_path_in_plain_torch(family: str) -> None:
+    """Ragged rows, several cells with several tokens each, windows and softcap."""
+    prefill = read(family, tokens(60))
+    kept = [[30, 41, 59][: 1 + layer.index % 3] for layer in prefill.layers]
+    from dataclasses import replace
+
+    ragged = tuple(
+        tuple(
+            replace(row, kept=torch.arange(0, layer.keys.shape[1], 1 + number)[: 7 + kept[layer.index][0]])
+            for number, row in enumerate(rows)
+        )
+        for layer, rows in zip(prefill.layers, keep_all(prefill), strict=True)
+    )
+    cache = compact(prefill, [ragged, keep_all(prefill)], 20)
+    for counts in ([1, 1], [3, 5]):
+        step = cache.step(counts)
+        for layer, kv in zip(cache.layers, prefill.layers, strict=True):
+            new = torch.randn(2, prefill.shape.kv_heads, sum(counts), prefill.shape.head_dim)
+            layer.append(new[0], new[1], step)
+            queries = torch.randn(prefill.shape.query_heads, sum(counts), prefill.shape.head_dim)
+            wanted = attend(layer, queries, step, kv.scaling, kv.softcap)
+            where = torch.as_tensor(layer.readers(step))
+            asked = (queries * kv.scaling).flatten(0, 1)[where]
+            out, _ = attend_by_kernel(layer, asked, step, kv.softcap)
+            found = torch.empty_like(out).index_copy_(0, where, out).view_as(queries)
+            assert torch.allclose(found, wanted, atol=1e-5)
+        cache.seen = cache.seen + step.counts
+
+
+def test_experts_rows_are_merged_by_their_weights() -> None:
+    """mixSGA's stripes: a head's entries lie in rows of several widths."""
+    from test_conversions import converted
+
+    model = converted("llama", "mixsga-3:1:6")
+    prefill = model.prefill(tokens(60), Needs())[0]
+    cache = compact(prefill, [keep_all(prefill)], 8)
+    step = cache.step([1])
+    layer, kv = cache.layers[1], prefill.layers[1]
+    new = torch.randn(2, kv.keys.shape[0], 1, kv.keys.shape[2])
+    layer.append(new[0], new[1], step, np.array([2]))
+    queries = torch.randn(prefill.shape.query_heads, 1, prefill.shape.head_dim)
+    wanted = attend(layer, queries, step, kv.scaling)
+    from harness.attention import _placed
+
+    where = torch.as_tensor(layer.readers(step))
+    out, lse = attend_by_kernel(layer, (queries * kv.scaling).flatten(0, 1)[where], step, None)
+    assert layer.striped and torch.allclose(_placed(out, lse, where, len(queries)).view_as(queries), wanted, atol=1e-5)
+
+
+def test_what_has_no_kernel_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "heads of size 512" in str(kernels.unsupported(torch.float16, 512))
+    assert "float64" in str(kernels.unsupported(torch.float64, 64)) and kernels.unsupported(torch.bfloat16, 80) is None
+    kernels.can_run.cache_clear()
+    assert not kernels.can_run(torch.float16, 512) and not kernels.can_run(torch.float16, 512)
+    assert capsys.readouterr().err.count("plain torch") == 1
