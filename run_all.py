@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="what there is", description="what there is")
     listing.add_argument("what", choices=("methods", "conversions", "benchmarks", "suites", "models"))
     listing.add_argument("--json", action="store_true", help="as JSON")
+    _add_plugin(listing)
     about = "estimate head scores for HeadKV, and draw them"
     _add_importance(commands.add_parser("importance", help=about, description=about))
     about = "convert a model to GQA, MQA or mixSGA, heal it, save it as a variant"
@@ -49,14 +50,27 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--extended", action="store_true", help="LongBench-E: by length")
     score.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     score.add_argument("--json", action="store_true", help="as JSON")
+    about = "start a plugin of your own from an example that runs at once"
+    new = commands.add_parser("new", help=about, description=about)
+    new.add_argument("kind", choices=("method", "allocator", "benchmark", "conversion"))
+    new.add_argument("name", help="of what it brings; the file is NAME.py")
+    about = "try what a plugin brings against what every method, benchmark and conversion must hold"
+    check = commands.add_parser("check", help=about, description=about)
+    check.add_argument("plugin", nargs=1, help="the file")
     report = commands.add_parser("report", help="tables and plots from stored rows", description="no model is needed")
     about = f"folder of the rows (default: {OUT}); given twice, the two are also put side by side"
     report.add_argument("--out", type=Path, action="append", help=about)
     return main
 
 
+def _add_plugin(command: argparse.ArgumentParser) -> None:
+    about = "a file of your own with methods, benchmarks or conversions (see `new`); may be given several times"
+    command.add_argument("--plugin", action="append", metavar="FILE.py", help=about)
+
+
 def _add_request(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
+    _add_plugin(command)
     add("--suite", default="default", help="a suite of `list suites`; the options below narrow or change it")
     add("--model", help="reference, random:<shape>, a folder or a hub id; several with commas")
     add("--revision", help="of a hub id")
@@ -111,12 +125,7 @@ def _add_importance(command: argparse.ArgumentParser) -> None:
 def _add_train(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_model(command)
-    add(
-        "--conversion",
-        choices=("gqa", "mqa", "mixsga", "none"),
-        required=True,
-        help="none trains the model as it is: the control",
-    )
+    add("--conversion", required=True, help="gqa, mqa, mixsga, or a plugin's; none trains the model as it is: the control")
     add("--groups", type=int, help="KV heads merged into one by gqa")
     add("--ratios", help="of mixSGA's experts, which keep every head, half, a quarter, ...: 3:1:6")
     add("--ablation", help="gqa, mqa: first or random heads instead of means; mixsga: a random router")
@@ -143,6 +152,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
+    _add_plugin(command)
     add("--model", required=True, help="reference, random:<shape>, a folder or a hub id")
     add("--revision", help="of a hub id")
     add("--chat", choices=("raw", "template"), default="raw", help="(default: %(default)s)")
@@ -157,7 +167,7 @@ def main(arguments: list[str]) -> int:
         parser().print_help()
         return 2
     try:
-        return COMMANDS[options.command](options)
+        return _with_plugins(options)
     except StoreError as error:
         return _refuse(error)
     except ValueError as error:
@@ -169,6 +179,21 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nstopped; what is finished is stored, and the same command goes on from there", file=sys.stderr)
         return 130
+
+
+def _with_plugins(options: argparse.Namespace) -> int:
+    """Runs the command; what a plugin brings is tried before it is run."""
+    if not getattr(options, "plugin", None):
+        return COMMANDS[options.command](options)
+    from harness.contract import first_fault
+    from harness.plugins import BadPlugin, plugged
+
+    with plugged(options.plugin) as plugins:
+        for plugin in plugins if options.command != "check" else ():
+            if fault := first_fault(plugin):
+                raise BadPlugin(f"plugin {plugin.path}: {fault} (run `run_all.py check {plugin.path}` for all of it)")
+        options.plugins = plugins
+        return COMMANDS[options.command](options)
 
 
 def _refuse(error: Exception) -> int:
@@ -306,6 +331,36 @@ def _score(options: argparse.Namespace) -> int:
     return 0
 
 
+def _new(options: argparse.Namespace) -> int:
+    from harness.plugins import NAME
+
+    path = Path(f"{options.name}.py")
+    if not NAME.fullmatch(options.name):
+        return _refuse(ValueError(f"{options.name!r} is no name of letters, digits and underscores"))
+    if path.exists():
+        return _refuse(ValueError(f"{path} is there already"))
+    example = Path(__file__).parent / "docs" / "plugins" / f"{options.kind}.py"
+    theirs = EXAMPLES[options.kind]
+    path.write_text(example.read_text(encoding="utf-8").replace(theirs, options.name), encoding="utf-8")
+    print(
+        f"{path}: runs as it is; change it, then\n  python run_all.py check {path}\n  python run_all.py run --plugin {path} ..."
+    )
+    return 0
+
+
+EXAMPLES = {"method": "large_values", "allocator": "middle_layers", "benchmark": "capitals", "conversion": "keep_first"}
+
+
+def _check(options: argparse.Namespace) -> int:
+    from harness.contract import check_plugin
+
+    broken = 0
+    for finding in check_plugin(options.plugins[0]):
+        broken += finding.wrong is not None
+        print(f"{finding.entry}: {finding.check}: {'ok' if finding.wrong is None else f'NO: {finding.wrong}'}")
+    return 1 if broken else 0
+
+
 def _beta(options: argparse.Namespace) -> int:
     from harness.beta import beta_request
 
@@ -328,6 +383,8 @@ COMMANDS = {
     "importance": _importance,
     "beta": _beta,
     "score": _score,
+    "new": _new,
+    "check": _check,
 }
 
 

@@ -27,6 +27,7 @@ from harness.choices import choose
 from harness.load import load
 from harness.measure import OutOfMemory, give_back_freed_memory, memory_errors, peak_resident_bytes, wait_for
 from harness.model import Model
+from harness.plugins import plugged
 from harness.rows import Counts, RowCache, compact_and_free
 from methods import METHODS
 from methods.base import CannotRun, Eviction, Method, Scores, score_prefill
@@ -50,6 +51,7 @@ class CostCell:
     threads: int  # of the CPU
     what: str = "latency"  # latency | memory
     round: int = 0
+    plugins: tuple[str, ...] = ()  # files that the method or model comes from
 
 
 @dataclass
@@ -284,7 +286,8 @@ def _lap(work: Callable[[], Any], device: torch.device) -> float:
 
 def main(arguments: list[str]) -> int:
     cell = CostCell(**json.loads(arguments[0]))
-    print(json.dumps(measure_cell(cell)))
+    with plugged(cell.plugins):
+        print(json.dumps(measure_cell(cell)))
     return 0
 
 

@@ -56,14 +56,17 @@ def cost_request(options: argparse.Namespace) -> int:
     env = record_environment(options.out, device)
     done = {row["id"] for row in read_costs(options.out) if row["status"] in ("ok", "skipped")}
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    cells = [cell for cell in cells_of(suite, dtype, str(device)) if identity(cell, env) not in done]
+    plugins = tuple(str(Path(path).resolve()) for path in options.plugin or ())
+    every = (replace(cell, plugins=plugins) for cell in cells_of(suite, dtype, str(device)))
+    cells = [cell for cell in every if identity(cell, env) not in done]
     failed = 0
     with tqdm(cells, unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar:
         for cell in bar:
             bar.set_postfix_str(f"{cell.what} {cell.method} {cell.budget} {cell.context}", refresh=False)
             found = run_cell(cell)
             failed += found["status"] == "failed"
-            row = {"id": identity(cell, env), "cell": asdict(cell), "env": env, **found}
+            shown = asdict(replace(cell, plugins=tuple(Path(path).name for path in cell.plugins)))  # no folder of a machine
+            row = {"id": identity(cell, env), "cell": shown, "env": env, **found}
             append_line(options.out / "cost" / "rows.jsonl", json.dumps(row))
     return failed
 
@@ -116,8 +119,10 @@ def cells_of(suite: CostSuite, dtype: str, device: str) -> Iterator[CostCell]:
 
 
 def identity(cell: CostCell, env: str) -> str:
-    """Times belong to an environment: another machine, or other versions, measure anew."""
-    return hashlib.sha256(json.dumps([asdict(cell), env], sort_keys=True).encode()).hexdigest()[:24]
+    """Times belong to an environment: another machine, or other versions, measure anew. So does another text of a plugin."""
+    sources = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in cell.plugins]
+    asked = [asdict(replace(cell, plugins=())), env, sources]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def run_cell(cell: CostCell) -> dict[str, Any]:

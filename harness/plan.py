@@ -16,6 +16,7 @@ from harness.answer import Answer
 from harness.cache import Budget
 from harness.likelihood import likelihood_prompts
 from harness.model import Model
+from harness.plugins import mark
 from harness.prompts import CannotPrompt, Prompt, Protocol, has_example, tokenize
 from harness.sweep import Cell, Outcome, Sweep
 from methods.base import Eviction, Method
@@ -123,7 +124,7 @@ def left_to_do(model: Model, work: Work, store: Store | None) -> Iterator[Todo]:
             if limit < 2:
                 raise BadRequest(f"{task.name}: answers of {_most(example, protocol)} tokens leave no room for a prompt")
             todo = Todo(task, example, protocol, seed, limit, {})
-            name = f"{label}@{task.name.split('@')[1]}"
+            name = benchmark_name(label, task)
             for cell in work.cells():
                 key = key_of(model, work, name, todo, cell)
                 if store is None or not store.finished(key):
@@ -159,6 +160,11 @@ def _example(model: Model, label: str, task: Task, index: int, seed: int) -> Exa
     return example
 
 
+def benchmark_name(label: str, task: Task) -> str:
+    """As asked for, with the version of its prompts and scores, and where it comes from if it is not ours."""
+    return f"{label}@{task.name.split('@')[1]}{mark('BENCHMARKS', label)}"
+
+
 def key_of(model: Model, work: Work, name: str, todo: Todo, cell: Cell) -> Key:
     protocol, most = todo.protocol, _most(todo.example, todo.protocol)
     return Key(
@@ -168,7 +174,7 @@ def key_of(model: Model, work: Work, name: str, todo: Todo, cell: Cell) -> Key:
         benchmark_params=repr(todo.task),
         data=todo.task.data,
         example=todo.example.index,
-        method=f"{cell.name}@{cell.method.version}",
+        method=f"{cell.name}@{cell.method.version}{mark('METHODS', cell.name)}",
         params=repr(cell.method),
         budget="" if cell.budget is None else str(cell.budget),
         prompt=protocol.prompt,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.base import Task
 from benchmarks.lm_eval_tasks import LmEval, aggregate
+from harness.plan import benchmark_name
 from results.record import Key, Record
 from results.store import read_rows, write_json
 
@@ -20,7 +21,7 @@ def replay(out: Path, tasks: Mapping[str, Task]) -> list[Path]:
     Raises:
         StoreError: the folder cannot be written to.
     """
-    mine = {f"{name}@{task.name.split('@')[1]}": task for name, task in tasks.items() if isinstance(task, LmEval)}
+    mine = {benchmark_name(name, task): task for name, task in tasks.items() if isinstance(task, LmEval)}
     cells: dict[str, list[Record]] = {}
     for row in read_rows(out) if mine else ():
         task = mine.get(row.key.benchmark)

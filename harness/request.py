@@ -30,8 +30,9 @@ from harness.judge import Tally as JudgeTally
 from harness.load import UnknownModel, check_name, load
 from harness.measure import keep_freed_memory
 from harness.model import Model, UnsupportedModel, own_attention
-from harness.plan import BadRequest, Shard, Tally, Work, check, left_to_do, protocols_of, run
+from harness.plan import BadRequest, Shard, Tally, Work, benchmark_name, check, left_to_do, protocols_of, run
 from harness.plan import cannot_run as cells_that_cannot
+from harness.plugins import BadPlugin
 from harness.prompts import CannotPrompt, PromptProtocol, Protocol
 from harness.reference_data import Documents, book_sentences
 from harness.replay import replay
@@ -49,6 +50,7 @@ AVERAGED_NUMBERS = 2**26  # logits held at once when tokens are averaged one by 
 REFERENCE_RECIPE = Recipe(steps=600, lr=3e-3)  # the embedded model is small: it stands higher rates
 REFUSED = (
     BadData,
+    BadPlugin,
     BadRequest,
     BadScores,
     BadText,
@@ -274,7 +276,7 @@ def importance_request(options: argparse.Namespace) -> tuple[HeadScores, Path]:
 def judge_request(options: argparse.Namespace) -> JudgeTally:
     """Has the judge rate what is stored of this request."""
     work = work_of(options, suite_of(options))
-    questions = {f"{label}@{task.name.split('@')[1]}": task for label, task in work.tasks.items() if hasattr(task, "question")}
+    questions = {benchmark_name(label, task): task for label, task in work.tasks.items() if hasattr(task, "question")}
     cases = []
     for row in read_rows(options.out):
         task = questions.get(row.key.benchmark)
@@ -337,6 +339,8 @@ def tokens_request(options: argparse.Namespace) -> tuple[str, list[str], list[fl
 
 def conversion_text(options: argparse.Namespace) -> str:
     """The conversion as it is written in names."""
+    if options.conversion not in CONVERSIONS:
+        raise BadRequest(f"no conversion {options.conversion!r}; known: {', '.join(CONVERSIONS)}")
     needed = CONVERSIONS[options.conversion].numbers
     numbers = str(getattr(options, needed) or "") if needed else ""
     if needed and not numbers:

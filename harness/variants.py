@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from harness.cache import ModelShape
 from harness.families import CannotConvert, wrapped
 from harness.model import Model
+from harness.plugins import mark
 from methods import CONVERSIONS
 from methods.base import Converter
 
@@ -81,7 +82,7 @@ def convert(parent: Model, text: str) -> Model:
         parent.network,
         parent.tokenizer,
         f"{parent.name}+{text} (unhealed)",
-        f"{parent.revision}-unhealed",
+        f"{parent.revision}-unhealed{mark('CONVERSIONS', text)}",
         parent.parent_shape,
     )
 
