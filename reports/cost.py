@@ -159,20 +159,52 @@ def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
         mine = [cost for cost in found if cost.panel == panel and cost.batch == min(c.batch for c in found if c.panel == panel)]
         figure = Figure(figsize=(13.2, 4.4), layout="constrained")
         axes = figure.subplots(1, 3)
-        for cell in dict.fromkeys((cost.method, cost.budget) for cost in mine):
-            label = f"{cell[0]} {cell[1]}".strip()
-            line = sorted((cost for cost in mine if (cost.method, cost.budget) == cell), key=lambda cost: cost.context)
-            _lines(axes, line, label, cell[0])
-        for axis, what in zip(axes, ("ms a token", "peak while decoding, MiB", "peak until the first token, MiB"), strict=True):
-            axis.set(xlabel="tokens of the prompt", ylabel=what, ylim=(0, None))
-            axis.grid(alpha=0.25, linewidth=0.5)
-        axes[0].plot([], [], color="grey", linestyle=":", label="floor: bytes over bandwidth")
+        if len({cost.context for cost in mine}) > 1:
+            _against_context(axes, mine)
+        else:
+            _bars(axes, mine)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
         figure.suptitle(", ".join(panel), fontsize=10)
         path = folder / f"cost_{slug('_'.join(panel))}.png"
         figure.savefig(path, dpi=150)
         paths.append(path)
     return paths
+
+
+SHOWN = ("ms a token", "peak while decoding, MiB", "peak until the first token, MiB")
+
+
+def _bars(axes: Any, mine: Sequence[Cost]) -> None:
+    """Of one context: a bar a method and budget, the floor marked on it."""
+    labels = [f"{cost.method} {cost.budget}".strip() for cost in mine]
+    places = range(len(mine))
+    colours = ["#333333" if cost.method == "full" else style_of(cost.method).colour for cost in mine]
+    values = (
+        [cost.token_ms or 0.0 for cost in mine],
+        *([(cost.memory or {}).get(peak, 0) / 2**20 for cost in mine] for peak in ("decode_peak", "prefill_peak")),
+    )
+    for axis, what, value in zip(axes, SHOWN, values, strict=True):
+        axis.barh(places, value, color=colours, height=0.6)
+        axis.set_yticks(places, labels, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlabel(f"{what}, at {mine[0].context:,} tokens")
+        axis.grid(axis="x", alpha=0.25, linewidth=0.5)
+    floors = [cost.floor_ms if cost.laps else 0.0 for cost in mine]
+    axes[0].plot(floors, list(places), linestyle="", marker="|", markersize=16, color="#D55E00", markeredgewidth=2, label=FLOOR)
+
+
+def _against_context(axes: Any, mine: Sequence[Cost]) -> None:
+    for cell in dict.fromkeys((cost.method, cost.budget) for cost in mine):
+        label = f"{cell[0]} {cell[1]}".strip()
+        line = sorted((cost for cost in mine if (cost.method, cost.budget) == cell), key=lambda cost: cost.context)
+        _lines(axes, line, label, cell[0])
+    for axis, what in zip(axes, SHOWN, strict=True):
+        axis.set(xlabel="tokens of the prompt", ylabel=what, ylim=(0, None))
+        axis.grid(alpha=0.25, linewidth=0.5)
+    axes[0].plot([], [], color="grey", linestyle=":", label=FLOOR)
+
+
+FLOOR = "floor: bytes over bandwidth"
 
 
 def _lines(axes: Any, line: Sequence[Cost], label: str, method: str) -> None:

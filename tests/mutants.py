@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("benchmarks", "harness", "methods", "reports", "results", "tests")
+PARTS = ("benchmarks", "docs", "harness", "methods", "reports", "results", "tests")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,43 @@ FAULTS = (
     Fault(
         "cut in front of the question", "harness/prompts.py", "start < min(stop, end)]", "start <= end]", "tests/test_prompts.py"
     ),
+    Fault(
+        "continuation scored from its second token",
+        "harness/answer.py",
+        "first = max(0, len(tokens) - scored - start)",
+        "first = max(0, len(tokens) - scored - start + 1)",
+        "tests/test_lm_eval.py",
+    ),
+    Fault(
+        "context of the first request read for all",
+        "harness/likelihood.py",
+        "if 2 * _common(together) >=",
+        "if 9 * _common(together) >=",
+        "tests/test_lm_eval.py",
+    ),
+    Fault("labels of the question count", "benchmarks/babilong.py", "and label not in asked", "", "tests/test_haystacks.py"),
+    Fault("needle anywhere", "benchmarks/needle.py", "[round(depth * len(filler))]", "[0]", "tests/test_haystacks.py"),
+    Fault("slack is read", "harness/kernels.py", "held = t < end", "held = t < end + 7", "tests/test_kernels.py"),
+    Fault(
+        "pieces merged alike",
+        "harness/kernels.py",
+        "weight = tl.exp(lse - base)",
+        "weight = total * 0 + 1",
+        "tests/test_kernels.py",
+    ),
+    Fault(
+        "Holm without its largest",
+        "reports/statistics.py",
+        "largest = max(largest, min",
+        "largest = max(0.0, min",
+        "tests/test_statistics.py",
+    ),
+    Fault("answers not escaped", "reports/page.py", "{escape(cell.text)}</td>", "{cell.text}</td>", "tests/test_report.py"),
+    Fault(
+        "observation left in the prefill", "benchmarks/latency.py", 'phases["prefill"] -= seconds', "pass", "tests/test_cost.py"
+    ),
+    Fault("layers kept while copied", "harness/rows.py", "held[index] = kv = None", "pass", "tests/test_cost.py"),
+    Fault("plugins without a hash", "harness/plugins.py", 'f"+{plugin.sha256[:8]}"', '""', "tests/test_plugins.py"),
     Fault(
         "unpaired differences",
         "reports/statistics.py",
