@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     for name, about in (("run", "run a suite and write its report"), ("plan", "what `run` would do; runs nothing")):
         _add_request(commands.add_parser(name, help=about, description=about))
     listing = commands.add_parser("list", help="what there is", description="what there is")
-    listing.add_argument("what", choices=("methods", "conversions", "benchmarks", "suites", "models"))
+    listing.add_argument("what", choices=("methods", "conversions", "benchmarks", "suites", "models", "papers"))
     listing.add_argument("--json", action="store_true", help="as JSON")
     _add_plugin(listing)
     about = "estimate head scores for HeadKV, and draw them"
@@ -50,6 +50,20 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--extended", action="store_true", help="LongBench-E: by length")
     score.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     score.add_argument("--json", action="store_true", help="as JSON")
+    about = "a paper's table: its numbers beside those measured here"
+    again = commands.add_parser("reproduce", help=about, description=about)
+    again.add_argument("table", help="such as headkv:table2; `list papers` names them, with what each needs")
+    again.add_argument("--model", help="reference, a folder or a hub id (default: the paper's)")
+    again.add_argument("--paper-model", help="which of the paper's models, a part of its name (default: the first)")
+    again.add_argument("--fair", action="store_true", help="a row a KV head and chat templates: equal bytes")
+    again.add_argument("--limit", type=int, default=200, help="examples of each task (default: %(default)s)")
+    again.add_argument(
+        "--data-dir", type=Path, help="folder with data sets and published head scores; looked into before the hub"
+    )
+    again.add_argument("--head-scores", help="files or folders of head scores for HeadKV, with commas")
+    again.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    again.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    again.add_argument("--out", type=Path, default=Path("results/papers"), help="(default: %(default)s)")
     about = "start a plugin of your own from an example that runs at once"
     new = commands.add_parser("new", help=about, description=about)
     new.add_argument("kind", choices=("method", "allocator", "benchmark", "conversion"))
@@ -331,6 +345,17 @@ def _score(options: argparse.Namespace) -> int:
     return 0
 
 
+def _reproduce(options: argparse.Namespace) -> int:
+    from harness.evidence import record_command
+    from harness.reproduce import reproduce_request
+
+    paths, failed = reproduce_request(options, lambda arguments: parser().parse_args(arguments))
+    record_command(options.out, options.arguments)
+    for path in paths:
+        print(path)
+    return 1 if failed else 0
+
+
 def _new(options: argparse.Namespace) -> int:
     from harness.plugins import NAME
 
@@ -383,6 +408,7 @@ COMMANDS = {
     "importance": _importance,
     "beta": _beta,
     "score": _score,
+    "reproduce": _reproduce,
     "new": _new,
     "check": _check,
 }

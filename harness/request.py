@@ -429,6 +429,10 @@ def listing(what: str) -> dict[str, str]:
         return {"reference": "the embedded model"} | {
             f"random:{name}": f"{s['model_type']}, random weights" for name, s in SHAPES.items()
         }
+    if what == "papers":
+        from harness.papers import TABLES, paper
+
+        return {name: f"{paper(t.paper)['tables'][t.table]['about']}. Needs {t.needs}" for name, t in TABLES.items()}
     if what == "conversions":
         return {name: conversion.about for name, conversion in CONVERSIONS.items()}
     if what == "methods":
