@@ -177,6 +177,7 @@ def test_contexts_that_begin_alike_are_read_once(reference: Model) -> None:
     (one,) = prompts((f"{same} walked", " home"), (f"{same} sang", " home"))
     assert all(len(branch.ids) > branch.scored for branch in one.branches), "what differs is brought by the branch"
     assert len(prompts((f"Mira {same}", " home"), (f"Oslo {same}", " home"))) == 2
+    assert len(prompts((f"near {same}", " home"), (f"near a stranger {same}", " home"))) == 2, "less than half in common"
     with pytest.raises(CannotPrompt, match="no continuation"):
         prompts((same, ""))
     with pytest.raises(CannotPrompt, match="where a context ends"):
