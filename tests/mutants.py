@@ -108,7 +108,7 @@ FAULTS = (
         "context of the first request read for all",
         "harness/likelihood.py",
         "if 2 * _common(together) >=",
-        "if 9 * _common(together) >=",
+        "if 10**9 + _common(together) >=",
         "tests/test_lm_eval.py",
     ),
     Fault("labels of the question count", "benchmarks/babilong.py", "and label not in asked", "", "tests/test_haystacks.py"),
