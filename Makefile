@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint mutants clean
+.PHONY: demo test lint mutants reference clean
 
 demo: $(VENV)/ready
 	$(RUN) run_all.py
@@ -28,6 +28,12 @@ $(VENV)/ready: requirements.txt
 $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@
+
+# The default run whose rows and report are part of the repository.
+reference: $(VENV)/ready
+	rm -rf results/reference reports/reference
+	$(RUN) run_all.py run --out results/reference
+	mv results/reference/report reports/reference
 
 clean:
 	rm -rf $(VENV) results/default

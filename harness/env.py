@@ -77,7 +77,8 @@ def _commit() -> dict[str, object]:
     here = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+        what = ["git", "status", "--porcelain", "--", ":/", ":!/results", ":!/reports/reference"]  # what a run writes is no code
+        changed = subprocess.run(what, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "clean": None}
     return {"commit": head.stdout.strip(), "clean": not changed.stdout.strip()}

@@ -97,7 +97,7 @@ class Verdict:
 
     budget: str
     byte_share: float
-    best: Overall
+    best: tuple[Overall, ...]  # several where their means are equal
     beaten: tuple[Overall, ...]
     level: tuple[Overall, ...]  # no difference shown
     to_full: str  # in words
@@ -107,19 +107,25 @@ def verdicts(family: Family) -> list[Verdict]:
     """Budget by budget. The best was chosen on the examples on which it is compared: a favour to it that the words admit."""
     full = next((cell for cell in family.cells if cell.is_full), None)
     found = []
-    for budget in dict.fromkeys(cell.budget for cell in family.cells if cell.budget):
+    for budget in sorted({cell.budget for cell in family.cells if cell.budget}, key=budget_size):
         rivals = [cell for cell in family.cells if cell.budget == budget and cell.compressed]
         if len(rivals) < 2:
             continue
         share = float(np.median([cell.byte_share for cell in rivals]))
         rivals += [cell for cell in family.cells if _whole_at(cell, share)]
-        best = max(rivals, key=lambda cell: (_mean(cell, family), cell.label))
-        others = [cell for cell in rivals if cell is not best]
-        ps = holm([_p(best, other, family) for other in others])
+        highest = max(_mean(cell, family) for cell in rivals)
+        best = tuple(cell for cell in rivals if _mean(cell, family) >= highest - 1e-12)
+        others = [cell for cell in rivals if cell not in best]
+        ps = holm([max(_p(one, other, family) for one in best) for other in others])  # beaten by each of the best
         beaten = tuple(other for other, p in zip(others, ps, strict=True) if p < SIGNIFICANT)
         level = tuple(other for other in others if other not in beaten)
-        found.append(Verdict(budget, share, best, beaten, level, _to_full(best, full, family)))
+        found.append(Verdict(budget, share, best, beaten, level, _to_full(best[0], full, family)))
     return found
+
+
+def budget_size(budget: str) -> tuple[bool, float]:
+    """For sorting: KV sizes, then shares."""
+    return (budget.endswith("%"), float(budget.removesuffix("%") or 0))
 
 
 def _whole_at(cell: Overall, share: float) -> bool:
@@ -158,13 +164,14 @@ def sentence(verdict: Verdict) -> str:
         parts.append(all_but if few else only)
     elif verdict.beaten:
         parts.append(f"better than {_listed(verdict.beaten) if len(verdict.beaten) <= FEW else 'all others'}")
-    else:
+    elif verdict.level:
         parts.append(f"no difference is shown to {_listed(verdict.level) if len(verdict.level) <= FEW else 'any other'}")
     if verdict.to_full:
         parts.append(verdict.to_full)
     budget = f"{verdict.budget} of the bytes" if verdict.budget.endswith("%") else f"{verdict.budget} entries a head"
     share = "" if verdict.budget.endswith("%") else f" ({verdict.byte_share:.1%} of the bytes)"
-    return f"At {budget}{share}, {best.label} has the best mean, {best.score.mean:.3g}: {'; '.join(parts)}."
+    has = "has the best mean" if len(best) == 1 else "share the best mean"
+    return f"At {budget}{share}, {_listed(best)} {has}, {best[0].score.mean:.3g}: {'; '.join(parts)}."
 
 
 def _listed(cells: Sequence[Overall]) -> str:

@@ -1,0 +1,43 @@
+"""The documents: no dead link, and what the README shows is what the report in the repository says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from run_all import parser
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+@pages
+def test_no_link_is_dead(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+@pages
+def test_every_command_that_is_shown_is_one(page: Path) -> None:
+    text = page.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^ +python run_all\.py(.*)$", text, re.MULTILINE):
+        words = shlex.split(re.sub(r"\[|\]", "", re.split(r" {3,}|#", line)[0]))
+        if any(word in ("|", "...", "S") for word in words):
+            continue  # a form, not a command
+        try:
+            parser().parse_args(words or ["run"])
+        except SystemExit:
+            pytest.fail(f"{page.name}: python run_all.py{line}")
+
+
+def test_the_readmes_table_is_that_of_the_report() -> None:
+    report = (ROOT / "reports" / "reference" / "scores.md").read_text()
+    table = re.search(r"(?:^\|.*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert table is not None and "whole cache" in table.group(0)
+    for row in table.group(0).splitlines():
+        assert row in report
