@@ -70,6 +70,7 @@ class Made:
     commands: Sequence[Mapping[str, Any]] = ()
     environments: Sequence[Mapping[str, Any]] = ()
     data: Sequence[Mapping[str, Any]] = ()
+    judge: str = ""  # who judged, in words
 
 
 def page(
@@ -111,7 +112,7 @@ def page(
         commands=made.commands,
         environments=[json.dumps(one, indent=1) for one in made.environments],
         data=[json.dumps({k: v for k, v in one.items() if k != "id"}) for one in made.data],
-        reading=READING,
+        reading=[*READING, *([made.judge] if made.judge else [])],
         show=_table,
     )
 

@@ -156,3 +156,34 @@ def missing_table(records: Iterable[Record]) -> list[Table]:
         return []
     rows = tuple((*words(*what[:5]), Cell(str(count), count), Cell(what[5])) for what, count in sorted(reasons.items()))
     return [Table("Not measured", ("status", "model", "method", "budget", "benchmark", "examples", "reason"), rows)]
+
+
+BUCKETS = (("0-4k", 4000.0), ("4-8k", 8000.0), ("8k+", float("inf")))  # LongBench-E's, in words
+
+
+def length_tables(records: Iterable[Record]) -> list[Table]:
+    """LongBench-E as it is reported: the mean of the tasks' means by the length of the text."""
+    found: dict[tuple[str, str, str, str], dict[str, dict[str, list[float]]]] = {}
+    for record in records:
+        words_long = record.columns.get("words")
+        if words_long is None or not record.metrics or not record.key.benchmark.split("@")[0].endswith("_e"):
+            continue
+        bucket = next(label for label, end in BUCKETS if float(words_long) < end)
+        where = (record.key.model, record.key.prompt, record.key.method.split("@")[0], record.key.budget)
+        tasks = found.setdefault(where, {}).setdefault(bucket, {})
+        tasks.setdefault(record.key.benchmark, []).append(next(iter(record.metrics.values())))
+    if not found:
+        return []
+    rows = []
+    for where, buckets in sorted(
+        found.items(), key=lambda item: (item[0][:2], item[0][2] != "full", item[0][2], _size(item[0][3]))
+    ):
+        means = [_mean_of_tasks(buckets.get(label, {})) for label, _ in BUCKETS]
+        asked = words(where[0], where[1], where[2], where[3] or "-")
+        rows.append((*asked, *(Cell("-" if mean is None else f"{mean:.2f}", mean) for mean in means)))
+    header = ("model", "prompt", "method", "budget", *(label for label, _ in BUCKETS))
+    return [Table("LongBench-E by length", header, tuple(rows), ("Means of task means, by the words of the text.",))]
+
+
+def _mean_of_tasks(tasks: Mapping[str, Sequence[float]]) -> float | None:
+    return None if not tasks else sum(sum(scores) / len(scores) for scores in tasks.values()) / len(tasks)

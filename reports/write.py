@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
 from reports.needles import needle_maps
 from reports.page import READING, Made, Pictures, page
-from reports.present import lm_eval_table, mean_tables, missing_table, score_tables
+from reports.present import length_tables, lm_eval_table, mean_tables, missing_table, score_tables
 from reports.summary import families, sentence, verdicts
 from reports.tables import frame, lines
-from results.store import StoreError, read_commands, read_costs, read_folder, read_ratings, read_rows
+from results.store import StoreError, read_commands, read_costs, read_folder, read_ratings, read_rows, read_verdicts
 
 
 def write_report(out: Path) -> list[Path]:
@@ -38,16 +39,17 @@ def write_report(out: Path) -> list[Path]:
         table, text, paper, html = (folder / f"scores{ending}" for ending in (".csv", ".md", ".tex", ".html"))
         several = mean_tables([family for family in averaged if len(family.tasks) > 1])
         cost = cost_tables(costs(measured), measured)
-        rest = [*lm_eval_table(read_folder(out, "lm_eval")), *missing_table(records)]
+        rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval")), *missing_table(records)]
         frame(found).to_csv(table, index=False)
         short = [f"- {family.title}, {family.metric}: {sentence(one)}" for family in averaged for one in verdicts(family)]
-        head = ["# Scores against bytes", "", *_judged_by(ratings), *("\n\n".join(READING).splitlines()), "", *short, "", ""]
+        judged = _judged_by(ratings, read_verdicts(out))
+        head = ["# Scores against bytes", "", *judged, *("\n\n".join(READING).splitlines()), "", *short, "", ""]
         text.write_text("\n".join(head) + markdown([*several, *score_tables(found), *cost, *rest]))
         paper.write_text(latex([*several, *score_tables(found), *cost]))
         for panel in plots.panels(found):
             plots.save(panel, plotted)
         pictures = [*_pictures(out, records, plotted), Pictures("Cost", COST, cost_pictures(costs(measured), plotted))]
-        made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"))
+        made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"), judged[0] if judged else "")
         title = f"KV-cache methods: {out.name}"
         html.write_text(page(title, found, averaged, records, pictures, [*cost, *rest], made), encoding="utf-8")
     except OSError as error:
@@ -86,10 +88,12 @@ COST = (
 )
 
 
-def _judged_by(ratings: dict[str, dict[str, float]]) -> list[str]:
-    """Who judged. Of several judges the first one's ratings are shown: they are not on one scale."""
+def _judged_by(ratings: dict[str, dict[str, float]], verdicts: dict[str, Counter[str]]) -> list[str]:
+    """Who judged, and how often without a rating. Of several judges the first one's are shown: they are not on one scale."""
     if not ratings:
         return []
     shown, *others = ratings
     more = f" Ratings of {', '.join(others)} are stored, but not shown." if others else ""
-    return [f"Ratings from 1 to 10 are those of {shown}, of {len(ratings[shown])} answers.{more}", ""]
+    without = ", ".join(f"{count} {status}" for status, count in sorted(verdicts[shown].items()) if status != "ok")
+    missing = f", and {without}, which are no ratings" if without else ""
+    return [f"Ratings from 1 to 10 are those of {shown}, of {len(ratings[shown])} answers{missing}.{more}", ""]

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,6 +154,11 @@ def read_ratings(out: Path) -> dict[str, dict[str, float]]:
         if ratings:
             found[path.stem] = ratings
     return found
+
+
+def read_verdicts(out: Path) -> dict[str, Counter[str]]:
+    """How often each judge gave a rating, refused, or said something else."""
+    return {path.stem: Counter(str(line["status"]) for line in judge_lines(path)) for path in sorted((out / "judge").glob("*.jsonl"))}
 
 
 def read_folder(out: Path, name: str) -> list[dict[str, Any]]:

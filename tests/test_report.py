@@ -18,6 +18,7 @@ import pytest
 
 from reports.compare import comparison
 from reports.formats import Cell, Table, latex, markdown
+from reports.present import length_tables
 from reports.summary import families, sentence, verdicts
 from reports.tables import lines
 from reports.write import write_report
@@ -207,6 +208,17 @@ def test_broken_folders_get_one_line_or_a_report_that_says_so(tmp_path: Path) ->
     path.write_text(json.dumps(old[0] | {"schema": 1}) + "\n" + '{"torn')
     with pytest.raises(StoreError, match="schema 1"):
         write_report(one)
+
+
+def test_longbench_e_is_told_by_length() -> None:
+    rows = []
+    for task, scores in (("qasper", (10.0, 30.0, 50.0)), ("hotpotqa", (20.0, 40.0, 60.0))):
+        for example, (words, score) in enumerate(zip((100, 3999, 8000), scores, strict=True)):
+            key = replace(KEY, benchmark=f"longbench_{task}_e@1", example=example, data="sha")
+            rows.append(replace(_row(key, score, 1.0), columns={"words": words}))
+    (table,) = length_tables(rows)
+    assert [cell.text for cell in table.rows[0]] == ["reference", "question_in", "full", "-", "25.00", "-", "55.00"]
+    assert length_tables(made_rows()) == []
 
 
 def test_every_form_escapes() -> None:
