@@ -29,6 +29,8 @@ from benchmarks.base import CountTokens, Example, Metric, Request
 from benchmarks.data import BadData, Data
 
 LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+MATTERS = ("output_type", "metric_list", "filter_list", "generation_kwargs", "num_fewshot", "repeats", "metadata")  # of a config
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of the same setting
 NEW_TOKENS = 256  # of an answer, where a task does not say
 
 
@@ -40,7 +42,16 @@ class LmEval:
     fewshot: int = -1  # worked examples before the question; -1: as many as the task says
     data_dir: Path | None = field(default=None, compare=False)  # with <task>.jsonl, by itself or in lm_eval/
     forced = False
-    chat = True
+
+    @property
+    def likelihoods(self) -> bool:
+        """Are likelihoods asked for? Then nothing is generated, and no setting of generation matters."""
+        return self.opened.task.OUTPUT_TYPE in LIKELIHOODS
+
+    @property
+    def chat(self) -> bool:
+        """A text that is scored as a whole is put into no template."""
+        return self.opened.task.OUTPUT_TYPE != "loglikelihood_rolling"
 
     def __repr__(self) -> str:
         return f"LmEval(task={Path(self.task).stem!r}, fewshot={self.fewshot})"
@@ -76,7 +87,7 @@ class LmEval:
             context, settings = asked[0].args
             until = settings.get("until") or ()
             ends = (until,) if isinstance(until, str) else tuple(until)
-            most = int(settings.get("max_gen_toks") or NEW_TOKENS)
+            most = int(next((settings[name] for name in LENGTHS if settings.get(name)), NEW_TOKENS))
             return Example(index, context, len(context), (), most, until=tuple(end for end in ends if end), cut="start")
         if kind == "loglikelihood_rolling":
             return Example(index, "", 0, (), 0, requests=tuple(Request("", one.args[0], rolling=True) for one in asked))
@@ -86,13 +97,14 @@ class LmEval:
         """What the task's own code makes of this example; metrics that only exist over all of them are left to `aggregate`."""
         task, asked = self.opened.task, self.opened.requests[example.index]
         pairs = zip(asked, _responses(asked, answer), strict=True)
-        done = [replace(one, resps=[response], filtered_resps={}) for one, response in pairs]
+        done = [replace(one, resps=[response] * (one.repeats or 1), filtered_resps={}) for one, response in pairs]
         found: dict[str, float] = {}
+        means = {name: getattr(how, "__name__", "") == "mean" for name, how in task.aggregation().items()}
         for ensemble in task._filters:
             ensemble.apply(done)
             filtered = [one.filtered_resps[ensemble.name] for one in done]
             for name, value in task.process_results(done[0].doc, filtered).items():
-                if isinstance(value, int | float):
+                if isinstance(value, int | float) and means.get(name):
                     found[name if ensemble.name == "none" else f"{name},{ensemble.name}"] = float(value)
         return found
 
@@ -170,7 +182,9 @@ def _open(name: str, fewshot: int, data_dir: Path | None) -> Opened:
     for one in task.instances:
         requests.setdefault(int(one.doc_id), []).append(one)
     grouped = tuple(tuple(sorted(found, key=lambda one: one.idx)) for _, found in sorted(requests.items()))
-    content = json.dumps([[one.request_type, *map(str, one.args)] for asked in grouped for one in asked])
+    settings = {name: str(value) for name, value in task.dump_config().items() if name in MATTERS}
+    docs = [[asked[0].doc, *([one.request_type, *map(str, one.args)] for one in asked)] for asked in grouped]
+    content = json.dumps([settings, docs], default=str, sort_keys=True)
     source = local.name if local else f"{task.config.dataset_path} ({task.config.dataset_name or 'default'})"
     rows = tuple(dict(asked[0].doc) for asked in grouped)
     return Opened(
@@ -188,7 +202,7 @@ def _file(name: str) -> Path:
     if found is None or found.origin is None:
         raise BadData(f"lm_eval:{name} needs lm-eval, which is not installed: pip install lm-eval")
     folder = Path(found.origin).parent / "tasks"
-    says = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*$", re.MULTILINE)
+    says = re.compile(rf"^[\"']?task[\"']?:\s*[\"']?{re.escape(name)}[\"']?\s*$", re.MULTILINE)
     named = [path for path in folder.rglob(f"{name}.y*ml") if says.search(path.read_text(encoding="utf-8", errors="replace"))]
     every = named or (path for path in sorted(folder.rglob("*.yaml")) if says.search(path.read_text(errors="replace")))
     path = next(iter(every), None)
@@ -223,9 +237,10 @@ def _load(name: str, base: Path, local: Path | None, fewshot: int) -> Any:
         raise BadData(f"lm_eval:{name} needs lm-eval, which cannot be loaded: {error}") from None
     settings: dict[str, Any] = {"include": str(base)}
     if local is not None:
-        splits = ("test", "validation")
+        # one split for all: lm-eval then never shows the example that is asked among the worked ones
         settings |= {"dataset_path": "json", "dataset_name": None, "custom_dataset": None, "training_split": None}
-        settings |= {"dataset_kwargs": {"data_files": dict.fromkeys(splits, str(local))}}
+        settings |= {"validation_split": None, "test_split": "test", "fewshot_split": "test"}
+        settings |= {"dataset_kwargs": {"data_files": {"test": str(local)}}}
     if fewshot >= 0:
         settings["num_fewshot"] = fewshot
     with tempfile.TemporaryDirectory() as folder:

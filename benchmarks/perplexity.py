@@ -113,6 +113,7 @@ class PerplexityWindows(OfText):
     window: int = 1024
     name = "perplexity_windows@1"
     forced = False
+    likelihoods = True
 
     def __post_init__(self) -> None:
         if self.window < 2:

@@ -2,7 +2,7 @@
 
 A request is tokenised as lm-eval does: context and continuation together, cut where the context alone would end, its trailing
 spaces counted to the continuation; too long ones lose their beginning. Requests whose contexts agree in at least their first half
-share one prompt: what they have in common is read and compressed, and each branch brings the rest.
+share one prompt: what they have in common, less a context's last token, is read and compressed, and each branch brings the rest.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, number: int, request: Request, protocol: Protocol) -> Asked:
     context, continuation = request.context, request.continuation
-    if protocol.chat == "template":
+    if protocol.chat == "template" and context:
         if not tokenizer.chat_template:
             raise CannotPrompt("the tokenizer has no chat template: use --chat raw")
         message = [{"role": "user", "content": context}]
@@ -114,7 +114,8 @@ def _common(asked: Sequence[Asked]) -> int:
 
 
 def _prompt(asked: Sequence[Asked]) -> Prompt:
-    read = _common(asked)
+    """The last token of every context is left to the branch: what follows it is then predicted over the compressed cache."""
+    read = min(_common(asked), max(1, min(len(one.context) for one in asked) - 1))
     branches = [Branch(one.number, (*one.context[read:], *one.continuation), len(one.continuation)) for one in asked]
     return Prompt(asked[0].context[:read], read, branches=tuple(branches))
 

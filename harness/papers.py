@@ -176,7 +176,7 @@ def _train_options(conversion: str, options: str) -> str:
 
 def variant(model: str, conversion: str, options: str = "") -> str:
     """The trained variant as a model's name: a saved one, or the one shipped with the embedded model; "" if there is none."""
-    name = f"{model}+{conversion}"
+    name = f"{Path(model).name if Path(model).is_dir() else model}+{conversion}"  # as `train` calls it
     saved = VARIANTS / (slug(name) + (f"+{options}" if options else ""))
     if (saved / "variant.json").exists():
         return str(saved)

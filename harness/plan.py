@@ -141,12 +141,19 @@ def protocols_of(task: Task, work: Work, routed: bool = True) -> tuple[Protocol,
     """
     found = work.protocols
     if task.forced:
-        found = tuple(replace(protocol, prompt="question_after", temperature=0.0) for protocol in found)
+        found = tuple(replace(protocol, prompt="question_after") for protocol in found)
+    if scores_likelihoods(task):
+        found = tuple(replace(protocol, temperature=0.0, max_new_tokens=None) for protocol in found)
     if not task.chat:
         found = tuple(replace(protocol, chat="raw") for protocol in found)
     if not routed:
         found = tuple(replace(protocol, routing="expert_choice") for protocol in found)
     return tuple(dict.fromkeys(found))
+
+
+def scores_likelihoods(task: Task) -> bool:
+    """Nothing is generated then, so no setting of generation matters."""
+    return task.forced or bool(getattr(task, "likelihoods", False))
 
 
 def _example(model: Model, label: str, task: Task, index: int, seed: int) -> Example:
@@ -187,7 +194,7 @@ def key_of(model: Model, work: Work, name: str, todo: Todo, cell: Cell) -> Key:
         dtype=str(model.network.dtype).removeprefix("torch."),
         seed=todo.seed,
         temperature=protocol.temperature,
-        fidelity=work.fidelity,
+        fidelity=work.fidelity and not getattr(todo.task, "likelihoods", False),
     )
 
 
@@ -223,7 +230,11 @@ def run(
         sweep = sweeps.setdefault((todo.protocol, todo.seed), sweep_of(todo.protocol, todo.seed))
         prompts, skipped = _open(model, todo)
         for cell, outcome in _outcomes(sweep, todo, prompts, skipped):
-            record = record_of(model, todo, prompts, cell, outcome, env)
+            try:
+                record = record_of(model, todo, prompts, cell, outcome, env)
+            except Exception as error:  # a benchmark's own scoring, which may be a plugin's or lm-eval's
+                reason = f"scoring: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                record = Record(todo.keys[cell], "failed", env, reason=reason, columns=todo.example.columns)
             store.write(record)
             tally.add(record.status, record.reason)
             progress(1)
@@ -271,7 +282,7 @@ def _outcomes(sweep: Sweep, todo: Todo, prompts: Sequence[Prompt], skipped: dict
         for cell, outcome in sweep.example(prompts[-1], cells, most):
             done.add(cell)
             yield cell, first[cell].joined(outcome) if cell in first else outcome
-    except (ValueError, RuntimeError, IndexError) as error:  # the one place where a prompt may fail without ending the run
+    except (ValueError, RuntimeError, IndexError) as error:  # where a prompt may fail without ending the run
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         yield from ((cell, Outcome(failed=reason)) for cell in cells if cell not in done)
 

@@ -37,9 +37,13 @@ def reproduce_request(options: argparse.Namespace, parse: Callable[[list[str]], 
         raise BadRequest(f"{table.name}: no row of it can be run on {model}: first {asked[0].train}")
     benchmarks = _at_hand(_benchmarks(table, rows), options.data_dir)
     failed = 0
+    keys: dict[tuple[str, str], set[str]] = {}
     for (name, budget), methods in wanted.items():
-        failed += run_request(parse(_arguments(options, table, theirs, name, budget, methods, benchmarks)))
-    side = Side(table.name, theirs, model, options.limit, options.fair, tuple(_settings(table, options, theirs, model)), asked)
+        mine = keys.setdefault((name, budget), set())
+        failed += run_request(parse(_arguments(options, table, theirs, name, budget, methods, benchmarks)), mine)
+    side = Side(
+        table.name, theirs, model, options.limit, options.fair, tuple(_settings(table, options, theirs, model)), asked, keys
+    )
     return write_side_by_side(options.out, table, rows, side), failed
 
 
@@ -93,19 +97,24 @@ def _arguments(
     found += ["--budgets", budget] if budget else []
     if table.paper == "headkv":
         found += ["--granularity", "kv" if options.fair else "query"]
-        found += ["--truncation", str(TRUNCATION[theirs])] if options.model is None else []
+        found += ["--truncation", str(TRUNCATION[theirs])] if is_theirs(options, theirs) else []
     template = options.fair or table.chat == "template"
-    found += ["--chat", "template"] if template and options.model is None else []
+    found += ["--chat", "template"] if template and is_theirs(options, theirs) else []
     for name in ("data_dir", "head_scores", "device", "dtype"):
         if value := getattr(options, name):
             found += [f"--{name.replace('_', '-')}", str(value)]
     return found
 
 
+def is_theirs(options: argparse.Namespace, theirs: str) -> bool:
+    """Is it the paper's model, from the hub or a folder of the same name? Then the paper's protocol fits it."""
+    return options.model is None or Path(options.model).name == Path(HUB[theirs]).name
+
+
 def _settings(table: PaperTable, options: argparse.Namespace, theirs: str, model: str) -> list[str]:
     """What differs from the paper, in words."""
     found = []
-    if options.model is not None:
+    if not is_theirs(options, theirs):
         found.append(f"The model is {model}, not {theirs}: the numbers are not comparable, the path is.")
         found.append("Prompts are cut to what this model has positions for, and no chat template is put around them.")
     found.append(f"At most {options.limit} examples a task; the paper takes 100 to 200.")

@@ -93,7 +93,11 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 def tasks_of(options: argparse.Namespace, suite: Suite) -> dict[str, Task]:
     """The benchmarks by name, told where the user's data lie."""
-    found = dict(choose("benchmark", text, BENCHMARKS) for text in suite.benchmarks)
+    found: dict[str, Task] = {}
+    for text in suite.benchmarks:
+        label, task = choose("benchmark", text, BENCHMARKS)
+        if found.setdefault(label, task) != task:
+            raise BadRequest(f"two benchmarks would both be named {label}: rename one of the files")
     reads_data = {name for name, task in found.items() if is_dataclass(task) and hasattr(task, "data_dir")}
     if options.data_dir and reads_data and not options.data_dir.is_dir():
         raise BadRequest(f"--data-dir {options.data_dir}: no such folder")

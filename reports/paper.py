@@ -27,6 +27,7 @@ class Side:
     fair: bool
     settings: tuple[str, ...]
     asked: Sequence[Any]  # what stands for each row: model, method, budget, train
+    keys: Mapping[tuple[str, str], set[str]]  # of the rows that were asked for, by model and budget: no others are read
 
 
 def write_side_by_side(out: Path, table: Any, rows: Sequence[Mapping[str, Any]], side: Side) -> list[Path]:
@@ -35,7 +36,9 @@ def write_side_by_side(out: Path, table: Any, rows: Sequence[Mapping[str, Any]],
     Raises:
         StoreError: the folder cannot be read or written to.
     """
-    found = side_by_side(lines(read_rows(out)), table, rows, side)
+    records = read_rows(out)
+    measured = {where: lines(record for record in records if record.key.id in ids) for where, ids in side.keys.items()}
+    found = side_by_side(measured, table, rows, side)
     title = f"{side.table}, {side.paper_model} in the paper, {side.model} here"
     folder = out / "report"
     paths = [folder / f"paper_{side.table.replace(':', '_')}.{ending}" for ending in ("html", "md", "tex")]
@@ -50,11 +53,14 @@ def write_side_by_side(out: Path, table: Any, rows: Sequence[Mapping[str, Any]],
     return paths
 
 
-def side_by_side(measured: Sequence[Line], table: Any, rows: Sequence[Mapping[str, Any]], side: Side) -> Table:
+def side_by_side(
+    measured: Mapping[tuple[str, str], Sequence[Line]], table: Any, rows: Sequence[Mapping[str, Any]], side: Side
+) -> Table:
     """A line for every cell of the paper's table that names a task, and for every mean of tasks that were all measured."""
     made = []
     for row, asked in zip(rows, side.asked, strict=True):
-        ours = {column: _measured(measured, table, asked, column) for column in row["values"]}
+        mine = measured.get((asked.model, asked.budget), ())
+        ours = {column: _measured(mine, table, asked, column) for column in row["values"]}
         for column, theirs in row["values"].items():
             value = ours[column]
             if value is None and column.endswith("mean"):
@@ -79,14 +85,7 @@ def _measured(measured: Sequence[Line], table: Any, asked: Any, column: str) -> 
         wanted = [table.columns[column]]
     else:
         return None
-    model = Path(asked.model).name if "/" in asked.model else asked.model
-    mine = [
-        line
-        for line in measured
-        if line.model in (asked.model, model)
-        and (line.method.split("@")[0], line.budget) == (asked.method, asked.budget)
-        and line.benchmark.split("@")[0] in wanted
-    ]
+    mine = [line for line in measured if line.method.split("@")[0] == asked.method and line.benchmark.split("@")[0] in wanted]
     if len({line.benchmark.split("@")[0] for line in mine}) < len(wanted) or not all(line.values for line in mine):
         return None
     scale = table.scale.get(column, 1.0)

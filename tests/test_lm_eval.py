@@ -150,7 +150,9 @@ def test_requests_are_cut_into_tokens_as_lm_eval_cuts_them(reference: Model) -> 
         example = Example(0, "", 0, (), 0, requests=(Request(context, continuation),))
         (prompt,) = likelihood_prompts(reference.tokenizer, example, Protocol(), 100)
         before, after = theirs._encode_pair(context, continuation)
-        assert (prompt.ids, list(prompt.branches[0].ids), prompt.branches[0].scored) == (before, after, len(after))
+        (one,) = prompt.branches
+        assert ([*prompt.ids, *one.ids], one.scored) == ([*before, *after], len(after))
+        assert len(prompt.ids) == max(1, len(before) - 1), "what follows a context's last token is predicted over the cache"
     long = "the captain walked slowly along the frozen river. " * 9
     ids = theirs.tok_encode(long)
     for limit in (7, 20, 1000):
@@ -173,7 +175,7 @@ def test_contexts_that_begin_alike_are_read_once(reference: Model) -> None:
 
     same = "near the harbour lights the old miller"
     (one,) = prompts((same, " walked"), (same, " sang softly"))
-    assert [branch.request for branch in one.branches] == [0, 1] and len(one.branches[1].ids) == one.branches[1].scored
+    assert [branch.request for branch in one.branches] == [0, 1] and len(one.branches[1].ids) == one.branches[1].scored + 1
     (one,) = prompts((f"{same} walked", " home"), (f"{same} sang", " home"))
     assert all(len(branch.ids) > branch.scored for branch in one.branches), "what differs is brought by the branch"
     assert len(prompts((f"Mira {same}", " home"), (f"Oslo {same}", " home"))) == 2
@@ -272,3 +274,52 @@ def test_published_tasks_run_on_local_rows() -> None:
         assert task.metrics[0].name == "acc" and task.metrics[0].higher_is_better
         perfect = json.dumps([[-float(number), False, 1] for number in range(choices)])
         assert set(task.score(perfect, task.example(7, 0, len))) >= {"acc"}
+
+
+def test_under_a_chat_template_the_context_is_the_users_message(reference: Model) -> None:
+    from copy import deepcopy
+
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = deepcopy(reference.tokenizer)
+    assert tokenizer is not None
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]\n"
+    theirs = HFLM(pretrained=reference.network, tokenizer=tokenizer, batch_size=1)
+    example = Example(0, "", 0, (), 0, requests=(Request("the old miller walked", " slowly home"),))
+    (prompt,) = likelihood_prompts(tokenizer, example, Protocol(chat="template"), 100)
+    shown = theirs.apply_chat_template([{"role": "user", "content": "the old miller walked"}])
+    before, after = theirs._encode_pair(shown, "slowly home")
+    assert [*prompt.ids, *prompt.branches[0].ids] == [*before, *after] and prompt.branches[0].scored == len(after)
+    with pytest.raises(CannotPrompt, match="no chat template"):
+        likelihood_prompts(reference.tokenizer, example, Protocol(chat="template"), 100)
+
+
+def test_a_continuation_of_one_token_feels_what_was_evicted(reference: Model) -> None:
+    text = "the code of Mira is 37 82. " + "the old miller walked slowly along the frozen river. " * 12 + "the code of Mira is"
+    example = Example(0, "", 0, (), 0, requests=(Request(text, " 37"), Request(text, " 82")))
+    (prompt,) = likelihood_prompts(reference.tokenizer, example, Protocol(), 4000)
+    cells = [Cell("full", SCORED["full"], None), Cell("streaming_llm", SCORED["streaming_llm"], Budget.parse("16"))]
+    full, evicted = (o.answer.likelihoods for o in dict(Sweep(reference, Protocol()).example(prompt, cells, 0)).values())  # type: ignore[union-attr]
+    assert all(abs(full[n].logprob - evicted[n].logprob) > 0.01 for n in (0, 1))
+
+
+def test_a_task_is_known_by_all_that_it_asks_and_scores(tmp_path: Path) -> None:
+    hashes = set()
+    for number, (text, changed) in enumerate((("", {}), ("", {"gold": 0}), ("x", {}))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = task_file(folder, CHOICES, **changed)
+        if text:
+            path.write_text(path.read_text().replace("  - {metric: acc_norm, aggregation: mean, higher_is_better: true}\n", ""))
+        hashes.add(LmEval(str(path)).data)
+    assert len(hashes) == 3
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the data folder is not here")
+def test_no_example_is_among_its_own_worked_ones() -> None:
+    task = LmEval("arc_easy", 25, DATA)
+    for index in range(task.size):
+        row = task.records().rows[index]
+        assert task.example(index, 0, len).requests[0].context.count(row["question"]) == 1
+    with pytest.raises(Exception, match=r"cannot be loaded|no record"):
+        LmEval("mmlu_anatomy", data_dir=DATA).size  # noqa: B018  (its file is found, its data are on the hub)

@@ -96,7 +96,7 @@ def test_what_was_not_measured_is_never_filled() -> None:
     table = table_of("headkv:table2")
     rows = rows_of(table, "Llama-3-8B-Instruct")
     asked = [asked_for(table, row, "m", False) for row in rows]
-    found = side_by_side([], table, rows, Side("headkv:table2", "Llama-3", "m", 1, False, (), asked))
+    found = side_by_side({}, table, rows, Side("headkv:table2", "Llama-3", "m", 1, False, (), asked, {}))
     assert len(found.rows) == 3 * 7 and {row[4].text for row in found.rows} == {row[5].text for row in found.rows} == {"-"}
     assert found.rows[0][3].value == 23.49
 
