@@ -26,8 +26,8 @@ from harness.rows import compact
 from methods.base import CannotRun, Conversion, Eviction, Scores, score_prefill
 from methods.headkv import HeadScores
 
-TOKENS = 60
-BUDGETS = ("14", "40%", "100%")
+TOKENS = 60  # of a prompt, or more where a method protects many
+SMALL = 14  # entries a head, likewise
 MODELS: dict[str, dict[str, Any]] = {
     "grouped heads": {"model_type": "llama", "num_key_value_heads": 2},
     "a sliding window": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 24},
@@ -67,9 +67,17 @@ def _findings(name: str, checks: Mapping[str, Callable[[Any], str | None]], entr
             yield Finding(name, check, f"{type(error).__name__}: {reason}")
 
 
-def _model(which: str) -> Model:
+def _sizes(method: Eviction) -> tuple[int, int]:
+    """Tokens of a prompt, and a small budget, that leave the method something to choose."""
+    protected = method.scorer.protected
+    small = max(SMALL, protected.first + protected.last + 4)
+    return max(TOKENS, 4 * small), small
+
+
+def _model(which: str, window: int = 24) -> Model:
     sizes = {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = AutoConfig.for_model(**{**sizes, "max_position_embeddings": 512, **MODELS[which]})
+    settings = {**sizes, "max_position_embeddings": 8192, **MODELS[which]}
+    config = AutoConfig.for_model(**(settings | {"sliding_window": window} if "sliding_window" in settings else settings))
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -80,9 +88,10 @@ def _model(which: str) -> Model:
 
 
 def _prefills(method: Eviction, more: Needs | None = None) -> Iterator[tuple[str, Model, Prefill]]:
-    ids = torch.randint(3, 250, (TOKENS,), generator=torch.Generator().manual_seed(1))
+    tokens, small = _sizes(method)
+    ids = torch.randint(3, 250, (tokens,), generator=torch.Generator().manual_seed(1))
     for which in MODELS:
-        model = _model(which)
+        model = _model(which, 2 * small)
         yield which, model, model.prefill(ids, method.needs | (more or Needs()))[0]
 
 
@@ -98,8 +107,8 @@ def _selections(method: Eviction) -> Iterator[tuple[str, Model, Prefill, Scores,
     method = _ready(method)
     for which, model, prefill in _prefills(method):
         scores = score_prefill(method.scorer, prefill)
-        for text in BUDGETS:
-            total = Budget.parse(text).entries(prefill.shape, TOKENS, "kv")
+        for text in (str(_sizes(method)[1]), "60%", "100%"):
+            total = Budget.parse(text).entries(prefill.shape, prefill.tokens, "kv")
             try:
                 yield f"{which}, budget {text}", model, prefill, scores, total, method.compress(prefill, total, scores)
             except CannotRun as reason:
@@ -148,7 +157,8 @@ def _leaves_the_prefill_alone(method: Eviction) -> str | None:
     method = _ready(method)
     for which, _, prefill in _prefills(method):
         before = [tensor.clone() for tensor in _tensors(prefill)]
-        method.compress(prefill, 14 * prefill.shape.layers * prefill.shape.kv_heads, score_prefill(method.scorer, prefill))
+        total = _sizes(method)[1] * prefill.shape.layers * prefill.shape.kv_heads
+        method.compress(prefill, total, score_prefill(method.scorer, prefill))
         for number, (old, new) in enumerate(zip(before, _tensors(prefill), strict=True)):
             if not torch.equal(old, new):
                 changed = float((old - new).abs().max())
@@ -179,7 +189,7 @@ def _kept(method: Eviction, prefill: Prefill) -> list[list[int]]:
     torch.seed()  # whoever draws from a global generator draws something else each time
     random.seed()
     np.random.seed()
-    total = 14 * prefill.shape.layers * prefill.shape.kv_heads
+    total = _sizes(method)[1] * prefill.shape.layers * prefill.shape.kv_heads
     rows = method.compress(prefill, total, score_prefill(method.scorer, prefill))
     return [[] if row.kept is None else row.kept.tolist() for layer in rows for row in layer]
 

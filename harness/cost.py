@@ -102,7 +102,8 @@ class CacheSubject:
             return
         assert self.scores is not None
         total = self.budget.entries(self.model.parent_shape, len(self.ids), "kv")
-        self.selection = self.method.compress(self.prefill, total, self.scores)
+        for _ in range(self.batch):
+            self.selection = self.method.compress(self.prefill, total, self.scores)
         self.scores = None
 
     def _compact(self) -> None:
@@ -215,7 +216,9 @@ def _measured(cell: CostCell, model: Model, method: Method, device: torch.device
     if cell.what == "memory":
         meter: memory.Meter = CudaMeter(device) if device.type == "cuda" else CpuMeter()
         peaks = memory.measure(subject, meter, cell.new_tokens)
-        return found | asdict(peaks) | _bytes(subject, model, cell)
+        assert subject.cache is not None
+        end = sum(count.bytes_kept for count in subject.cache.counts())
+        return found | asdict(peaks) | _bytes(subject, model, cell) | {"bytes_end": end}
     lap = latency.measure(subject, DeviceClock(device), cell.new_tokens)
     found |= {"phases": lap.phases, "first_token": lap.first_token, "token": lap.median, "p10": lap.p10, "p90": lap.p90}
     sizes = _bytes(subject, model, cell)
@@ -226,12 +229,10 @@ def _measured(cell: CostCell, model: Model, method: Method, device: torch.device
 def _bytes(subject: CacheSubject, model: Model, cell: CostCell) -> dict[str, int]:
     counts = subject.counts
     full = model.parent_shape.full_entries(cell.context) * model.parent_shape.entry_bytes() * cell.batch
-    added = model.parent_shape.full_entries(1) * model.parent_shape.entry_bytes() * cell.batch
     return {
         "bytes_kept": sum(count.bytes_kept for count in counts),
         "bytes_allocated": sum(count.bytes_allocated for count in counts),
         "bytes_full": full,
-        "bytes_a_token": added,  # at most: what the unconverted model adds to its cache for every token to come
         "weights": weight_bytes(model),
     }
 
@@ -248,10 +249,11 @@ def weight_bytes(model: Model) -> int:
 def floors(sizes: dict[str, int], rate: dict[str, float], model: Model, cell: CostCell) -> dict[str, float]:
     """Seconds that no implementation can go below: a token's bytes over the bandwidth, a prompt's products over their rate."""
     token = (sizes["weights"] + sizes["bytes_kept"]) / rate["bandwidth"]
-    parameters = sizes["weights"] / model.network.dtype.itemsize
+    head = model.network.get_output_embeddings().weight.numel()  # only the last token's logits are made
+    parameters = sizes["weights"] / model.network.dtype.itemsize - head
     shape = model.shape
     pairs = sum(_pairs(cell.context, window) for window in shape.windows)
-    products = 2 * parameters * cell.context + 4 * pairs * shape.query_heads * shape.head_dim
+    products = 2 * (parameters * cell.context + head) + 4 * pairs * shape.query_heads * shape.head_dim
     return {"token_floor": token, "prefill_floor": cell.batch * products / rate["flops"]}
 
 

@@ -66,7 +66,7 @@ def cost_request(options: argparse.Namespace) -> int:
             found = run_cell(cell)
             failed += found["status"] == "failed"
             shown = asdict(replace(cell, plugins=tuple(Path(path).name for path in cell.plugins)))  # no folder of a machine
-            row = {"id": identity(cell, env), "cell": shown, "env": env, **found}
+            row = {"id": identity(cell, env), "cell": shown, "env": env, "sources": sources_of(cell), **found}
             append_line(options.out / "cost" / "rows.jsonl", json.dumps(row))
     return failed
 
@@ -120,9 +120,13 @@ def cells_of(suite: CostSuite, dtype: str, device: str) -> Iterator[CostCell]:
 
 def identity(cell: CostCell, env: str) -> str:
     """Times belong to an environment: another machine, or other versions, measure anew. So does another text of a plugin."""
-    sources = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in cell.plugins]
-    asked = [asdict(replace(cell, plugins=())), env, sources]
+    asked = [asdict(replace(cell, plugins=())), env, sources_of(cell)]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def sources_of(cell: CostCell) -> list[str]:
+    """Hashes of the plugins' texts."""
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in cell.plugins]
 
 
 def run_cell(cell: CostCell) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -152,11 +153,14 @@ def row_attention(
     if not count:
         return out, lse
     partial, merged = _kernels()
-    partial[(items,)](
-        asked, keys, values, positions, asking, row, item, part, weight, row.shape[1], items, softcap, window,
-        D=dim, DP=padded, TILE=TILE, BLOCK=BLOCK, CAP=softcap > 0, MASKED=masked, WINDOWED=window > 0, WIDE=INTERPRETED,
-    )  # fmt: skip
-    merged[(count,)](part, weight, merge, out, lse, count, D=dim, DP=padded, TILE=TILE)
+    wide = asked.dtype == torch.float32  # in shared memory twice as large: then fewer entries at once, and no second stage
+    with torch.cuda.device(asked.device) if asked.is_cuda else nullcontext():  # triton launches on the current device
+        partial[(items,)](
+            asked, keys, values, positions, asking, row, item, part, weight, row.shape[1], items, softcap, window,
+            D=dim, DP=padded, TILE=TILE, BLOCK=BLOCK // 2 if padded > 128 else BLOCK,
+            CAP=softcap > 0, MASKED=masked, WINDOWED=window > 0, WIDE=INTERPRETED, num_stages=1 if wide else 2,
+        )  # fmt: skip
+        merged[(count,)](part, weight, merge, out, lse, count, D=dim, DP=padded, TILE=TILE)
     return out, lse
 
 
@@ -181,7 +185,7 @@ def _partial(  # type: ignore[no-untyped-def]
     CAP: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
 ):  # type: ignore[no-untyped-def] # fmt: skip
     """One piece: an online softmax over its entries, in float32."""
-    item = tl.program_id(0)
+    item = tl.program_id(0).to(tl.int64)
     row = tl.load(ITEM + item)
     tile = tl.load(ITEM + items + item)
     begin = tl.load(ITEM + 2 * items + item)

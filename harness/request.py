@@ -21,7 +21,7 @@ from harness.averaging import first_tokens, perplexity_changes
 from harness.cache import Arena, Budget, Routing
 from harness.choices import UnknownChoice, choose, expand, split
 from harness.env import record_data, record_environment
-from harness.evidence import record_heads, record_routing
+from harness.evidence import record_heads, record_metrics, record_routing
 from harness.families import CannotConvert, routers
 from harness.head_scores import with_head_scores
 from harness.importance import LONGEST_NEEDLE, Estimate, estimate_scores
@@ -221,6 +221,7 @@ def _run_on(model: Model, options: argparse.Namespace, suite: Suite, work: Work,
     env = record_environment(options.out, model.device)
     record_data(options.out, work.tasks)
     record_heads(options.out, work)
+    record_metrics(options.out, work)
     record_routing(options.out, model, work)
     total = sum(len(todo.keys) for todo in left_to_do(model, work, store))
     with tqdm(total=total, unit="cell", desc=model.name, disable=total == 0, file=sys.stderr) as bar:

@@ -71,7 +71,7 @@ def comparison(ours: Sequence[Line], theirs: Sequence[Line], names: tuple[str, s
 
 def _where(line: Line, single: bool) -> Where:
     model = "" if single else line.model.split("+")[0]
-    return (model, line.benchmark, line.prompt, line.protocol, label_of(line), line.budget)
+    return (model, line.benchmark, line.prompt, line.protocol, line.asked_for, label_of(line), line.budget)
 
 
 def _table(pairs: Sequence[Pair], names: tuple[str, str]) -> Table:

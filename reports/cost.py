@@ -21,7 +21,7 @@ Where = tuple[str, ...]
 LATENCY: tuple[str, ...] = ("method", "budget", "context", "batch", "prefill s", "its floor", "observe", "column sums")
 LATENCY += ("score", "select", "compact")
 LATENCY += ("first token ms", "ms a token", "p10 to p90", "rounds", "floor ms", "over the floor", "tokens a second")
-MEMORY = ("method", "budget", "context", "batch", "bytes kept", "allocated", "prefill peak", "decode peak", "at the last token")
+MEMORY = ("method", "budget", "context", "batch", "bytes kept", "allocated", "prefill peak", "decode peak", "kept at the end")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Cost:
     model: str
     dtype: str
     device: str
+    run: str  # threads, environment, and the texts of plugins: other ones are not pooled
     method: str
     budget: str
     context: int
@@ -41,7 +42,7 @@ class Cost:
 
     @property
     def panel(self) -> Where:
-        return (self.model, self.dtype, self.device)
+        return (self.model, self.dtype, self.device, self.run)
 
     @property
     def token_ms(self) -> float | None:
@@ -57,17 +58,22 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> list[Cost]:
     grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         cell = row["cell"]
-        where = tuple(cell[name] for name in ("model", "dtype", "device", "method", "budget", "context", "batch"))
-        grouped.setdefault(where, []).append(row)
+        run = f"{cell['threads']} threads, environment {row['env'][:6]}" + "".join(
+            f", {sha[:8]}" for sha in row.get("sources", ())
+        )
+        where = (*(cell[name] for name in ("model", "dtype", "device")), run)
+        where = (*where, *(cell[name] for name in ("method", "budget", "context", "batch")))
+        if row["status"] == "ok":
+            grouped.setdefault(where, []).append(row)
     found = []
-    for where, mine in grouped.items():
-        done = [row for row in mine if row["status"] == "ok"]
-        laps = tuple(row for row in done if row["cell"]["what"] == "latency")
-        memory = next((row for row in done if row["cell"]["what"] == "memory"), None)
-        if laps or memory:
-            steps = max(row["cell"]["new_tokens"] for row in done)
-            model, dtype, device, method, budget, context, batch = where
-            found.append(Cost(model, dtype, device, method, budget, context, batch, steps, laps, memory))
+    for (model, dtype, device, run, method, budget, context, batch), mine in grouped.items():
+        memory = next((row for row in mine if row["cell"]["what"] == "memory"), None)
+        timed = [row for row in mine if row["cell"]["what"] == "latency"]
+        for steps in sorted({row["cell"]["new_tokens"] for row in timed}) or [
+            0
+        ]:  # rounds of another length are no rounds of this
+            laps = tuple(row for row in timed if row["cell"]["new_tokens"] == steps)
+            found.append(Cost(model, dtype, device, run, method, budget, context, batch, steps, laps, memory))
     return sorted(found, key=_order)
 
 
@@ -80,7 +86,7 @@ def cost_tables(found: Sequence[Cost], rows: Sequence[Mapping[str, Any]]) -> lis
     made = []
     for panel in dict.fromkeys(cost.panel for cost in found):
         mine = [cost for cost in found if cost.panel == panel]
-        title = f"{panel[0]}, {panel[1]}, {panel[2]}"
+        title = ", ".join(panel)
         rate = next((lap for cost in mine for lap in cost.laps), None)
         measured = (
             ""
@@ -134,9 +140,8 @@ def _latency(cost: Cost) -> tuple[Cell, ...]:
 
 def _memory(cost: Cost) -> tuple[Cell, ...]:
     memory = cost.memory or {}
-    end = memory["bytes_kept"] + memory["bytes_a_token"] * cost.new_tokens
-    shown = ("bytes_kept", "bytes_allocated", "prefill_peak", "decode_peak")
-    return (*_asked(cost), *(_bytes(memory[name]) for name in shown), _bytes(end))
+    shown = ("bytes_kept", "bytes_allocated", "prefill_peak", "decode_peak", "bytes_end")
+    return (*_asked(cost), *(_bytes(memory[name]) for name in shown))
 
 
 def _asked(cost: Cost) -> tuple[Cell, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
+from reports.tables import protocol_of
 from results.record import Key, Record
 from results.store import slug
 
@@ -25,7 +27,7 @@ def needle_maps(records: Iterable[Record], folder: Path) -> list[Path]:
     found: dict[tuple[str, ...], dict[str, dict[Cell, list[float]]]] = {}
     for record in records:
         if record.metrics and {"context", "depth"} <= set(record.columns):
-            where = (record.key.model, record.key.benchmark.split("@")[0], record.key.prompt, record.key.chat, record.key.routing)
+            where = (record.key.model, record.key.benchmark.split("@")[0], record.key.prompt, protocol_of(record.key))
             cell = (int(record.columns["context"]), int(record.columns["depth"]))
             maps = found.setdefault(where, {})
             maps.setdefault(_label(record.key), {}).setdefault(cell, []).append(next(iter(record.metrics.values())))
@@ -51,9 +53,10 @@ def _figure(where: Sequence[str], maps: Mapping[str, Mapping[Cell, Sequence[floa
         axis.set_title(f"{label}: {np.mean(values):.0f} % of {len(values)}", fontsize=9)
     figure.supxlabel("tokens of the prompt", fontsize=9)
     figure.supylabel("depth of the needle, %", fontsize=9)
-    figure.suptitle(", ".join(part for part in where if part), fontsize=10)
+    figure.suptitle(f"{', '.join(where[:3])}\n{where[3]}", fontsize=9)
     figure.colorbar(shown, ax=axes, label="words of the answer found, %", shrink=0.8)
-    paths = [folder / f"needle_{slug('_'.join(where))}.{kind}" for kind in ("png", "svg")]
+    protocol = hashlib.sha256(where[3].encode()).hexdigest()[:6]
+    paths = [folder / f"needle_{slug('_'.join(where[:3]))}_{protocol}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -18,7 +18,7 @@ from reports.formats import Cell, Table
 from reports.present import PATH_ONLY, byte_table, is_path_only, mean_tables, score_tables
 from reports.style import order_of
 from reports.summary import Family, sentence, verdicts
-from reports.tables import Line
+from reports.tables import Line, protocol_of
 from results.record import Record
 
 HERE = Path(__file__).parent
@@ -158,23 +158,24 @@ def _of_first_panel(found: Sequence[Line]) -> list[Line]:
 
 
 def answer_tables(records: Sequence[Record]) -> list[Table]:
-    """A few examples a benchmark and prompt: each method's answer at its smallest budget beside full's."""
-    grouped: dict[tuple[str, str, str], list[Record]] = {}
+    """The first examples of each benchmark and protocol, method by method and budget by budget."""
+    grouped: dict[tuple[str, str, str, str], list[Record]] = {}
     for record in records:
         if record.answer and record.key.example < ANSWERED and record.stop_reason != "forced":
-            grouped.setdefault((record.key.model, record.key.benchmark, record.key.prompt), []).append(record)
+            where = (record.key.model, record.key.benchmark, record.key.prompt, protocol_of(record.key))
+            grouped.setdefault(where, []).append(record)
     made = []
-    for (model, benchmark, prompt), mine in sorted(grouped.items()):
-        by_cell = {(r.key.method.split("@")[0], r.key.budget, r.key.example, r.key.seed): r for r in mine}
+    for (model, benchmark, prompt, protocol), mine in sorted(grouped.items()):
         rows = []
-        for (method, budget, example, _), record in sorted(by_cell.items(), key=lambda item: (item[0][2], item[0][:2])):
+        for record in sorted(mine, key=lambda r: (r.key.example, r.key.seed, r.key.method, r.key.budget)):
+            method, budget, example = record.key.method.split("@")[0], record.key.budget, record.key.example
             score = next(iter(record.metrics.values()), None)
             text = record.answer or ""
             answer = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
             number = Cell("-", -math.inf) if score is None else Cell(f"{score:.3g}", score)
             rows.append((Cell(str(example), example), Cell(method), Cell(budget or "-"), number, Cell(answer)))
         title = f"{benchmark}, {prompt}, {model}"
-        made.append(Table(title, ("example", "method", "budget", "score", "answer"), tuple(rows)))
+        made.append(Table(title, ("example", "method", "budget", "score", "answer"), tuple(rows), (protocol,)))
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from reports.formats import Cell, Table, words
 from reports.statistics import Estimate
 from reports.summary import Family, Overall
-from reports.tables import LOWER_IS_BETTER, Line, benchmark_of
+from reports.tables import Line, benchmark_of, protocol_of
 from results.record import Record
 
 PATH_ONLY = "The embedded model cannot do this task: these scores prove the path, not the methods, and are not to be ranked on."
@@ -72,13 +72,16 @@ def mean_tables(found: Sequence[Family]) -> list[Table]:
         budgets = sorted({cell.budget for cell in family.cells if cell.budget}, key=_size)
         by_place = {(cell.label, cell.budget): cell for cell in family.cells}
         best = {budget: _best(family, budget) for budget in budgets}
-        header = ("method", *budgets, "whole cache", "its bytes")
+        header = ("method", *budgets, "whole cache", "its bytes", "n")
         rows = []
         for label in dict.fromkeys(cell.label for cell in family.cells):
             at = [by_place.get((label, budget)) for budget in budgets]
             whole = by_place.get((label, ""))
-            marked = (_mean(cell, cell is not None and cell.score.mean == best[cell.budget]) for cell in at)
-            rows.append((Cell(label), *marked, _mean(whole, False), _share(whole.byte_share if whole else None)))
+            marked = (_mean(cell, cell is not None and abs(cell.score.mean - best[cell.budget]) < 1e-12) for cell in at)
+            counts = [cell.score.n for cell in (*at, whole) if cell is not None]
+            shown = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
+            share = _share(whole.byte_share if whole else None)
+            rows.append((Cell(label), *marked, _mean(whole, False), share, Cell(shown, counts[0])))
         notes = [f"Mean {family.metric} of: {', '.join(family.tasks)}. Protocol: {family.protocol}."]
         notes += [PATH_ONLY] if family.model == "reference" and not family.cells[0].own else []
         made.append(Table(family.title, header, tuple(rows), tuple(notes)))
@@ -87,7 +90,7 @@ def mean_tables(found: Sequence[Family]) -> list[Table]:
 
 def _best(family: Family, budget: str) -> float:
     means = [cell.score.mean for cell in family.cells if cell.budget == budget]
-    return min(means) if family.metric in LOWER_IS_BETTER else max(means)
+    return min(means) if family.lower_is_better else max(means)
 
 
 def _mean(cell: Overall | None, best: bool) -> Cell:
@@ -169,7 +172,7 @@ def length_tables(records: Iterable[Record]) -> list[Table]:
         if words_long is None or not record.metrics or not record.key.benchmark.split("@")[0].endswith("_e"):
             continue
         bucket = next(label for label, end in BUCKETS if float(words_long) < end)
-        where = (record.key.model, record.key.prompt, record.key.method.split("@")[0], record.key.budget)
+        where = (f"{record.key.model}, {protocol_of(record.key)}", record.key.prompt, record.key.method, record.key.budget)
         tasks = found.setdefault(where, {}).setdefault(bucket, {})
         tasks.setdefault(record.key.benchmark, []).append(next(iter(record.metrics.values())))
     if not found:

@@ -24,7 +24,7 @@ class Style:
 def style_of(label: str) -> Style:
     """Of `snapkv`, `snapkv(kernel=5)` or `snapkv on gqa-2`."""
     plain, _, variant = label.partition(" on ")
-    name, *setting = plain.split("(")
+    name, *setting = plain.split("#")[0].split("(")
     number = KNOWN.index(name) if name in KNOWN else len(KNOWN) + sum(map(ord, name))
     style, turn = number % len(COLOURS), number // len(COLOURS)
     dash = DASHES[(style + turn + sum(map(ord, variant))) % len(DASHES)]
@@ -34,5 +34,5 @@ def style_of(label: str) -> Style:
 
 def order_of(label: str) -> tuple[int, str]:
     """In legends: known methods in their order, then others, then those on variants."""
-    name = label.split(" on ")[0].split("(")[0]
+    name = label.split(" on ")[0].split("#")[0].split("(")[0]
     return (len(KNOWN) * (" on " in label) + (KNOWN.index(name) if name in KNOWN else len(KNOWN)), label)

@@ -29,6 +29,10 @@ class Family:
     cells: tuple[Overall, ...]
 
     @property
+    def lower_is_better(self) -> bool:
+        return any(cell.lower_is_better for cell in self.cells)
+
+    @property
     def title(self) -> str:
         tasks = self.tasks[0] if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
         return f"{self.model}, {tasks}, {self.prompt}"
@@ -45,6 +49,7 @@ class Overall:
     own: bool
     values: Mapping[Example, float]  # better is larger
     compressed: bool
+    lower_is_better: bool = False
 
     @property
     def is_full(self) -> bool:
@@ -53,7 +58,7 @@ class Overall:
 
 
 def families(found: Sequence[Line]) -> list[Family]:
-    """A cell takes part in a mean only if it was measured on every task that `full`, or else anything, was measured on."""
+    """A cell takes part in a mean only if it has every example of every task that `full` has, or else that anything has."""
     grouped: dict[tuple[str, str, str, str], list[Line]] = {}
     for line in found:
         if line.metric and line.score:
@@ -66,10 +71,17 @@ def families(found: Sequence[Line]) -> list[Family]:
         cells: dict[tuple[str, str], list[Line]] = {}
         for line in lines:
             cells.setdefault((label_of(line), line.budget), []).append(line)
-        whole = [_overall(mine) for mine in cells.values() if {line.benchmark for line in mine} >= set(tasks)]
+        wanted = max((_examples(line) for line in every), key=len) if len(tasks) == 1 else None
+        measured = [mine for mine in cells.values() if {line.benchmark for line in mine} >= set(tasks)]
+        needed = wanted or set().union(*(_examples(line) for line in every))
+        whole = [_overall(mine) for mine in measured if set().union(*map(_examples, mine)) >= needed]
         if whole:
             made.append(Family(*where, tasks, tuple(sorted(whole, key=_order))))
     return made
+
+
+def _examples(line: Line) -> set[Example]:
+    return {(line.benchmark, example) for example in line.values}
 
 
 def _order(cell: Overall) -> tuple[object, ...]:
@@ -88,7 +100,8 @@ def _overall(lines: Sequence[Line]) -> Overall:
     means = mean_of_means([np.array(list(line.values.values())) for line in lines])
     score = means if len(lines) > 1 else lines[0].score or means
     compressed = any(line.compressed for line in lines)
-    return Overall(label_of(lines[0]), lines[0].budget, share, score, all(line.own for line in lines), values, compressed)
+    own, lower = all(line.own for line in lines), lines[0].lower_is_better
+    return Overall(label_of(lines[0]), lines[0].budget, share, score, own, values, compressed, lower)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -47,14 +48,12 @@ class Line:
     own: bool = True  # a task that the embedded model can do
     p: float | None = None  # of the difference to full, by Holm over the panel's methods at this budget
     values: Mapping[Example, float] = field(default_factory=dict)  # the main metric by example
+    asked_for: str = ""  # what else was asked: parameters, data, lengths; not the weights
+    lower_is_better: bool = False
 
     @property
     def is_full(self) -> bool:
         return self.method.startswith("full@")
-
-    @property
-    def lower_is_better(self) -> bool:
-        return self.metric in LOWER_IS_BETTER
 
     @property
     def differs(self) -> bool:
@@ -66,21 +65,40 @@ class Line:
         return (self.model, self.benchmark, self.prompt, self.protocol)
 
 
-def lines(records: Iterable[Record], ratings: Mapping[str, float] | None = None) -> list[Line]:
+def lines(
+    records: Iterable[Record], ratings: Mapping[str, float] | None = None, lower: Collection[str] = LOWER_IS_BETTER
+) -> list[Line]:
     """One line a cell of the suite, in the order: model, benchmark, protocol, method, budget.
+
+    What would bear the same name but is not the same (another version, other head scores, another text of a plugin) is told apart
+    by a mark behind the name, `mine#1a2b`.
 
     Args:
         ratings: a judge's, by row id.
+        lower: metrics of which less is better.
     """
     groups: dict[Where, list[Record]] = {}
     for record in records:
         key = record.key
         asked = f"{key.revision} {key.benchmark_params} {key.data} {key.max_new_tokens} {key.fidelity}"  # not shown
         method = (key.method, key.params, key.budget)  # `asked` and the parameters tell apart, but are not shown
-        where = (key.model, benchmark_of(record), key.prompt, _protocol(key), asked, *method)
+        where = (key.model, benchmark_of(record), key.prompt, protocol_of(key), asked, *method)
         groups.setdefault(where, []).append(record)
     found = [_line(where, groups[where], _full(where, groups), ratings or {}) for where in sorted(groups, key=_order)]
-    return _corrected(found)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for number, line in enumerate(found):
+        alike.setdefault((line.panel, line.method.split("@")[0], line.budget), []).append(number)
+    names = {(found[n].panel[0], found[n].method.split("@")[0]) for same in alike.values() if len(same) > 1 for n in same}
+    found = [_told_apart(line, where) if (line.model, line.method.split("@")[0]) in names else line
+             for line, where in zip(found, sorted(groups, key=_order), strict=True)]  # fmt: skip
+    return _corrected([replace(line, lower_is_better=line.metric in lower) for line in found])
+
+
+def _told_apart(line: Line, where: Where) -> Line:
+    asked, method, params = where[4], where[5], where[6]
+    name, _, version = method.partition("@")
+    mark = hashlib.sha256(f"{asked.split(' ', 1)[0]} {method} {params}".encode()).hexdigest()[:4]
+    return replace(line, method=f"{name}#{mark}@{version}")
 
 
 def _corrected(found: Sequence[Line]) -> list[Line]:
@@ -95,7 +113,7 @@ def _corrected(found: Sequence[Line]) -> list[Line]:
     return [replace(line, p=corrected.get(number)) for number, line in enumerate(found)]
 
 
-def _protocol(key: Key) -> str:
+def protocol_of(key: Key) -> str:
     """What of the protocol is no column of its own, in words."""
     routing = f"prefill routed by {key.routing.replace('_', ' ')}" if key.routing else ""
     sampled = f"sampled at temperature {key.temperature:g}" if key.temperature else "greedy"
@@ -157,6 +175,7 @@ def _line(where: Where, records: Sequence[Record], full: Sequence[Record], ratin
         judge=_estimate(ratings[record.key.id] for record in done if record.key.id in ratings),
         asked=float(np.mean([record.entries_asked for record in done])) if done else None,
         values=scores,
+        asked_for=" ".join(where[4].split(" ")[1:]),
         own=records[0].key.benchmark.partition("@")[0].partition("(")[0] in OWN,
     )
 
@@ -195,7 +214,7 @@ def _share(records: Sequence[Record], count: str) -> float | None:
 
 
 ESTIMATES = ("score", "score_difference", "kl", "top1", "loss", "judge")
-NOT_A_COLUMN = ("values",)
+NOT_A_COLUMN = ("values", "asked_for", "lower_is_better")
 
 
 def frame(found: Sequence[Line]) -> pd.DataFrame:

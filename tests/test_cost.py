@@ -155,7 +155,8 @@ def test_floors_by_hand() -> None:
     found = floors(
         {"weights": 4000, "bytes_kept": 1000}, {"bandwidth": 100.0, "flops": 10.0}, model, replace(CELL, context=10, batch=2)
     )
-    products = 2 * 1000 * 10 + 4 * 3 * 55 * 4 * 16
+    head = net.get_output_embeddings().weight.numel()
+    products = 2 * ((1000 - head) * 10 + head) + 4 * 3 * 55 * 4 * 16
     assert found == pytest.approx({"token_floor": 50.0, "prefill_floor": 2 * products / 10})
 
 
@@ -194,7 +195,7 @@ def test_a_cost_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     before = (tmp_path / "cost" / "rows.jsonl").read_bytes()
     assert call(*asked) == 0 and (tmp_path / "cost" / "rows.jsonl").read_bytes() == before, "a finished cell ran again"
     text = (tmp_path / "report" / "scores.md").read_text()
-    assert "## Latency, random:tiny-llama, float32, cpu" in text and "## Memory, random:tiny-llama" in text
+    assert "## Latency, random:tiny-llama, float32, cpu, " in text and "## Memory, random:tiny-llama" in text
     assert list((tmp_path / "report" / "plots").glob("cost_*.png"))
     for wrong, said in (
         (("--contexts", "x"), "--contexts 'x' must be whole numbers"),
@@ -214,6 +215,17 @@ def test_every_round_runs_every_cell_once() -> None:
         2
     ] * 8
     assert not set(COST_SUITES) & set(SUITES)
+
+
+def test_rounds_of_another_environment_or_length_are_no_rounds_of_this() -> None:
+    lap = {"phases": {"prefill": 1.0}, "first_token": 1.0, "token": 1.0, "p10": 1.0, "p90": 1.0}
+    lap |= {"token_floor": 0.5, "prefill_floor": 0.5, "bandwidth": 1e9, "flops": 1e9, "status": "ok", "reason": None}
+    rows = [{"id": str(n), "cell": asdict(CELL), "env": "e", **lap} for n in range(2)]
+    rows.append({"id": "2", "cell": asdict(CELL), "env": "other", **lap, "token": 9.0})
+    rows.append({"id": "3", "cell": asdict(replace(CELL, threads=16)), "env": "e", **lap, "token": 9.0})
+    rows.append({"id": "4", "cell": asdict(replace(CELL, new_tokens=99)), "env": "e", **lap, "token": 9.0})
+    rows.append({"id": "5", "cell": asdict(CELL), "env": "e", "sources": ["another text"], **lap, "token": 9.0})
+    assert sorted(cost.token_ms for cost in costs(rows) if cost.token_ms) == [1000, 9000, 9000, 9000, 9000]
 
 
 def test_tables_say_what_was_not_measured() -> None:

@@ -73,6 +73,12 @@ def test_an_example_runs_as_it_is(
     assert not any("mine" in table for table in (METHODS, BENCHMARKS, CONVERSIONS)), "nothing stays plugged in"
 
 
+def test_a_method_may_protect_many(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text((EXAMPLES / "method.py").read_text().replace("window: int = 8", "window: int = 64"))
+    assert call("check", str(path)) == 0
+
+
 @pytest.mark.parametrize("body", list(BROKEN))
 def test_what_breaks_the_contract_is_told_in_one_line(body: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "mine.py"

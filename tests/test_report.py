@@ -217,8 +217,40 @@ def test_longbench_e_is_told_by_length() -> None:
             key = replace(KEY, benchmark=f"longbench_{task}_e@1", example=example, data="sha")
             rows.append(replace(_row(key, score, 1.0), columns={"words": words}))
     (table,) = length_tables(rows)
-    assert [cell.text for cell in table.rows[0]] == ["reference", "question_in", "full", "-", "25.00", "-", "55.00"]
+    model, *rest = [cell.text for cell in table.rows[0]]
+    assert model.startswith("reference, raw prompt") and rest == ["question_in", "full", "-", "25.00", "-", "55.00"]
     assert length_tables(made_rows()) == []
+
+
+def test_what_bears_a_name_but_is_not_the_same_is_told_apart() -> None:
+    rows = made_rows()
+    for mark, score in (("aaaa", 1.0), ("bbbb", 0.0)):
+        for task in RIGHT:
+            key = replace(KEY, benchmark=f"{task}@1", method=f"mine@1+{mark}", budget="32")
+            rows += [_row(replace(key, example=example), score, 0.0625) for example in range(8)]
+    found = lines(rows)
+    mine = {line.method: line.score.mean for line in found if line.method.startswith("mine") and line.score}
+    assert sorted(mine.values()) == [0.0, 1.0] and all("#" in name for name in mine)
+    (family,) = [family for family in families(found) if len(family.tasks) == 2]
+    assert sorted(cell.score.mean for cell in family.cells if cell.label.startswith("mine")) == [0.0, 1.0]
+    assert not any("#" in line.method for line in lines(made_rows()))
+
+
+def test_the_direction_of_a_metric_is_its_own(tmp_path: Path) -> None:
+    rows = [replace(row, metrics={"errors": row.metrics["exact"]}) if row.metrics else row for row in made_rows()]
+    out = stored(tmp_path / "errors", rows)
+    write_report(out)
+    assert "headkv_r2 has the best mean" in (out / "report" / "scores.md").read_text()
+    (out / "metrics").mkdir()
+    (out / "metrics" / "recall.json").write_text('{"metrics": {"errors": false}}')
+    write_report(out)
+    assert "At 32 entries a head (6.2% of the bytes), h2o has the best mean, 0" in (out / "report" / "scores.md").read_text()
+
+
+def test_a_mean_needs_every_example_that_full_has() -> None:
+    rows = [row for row in made_rows() if not (row.key.method == "headkv_r2@1" and row.key.example > 1)]
+    (family,) = [family for family in families(lines(rows)) if len(family.tasks) == 2]
+    assert "headkv_r2" not in {cell.label for cell in family.cells}
 
 
 def test_every_form_escapes() -> None:
