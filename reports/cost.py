@@ -170,7 +170,10 @@ def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
             _bars(axes, mine)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
         figure.suptitle(", ".join(panel), fontsize=10)
-        path = folder / f"cost_{slug('_'.join(panel))}.png"
+        name = f"cost_{slug('_'.join(panel[:3]))}"
+        path = folder / f"{name}.png"
+        if path in paths:  # another environment or number of threads
+            path = folder / f"{name}_{len(paths) + 1}.png"
         figure.savefig(path, dpi=150)
         paths.append(path)
     return paths
