@@ -178,11 +178,9 @@ def length_tables(records: Iterable[Record]) -> list[Table]:
     if not found:
         return []
     rows = []
-    for where, buckets in sorted(
-        found.items(), key=lambda item: (item[0][:2], not item[0][2].startswith("full@"), item[0][2], _size(item[0][3]))
-    ):
-        means = [_mean_of_tasks(buckets.get(label, {})) for label, _ in BUCKETS]
-        asked = words(where[0], where[1], where[2].split("@")[0], where[3] or "-")
+    for at in sorted(found, key=lambda at: (at[:2], not at[2].startswith("full@"), at[2], _size(at[3]))):
+        means = [_mean_of_tasks(found[at].get(label, {})) for label, _ in BUCKETS]
+        asked = words(at[0], at[1], at[2].split("@")[0], at[3] or "-")
         rows.append((*asked, *(Cell("-" if mean is None else f"{mean:.2f}", mean) for mean in means)))
     header = ("model", "prompt", "method", "budget", *(label for label, _ in BUCKETS))
     return [Table("LongBench-E by length", header, tuple(rows), ("Means of task means, by the words of the text.",))]
