@@ -159,7 +159,7 @@ def _bytes(value: float) -> Cell:
 
 def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
     """Milliseconds a token and peaks against the context, a line a method and budget, the floor beneath each."""
-    paths = []
+    paths: list[Path] = []
     for panel in dict.fromkeys(cost.panel for cost in found):
         mine = [cost for cost in found if cost.panel == panel and cost.batch == min(c.batch for c in found if c.panel == panel)]
         figure = Figure(figsize=(13.2, 4.4), layout="constrained")
