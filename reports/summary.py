@@ -11,6 +11,7 @@ from reports.statistics import Estimate, holm, mean_of_means, sign_flip_p
 from reports.style import order_of
 from reports.tables import SIGNIFICANT, Line, label_of
 
+MANY = 6  # equals that are still named one by one
 FEW = 3  # methods that are named, where all of them are meant
 AS_MANY = 0.03  # by how much the bytes of equal caches may differ
 
@@ -184,7 +185,8 @@ def sentence(verdict: Verdict) -> str:
     budget = f"{verdict.budget} of the bytes" if verdict.budget.endswith("%") else f"{verdict.budget} entries a head"
     share = "" if verdict.budget.endswith("%") else f" ({verdict.byte_share:.1%} of the bytes)"
     has = "has the best mean" if len(best) == 1 else "share the best mean"
-    return f"At {budget}{share}, {_listed(best)} {has}, {best[0].score.mean:.3g}: {'; '.join(parts)}."
+    who = _listed(best) if len(best) <= MANY else f"{len(best)} methods, {_listed(best[:FEW])} among them,"
+    return f"At {budget}{share}, {who} {has}, {best[0].score.mean:.3g}: {'; '.join(parts)}."
 
 
 def _listed(cells: Sequence[Overall]) -> str:
