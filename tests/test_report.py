@@ -268,7 +268,14 @@ def browser() -> Any:
     if program is None:
         pytest.skip("no Chromium is installed")
     with playwright.sync_playwright() as tools:
-        quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
+        quiet = [
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--disable-background-networking",
+            "--no-first-run",
+            "--disable-sync",
+        ]
         opened = tools.chromium.launch(executable_path=program, args=quiet)
         yield opened
         opened.close()
