@@ -31,6 +31,7 @@ from benchmarks.data import BadData, Data
 LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 MATTERS = ("output_type", "metric_list", "filter_list", "generation_kwargs", "num_fewshot", "repeats", "metadata")  # of a config
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of the same setting
+FEWSHOT_SEED = 1234  # as lm-eval sets it
 NEW_TOKENS = 256  # of an answer, where a task does not say
 
 
@@ -176,6 +177,7 @@ def _open(name: str, fewshot: int, data_dir: Path | None) -> Opened:
             f"lm_eval:{name} has output type {task.OUTPUT_TYPE!r}; {', '.join(LIKELIHOODS)} and generate_until are known"
         )
     _check(task, f"lm_eval:{name}" if local is None else str(local))
+    task.set_fewshot_seed(FEWSHOT_SEED)  # else the worked examples are other ones each time
     with _quiet():
         task.build_all_requests(limit=None, rank=0, world_size=1)
     requests: dict[int, list[Any]] = {}
