@@ -1,8 +1,9 @@
 """Answers of many cells at once, and how close each stays to the full cache.
 
 The cells of one prompt are the model's batch. They often say the same, and a small cache often repeats itself, so each step
-may carry drafts: the tokens that followed the same two tokens in any cell of this prompt. A draft counts only where it is
-what the model itself says next; the rest is taken back. What a cell answers is thus what it would answer alone.
+may carry drafts: the tokens that followed the same last tokens earlier in this cell's answer, or else in the prompt or in
+any other cell's. A draft counts only where it is what the model itself says next; the rest is taken back. What a cell
+answers is thus what it would answer alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from harness.model import Model
 from harness.rows import Counts, RowCache
 
-MOST_DRAFTS = 7
+MOST_DRAFTS = 15
 NOISE_KEPT = 64  # places of an answer whose noise is kept for the other cells
 TAIL = 8  # tokens that are looked at for a stop text, beyond those that its letters can take
 FORCED_NUMBERS = 2**26  # logits held at once by the forced pass
@@ -88,6 +89,34 @@ class Likelihood:
 
 
 @dataclass
+class Drafts:
+    """Which token came last after which `longest` tokens, or else after which fewer."""
+
+    longest: int = 2
+    after: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def learn(self, tokens: Sequence[int], start: int = 1) -> None:
+        """From the tokens at `start` and behind."""
+        for place in range(max(start, 1), len(tokens)):
+            for length in range(1, min(self.longest, place) + 1):
+                self.after[tuple(tokens[place - length : place])] = tokens[place]
+
+
+def propose(tokens: Sequence[int], count: int, *sources: Drafts) -> list[int]:
+    """At most `count` tokens that may follow: what followed the most last tokens, in the first source that knows it."""
+    longest = max(source.longest for source in sources)
+    said = list(tokens[-longest:])
+    kept = len(said)
+    while len(said) < kept + count:
+        lasts = (tuple(said[-length:]) for length in range(min(longest, len(said)), 0, -1))
+        known = next((source.after[last] for last in lasts for source in sources if last in source.after), None)
+        if known is None:
+            break
+        said.append(known)
+    return said[kept:]
+
+
+@dataclass
 class Answer:
     """What one cell has said so far, or how likely it found what it was asked about."""
 
@@ -96,11 +125,12 @@ class Answer:
     end: Counts | None = None  # what the cell held when it had ended
     width: int = 0  # drafts of the next step at most
     likelihoods: dict[int, Likelihood] = field(default_factory=dict)  # by request
+    own: Drafts = field(default_factory=lambda: Drafts(longest=3))  # what it said itself
 
     def adapt(self, offered: int, accepted: int) -> None:
         """Wider while drafts hold, narrower when they do not. Depends on tokens only, never on time."""
         if accepted == offered > 0:
-            self.width = min(MOST_DRAFTS, 2 * self.width + 1)
+            self.width = min(MOST_DRAFTS, 4 * self.width + 3)
         elif accepted < 0.4 * offered:
             self.width //= 2
 
@@ -109,28 +139,6 @@ class Answer:
             if self.stop_reason is None:
                 self.tokens.append(token)
                 self.stop_reason = stop.reason(self.tokens)
-
-
-@dataclass
-class Drafts:
-    """Which token came after which two, or else after which one, last seen anywhere among the cells of one prompt."""
-
-    after: dict[tuple[int, ...], int] = field(default_factory=dict)
-
-    def learn(self, tokens: Sequence[int]) -> None:
-        for place in range(1, len(tokens)):
-            self.after[tokens[place - 1],] = tokens[place]
-            if place > 1:
-                self.after[tokens[place - 2], tokens[place - 1]] = tokens[place]
-
-    def propose(self, tokens: Sequence[int], count: int) -> list[int]:
-        """At most `count` tokens that may follow."""
-        last = tuple(tokens[-2:])
-        drafted: list[int] = []
-        while len(drafted) < count and (c := self.after.get(last, self.after.get(last[-1:]))) is not None:
-            drafted.append(c)
-            last = (last[-1], c)
-        return drafted
 
 
 def generate(
@@ -148,7 +156,7 @@ def generate(
 
     Args:
         first: of each cell, the token that follows the prompt.
-        drafts: what the prompt's earlier cells have said; learns from these.
+        drafts: the prompt, and what its earlier cells have said; learns from these.
     """
     answers = [Answer([]) for _ in first]
     for answer, token in zip(answers, first, strict=True):
@@ -181,7 +189,7 @@ def _step(
     chooser: Chooser,
 ) -> None:
     """One pass of the model: every cell's last token, with its drafts behind it."""
-    guesses = [drafts.propose(a.tokens, min(max(a.width, 1), stop.most - len(a.tokens) - 1)) for a in answers]
+    guesses = [propose(a.tokens, min(max(a.width, 1), stop.most - len(a.tokens) - 1), a.own, drafts) for a in answers]
     pieces = [[answer.tokens[-1], *guess[: answer.width]] for answer, guess in zip(answers, guesses, strict=True)]
     places = [len(answer.tokens) + n for answer, piece in zip(answers, pieces, strict=True) for n in range(len(piece))]
     said = iter(chooser.choose(model.decode_ragged(cache, pieces), places))
@@ -193,7 +201,8 @@ def _step(
         before = len(answer.tokens)
         answer.add(spoken[: taken + 1], stop)
         taken = len(answer.tokens) - before - 1  # drafts behind an end are no part of the answer
-        drafts.learn(answer.tokens[-(taken + 3) :])
+        for source in (answer.own, drafts):
+            source.learn(answer.tokens, before)
         answer.adapt(len(guess), right)  # at width 0 the guess is made but not run: it says when to begin
         taken_back.append(len(piece) - 1 - taken)
     cache.crop(taken_back)

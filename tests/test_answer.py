@@ -7,7 +7,7 @@ import torch
 from conftest import network, read, tiny, tokens
 
 import harness.answer
-from harness.answer import Answer, Chooser, Drafts, FullAnswer, Stop, forced, generate
+from harness.answer import Answer, Chooser, Drafts, FullAnswer, Stop, forced, generate, propose
 from harness.cache import keep_all
 from harness.rows import compact
 from methods import METHODS
@@ -24,7 +24,7 @@ def plain_greedy(family: str, ids: torch.Tensor, count: int) -> list[int]:
     return ids[-count:].tolist()
 
 
-@pytest.mark.parametrize("most_drafts", [0, 1, 7])
+@pytest.mark.parametrize("most_drafts", [0, 1, 15])
 def test_answers_are_the_models_own_whatever_is_drafted(family: str, most_drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.answer, "MOST_DRAFTS", most_drafts)
     ids = tokens(30, seed=6)
@@ -90,10 +90,21 @@ def test_an_answer_takes_nothing_behind_its_end() -> None:
 def test_drafts_follow_two_tokens_or_else_one() -> None:
     drafts = Drafts()
     drafts.learn([1, 2, 3, 1, 2, 4])
-    assert drafts.propose([1, 2], 1) == [4]
-    assert drafts.propose([3, 1], 3) == [2, 4]
-    assert drafts.propose([9, 3], 2) == [1, 2]
-    assert drafts.propose([7], 2) == []
+    assert propose([1, 2], 1, drafts) == [4]
+    assert propose([3, 1], 3, drafts) == [2, 4]
+    assert propose([9, 3], 2, drafts) == [1, 2]
+    assert propose([7], 2, drafts) == []
+    drafts.learn([9, 9, 3, 5], start=3)
+    assert propose([9, 3], 1, drafts) == [5] and propose([9], 1, drafts) == []
+
+
+def test_a_cell_repeats_itself_rather_than_others() -> None:
+    own, others = Drafts(longest=3), Drafts()
+    own.learn([1, 2, 3, 1, 2, 4, 2, 3])
+    others.learn([2, 3, 8, 5])
+    assert propose([1, 2, 3], 1, own, others) == [1]
+    assert propose([4, 2, 3], 1, own, others) == [1]  # nothing follows these three, but these two
+    assert propose([3, 8], 2, own, others) == [5]
 
 
 @pytest.mark.parametrize("numbers", [2**26, 97 * 2 * 3, 1])
