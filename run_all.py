@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     for name, about in (("run", "run a suite and write its report"), ("plan", "what `run` would do; runs nothing")):
         _add_request(commands.add_parser(name, help=about, description=about))
     listing = commands.add_parser("list", help="what there is", description="what there is")
-    listing.add_argument("what", choices=("methods", "conversions", "benchmarks", "suites", "models", "papers"))
+    listing.add_argument("what", choices=("methods", "conversions", "recipes", "benchmarks", "suites", "models", "papers"))
     listing.add_argument("--json", action="store_true", help="as JSON")
     _add_plugin(listing)
     about = "estimate head scores for HeadKV, and draw them"
@@ -139,16 +139,19 @@ def _add_importance(command: argparse.ArgumentParser) -> None:
 def _add_train(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_model(command)
-    add("--conversion", required=True, help="gqa, mqa, mixsga, or a plugin's; none trains the model as it is: the control")
+    add("--conversion", required=True, help="gqa, mqa, mixsga, cla, or a plugin's; none trains the model as it is: the control")
+    add("--recipe", help="mixsga-sft or mixsga-pretrain: the paper's data, rates and length; options below change it")
     add("--groups", type=int, help="KV heads merged into one by gqa")
+    add("--percent", type=int, help="of the layers that cla stores: 50 for half")
     add("--ratios", help="of mixSGA's experts, which keep every head, half, a quarter, ...: 3:1:6")
     add("--ablation", help="gqa, mqa: first or random heads instead of means; mixsga: a random router")
     add("--text", type=Path, help="file or folder of .txt to heal on")
     add("--instruct", type=Path, help=".jsonl with prompt and output to heal on; only outputs are trained on")
-    add("--data-dir", type=Path, help="for the embedded model's own documents: folder with lm/books (default: without books)")
-    add("--length", type=int, default=1024, help="tokens of a row of text (default: %(default)s)")
-    add("--rows", type=int, default=4, help="of a batch of text (default: %(default)s)")
-    add("--steps", type=int, help="(default: 400, the embedded model 600)")
+    add("--data-dir", type=Path, help="folder with the recipe's data; for the embedded model, with lm/books")
+    add("--length", type=int, help="tokens of a row of text (default: 1,024, or the recipe's)")
+    add("--rows", type=int, help="of a batch of text (default: 4, or the recipe's)")
+    add("--epochs", type=float, help="times through the recipe's data (default: the recipe's)")
+    add("--steps", type=int, help="(default: 400, the embedded model 600, a recipe's epochs)")
     add("--lr", type=float, help="(default: 1e-3, the embedded model 3e-3)")
     add("--optimizer", choices=("adamw", "muon"), help="muon: for matrices, AdamW for the rest (default: adamw)")
     add("--router-lr", type=float, help="of mixSGA's routers (default: 1e-2)")
@@ -158,6 +161,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     add("--alpha", type=float, help="weight of mixSGA's consistency loss (default: 0.1)")
     add("--router-loss", choices=("logits", "sigmoid"), help="what its cross-entropy acts on (default: logits)")
     add("--checkpointing", action="store_true", default=None, help="of activations: less memory, more time")
+    add("--shard-weights", action="store_true", help="with several processes: each holds a part of the weights (FSDP2)")
     add("--save-every", type=int, help="steps between checkpoints (default: 100)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--save-dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of saved weights (default: %(default)s)")
@@ -263,7 +267,7 @@ def _plan_line(plan: dict[str, Any]) -> str:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from harness.request import listing
+    from harness.listing import listing
 
     found = listing(options.what)
     wide = max(len(name) for name in found)
@@ -303,12 +307,16 @@ def _importance(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from harness.request import train_request
+    from harness.train_request import train_request
     from reports.training import loss_picture
 
-    about, out = train_request(options)
+    done = train_request(options)
+    if done is None:  # not the first of several processes
+        return 0
+    about, out = done
     loss_picture(about.results["losses"], about.name, out / "loss.png")
-    print(f"{about.name}: {about.results['tokens']} tokens in {about.results['seconds']:.0f} s")
+    share = f"{about.results['kv_share']:.1%} of the parent's cache"
+    print(f"{about.name}: {about.results['tokens']} tokens in {about.results['seconds']:.0f} s; {share}")
     if "agreement" in about.results:
         shares = ", ".join(f"{share:.1%}" for share in about.results["decode_shares"])
         print(f"argmax agrees with expert choice on {about.results['agreement']:.1%} of held-out tokens; its shares: {shares}")

@@ -158,7 +158,7 @@ def lines(data: bytes, where: Path | str) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def _checked(source: Source, data: bytes, shown: str, where: Path | str) -> Data:
-    rows = _parquet(data, where) if shown.endswith(".parquet") else lines(data, where)
+    rows = parquet(data, where) if shown.endswith(".parquet") else lines(data, where)
     found = []
     for number, row in rows:
         missing = [field for field in source.fields if field not in row]
@@ -172,7 +172,7 @@ def _checked(source: Source, data: bytes, shown: str, where: Path | str) -> Data
     return Data(tuple(found), hashlib.sha256(data).hexdigest(), shown, source.licence)
 
 
-def _parquet(data: bytes, where: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
+def parquet(data: bytes, where: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
     import pandas as pd
 
     try:

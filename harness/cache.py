@@ -132,7 +132,11 @@ class Stripe:
 
 @dataclass(frozen=True)
 class LayerKV:
-    """One layer of a prefill, as its scorers see it. Nobody writes to these tensors."""
+    """One layer of a prefill, as its scorers see it. Nobody writes to these tensors.
+
+    Where several layers of the model read it (CLA), Hq and G are those of all of them: the G query heads of a stored head are
+    the first layer's, then the second's, ...
+    """
 
     index: int
     tokens: int  # T
@@ -145,6 +149,7 @@ class LayerKV:
     softcap: float | None = None
     window: int | None = None
     query_heads: int = 0
+    readers: int = 1  # layers of the model that read it
     prompt: int = 0  # a checksum of the prompt's ids, for what is drawn by lot
 
     @property

@@ -263,7 +263,8 @@ def _scores_every_metric(task: Task) -> str | None:
 
 
 def _converts_and_decodes(conversion: Conversion) -> str | None:
-    made = conversion.make((2,) if conversion.numbers == "groups" else (3, 1) if conversion.numbers else (), "")
+    examples = {"": (), "groups": (2,), "percent": (50,), "ratios": (3, 1)}
+    made = conversion.make(examples.get(conversion.numbers, (2,)), "")
     for which in MODELS:
         model = _model(which)
         parent = shape_of(model.network)
@@ -275,7 +276,7 @@ def _converts_and_decodes(conversion: Conversion) -> str | None:
         ids = torch.randint(3, 250, (TOKENS,), generator=torch.Generator().manual_seed(1))
         prefill = variant.prefill(ids[:-4], Needs())[0]
         cache = compact(prefill, [keep_all(prefill)], 8)
-        kept, share = cache.counts()[0].bytes_kept, made.share(parent.kv_heads)
+        kept, share = cache.counts()[0].bytes_kept, made.share(parent)
         wanted = share * parent.full_entries(TOKENS - 4) * parent.entry_bytes()
         if parent.windows[0] is None and abs(kept - wanted) > 0.03 * wanted + 64:
             return f"{which}: the cache holds {kept} bytes, `share` promises {wanted:.0f}"

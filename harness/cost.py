@@ -252,7 +252,7 @@ def floors(sizes: dict[str, int], rate: dict[str, float], model: Model, cell: Co
     head = model.network.get_output_embeddings().weight.numel()  # only the last token's logits are made
     parameters = sizes["weights"] / model.network.dtype.itemsize - head
     shape = model.shape
-    pairs = sum(_pairs(cell.context, window) for window in shape.windows)
+    pairs = sum(_pairs(cell.context, window) for window in model.parent_shape.windows)  # every layer attends, stored or not
     products = 2 * (parameters * cell.context + head) + 4 * pairs * shape.query_heads * shape.head_dim
     return {"token_floor": token, "prefill_floor": cell.batch * products / rate["flops"]}
 

@@ -103,7 +103,7 @@ def handles(network: PreTrainedModel) -> list[Handle]:
     found = [module for module in network.modules() if hasattr(module, wanted)]
     if len(found) != config.num_hidden_layers:
         raise CannotConvert(f"{len(found)} attention layers were found in {config.num_hidden_layers} layers")
-    if any(hasattr(module, "kv_grouping") for module in found):
+    if wrapped(network):
         raise CannotConvert("the model is converted already: convert its parent")
     return [Handle(number, module, layout, query_heads, kv_heads, head_dim) for number, module in enumerate(found)]
 
@@ -283,7 +283,7 @@ def wrap(handle: Handle, grouping: Grouping) -> None:
 
 def wrapped(network: nn.Module) -> bool:
     """Is it more than an ordinary model of its family?"""
-    return bool(groupings(network))
+    return any(hasattr(module, mark) for module in network.modules() for mark in ("kv_grouping", "kv_place"))
 
 
 def groupings(network: nn.Module) -> list[Grouping]:

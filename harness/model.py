@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from harness.attention import attend, probabilities
 from harness.cache import Arena, ModelShape, Needs, Prefill, Routing
 from harness.families import groupings, routers
+from harness.layer_sharing import Place, places
 from harness.observe import AttentionSettings, Observer
 from harness.rows import RowCache, Step
 
@@ -55,11 +56,14 @@ class DecodePass:
     watch: Watch | None = None
     layers_run: int = 0
 
-    def attention(self, index: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+    def attention(
+        self, index: int, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+    ) -> Tensor:
         """query: [Hq, N, D]; key, value: [H, N, D]. Gives [Hq, N, D]."""
-        layer = self.cache.layers[index]
-        experts = None if settings.experts is None else settings.experts.cpu().numpy()
-        layer.append(key, value, self.step, experts)
+        layer = self.cache.layers[place.cache_layer]
+        if place.writes:
+            experts = None if settings.experts is None else settings.experts.cpu().numpy()
+            layer.append(key, value, self.step, experts)
         self.layers_run += 1
         if self.watch:
             self.watch(index, probabilities(layer, query, self.step, settings.scaling, settings.softcap))
@@ -99,8 +103,10 @@ class Model:
                 f"model {name!r} turns its keys by an angle that depends on the prompt's length ({' or '.join(LENGTH_DEPENDENT)} "
                 "RoPE): keys kept from before would not match those that come later"
             )
-        self.shape = shape_of(network)
-        self.parent_shape = parent_shape or self.shape
+        whole = shape_of(network)
+        self.depth = whole.layers  # that attend; those that store may be fewer
+        self.shape = stored_shape(network, whole)
+        self.parent_shape = parent_shape or whole
         self.routers = routers(network)
         widest = max((max(grouping.groups) for grouping in groupings(network)), default=1)
         self.least_shape = replace(self.shape, kv_heads=self.shape.kv_heads // widest)  # rows that no token has fewer of
@@ -142,12 +148,12 @@ class Model:
             scored: what follows each of the last so many tokens is to be scored: their logits are kept.
         """
         checksum = zlib.crc32(ids.to(device="cpu", dtype=torch.int64).numpy().tobytes())
-        observer = Observer(self.shape, needs, arena or Arena(), checksum, all_outputs=scored > 0)
+        observer = Observer(self.shape, needs, arena or Arena(), checksum, self.depth, all_outputs=scored > 0)
         self._route(routing)
         logits = self._forward(ids[None], torch.arange(len(ids), device=ids.device)[None], observer, max(1, scored))
-        if [layer.index for layer in observer.layers] != list(range(self.shape.layers)):
+        if observer.reached != list(range(self.depth)) or len(observer.layers) != self.shape.layers:
             raise UnsupportedModel(
-                f"attention of model {self.name!r} was reached in {len(observer.layers)} of {self.shape.layers} layers"
+                f"attention of model {self.name!r} was reached in {len(observer.reached)} of {self.depth} layers"
             )
         tail = logits[0] if scored else None
         prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), tuple(observer.stripes), self.shape, tail)
@@ -175,7 +181,7 @@ class Model:
         work = DecodePass(cache, cache.step(counts), watch)
         positions = torch.as_tensor(work.step.positions, device=ids.device)[None]
         logits = self._forward(ids[None], positions, work, keep)
-        if work.layers_run != self.shape.layers:
+        if work.layers_run != self.depth:
             raise UnsupportedModel(f"attention of model {self.name!r} ran in {work.layers_run} layers while decoding")
         cache.seen = cache.seen + work.step.counts
         return logits[0]
@@ -218,6 +224,14 @@ def shape_of(network: PreTrainedModel) -> ModelShape:
     )
 
 
+def stored_shape(network: PreTrainedModel, whole: ModelShape) -> ModelShape:
+    """The shape of what is cached: a layer for each that writes."""
+    writers = [layer for layer, place in enumerate(places(network)) if place.writes]
+    if not writers:
+        return whole
+    return replace(whole, layers=len(writers), windows=tuple(whole.windows[layer] for layer in writers))
+
+
 def register(base: str) -> str:
     """The attention over rows, with `base` of transformers for prefills. Its masks are `base`'s."""
     name = f"rows_over_{base}"
@@ -233,13 +247,14 @@ def register(base: str) -> str:
         grouped = (grouping.groups, None if grouping.assigned is None else grouping.assigned[0]) if grouping else ((1,), None)
         seen = AttentionSettings(settings["scaling"], settings.get("softcap"), settings.get("sliding_window"), *grouped)
         index: int = module.layer_idx  # type: ignore[assignment]
+        place: Place = getattr(module, "kv_place", None) or Place(index, writes=True)
         if isinstance(rows_pass, DecodePass):
-            return rows_pass.attention(index, query[0], key[0], value[0], seen).transpose(0, 1).contiguous()[None], None
+            return rows_pass.attention(index, place, query[0], key[0], value[0], seen).transpose(0, 1).contiguous()[None], None
         official = _official(base, module)
         if rows_pass is None:
             return official(module, query, key, value, mask, **settings)
-        rows_pass.see(index, query[0], key[0], value[0], seen)
-        if index < rows_pass.shape.layers - 1 or rows_pass.all_outputs:
+        rows_pass.see(index, place, query[0], key[0], value[0], seen)
+        if index < rows_pass.depth - 1 or rows_pass.all_outputs:
             return official(module, query, key, value, mask, **settings)
         # of the last layer nobody reads more than the last token's output
         last_mask = None if mask is None else mask[..., -1:, :]

@@ -5,12 +5,13 @@ Observing is a pass of its own over tensors that attention was given: it never c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from harness.cache import Arena, LayerKV, ModelShape, Needs, Stripe
+from harness.layer_sharing import Place
 from harness.measure import Lap, stopwatch
 
 # Numbers of one block of logits: bounds the memory of the column sums. On a CPU a block that stays in its cache is nine times
@@ -21,19 +22,21 @@ GPU_BLOCK_LOGITS = 2**25
 
 @dataclass
 class Observer:
-    """Collects one `LayerKV` a layer, in the order in which the model runs them."""
+    """Collects one `LayerKV` a stored layer, in the order in which the model runs them."""
 
     shape: ModelShape
     needs: Needs
     arena: Arena = field(default_factory=Arena)
     prompt: int = 0  # checksum of the ids
+    depth: int = 0  # layers that attend; `shape` counts those that store
     all_outputs: bool = False  # every token's logits are wanted, not the last one's alone
+    reached: list[int] = field(default_factory=list)  # layers that attended so far
     layers: list[LayerKV] = field(default_factory=list)
     stripes: list[tuple[Stripe, ...]] = field(default_factory=list)  # of each layer
     lap: Lap = field(default_factory=Lap)
     sums: Lap = field(default_factory=Lap)  # of `lap`, the column sums
 
-    def see(self, index: int, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> None:
+    def see(self, index: int, place: Place, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> None:
         """queries: [Hq, T, D]; keys, values: [H, T, D], after RoPE. Heads that are averaged come repeated."""
         expected = (self.shape.query_heads, self.shape.kv_heads, self.shape.head_dim)
         if (queries.shape[0], keys.shape[0], keys.shape[2]) != expected:
@@ -41,19 +44,23 @@ class Observer:
                 f"layer {index} has heads {queries.shape[0]}/{keys.shape[0]} of size {keys.shape[2]}, "
                 f"its configuration says {expected[0]}/{expected[1]} of {expected[2]}"
             )
-        tokens = keys.shape[1]
+        tokens, stored = keys.shape[1], place.cache_layer
+        self.reached.append(index)
         with stopwatch(keys.device, self.lap):
-            candidates = self.shape.candidates(index, tokens)
-            self.stripes.append(_stripes(settings, self.shape.group, candidates))
+            candidates = self.shape.candidates(stored, tokens)
             with stopwatch(keys.device, self.sums):
                 sums = column_sums(queries, keys, settings)[:, -candidates:] if self.needs.column_sums else None
             last = queries[:, tokens - min(self.needs.window, tokens) :].clone() if self.needs.window else None
+            if not place.writes:
+                self.layers[stored] = _read_again(self.layers[stored], last, sums)
+                return
+            self.stripes.append(_stripes(settings, self.shape.group, candidates))
             self.layers.append(
                 LayerKV(
-                    index=index,
+                    index=stored,
                     tokens=tokens,
-                    keys=self._own(f"prefill keys {index}", keys[:, -candidates:]),
-                    values=self._own(f"prefill values {index}", values[:, -candidates:]),
+                    keys=self._own(f"prefill keys {stored}", keys[:, -candidates:]),
+                    values=self._own(f"prefill values {stored}", values[:, -candidates:]),
                     scaling=settings.scaling,
                     width=self.shape.group,
                     queries=last,
@@ -69,6 +76,26 @@ class Observer:
         """A copy in memory of its own, [H, n, D] in that order: a view would keep more alive, and gather slowly."""
         heads, candidates, dim = tensor.shape
         return self.arena.take(name, heads * candidates, tensor[0]).view(heads, candidates, dim).copy_(tensor)
+
+
+def _read_again(layer: LayerKV, queries: Tensor | None, sums: Tensor | None) -> LayerKV:
+    """The stored layer as another layer's query heads see it too: beside those that read the same stored head."""
+
+    def joined(before: Tensor | None, new: Tensor | None) -> Tensor | None:
+        if before is None or new is None:
+            return None
+        heads = layer.keys.shape[0]
+        return torch.cat([before.unflatten(0, (heads, -1)), new.unflatten(0, (heads, -1))], 1).flatten(0, 1)
+
+    readers, group = layer.readers + 1, layer.width // layer.readers
+    return replace(
+        layer,
+        queries=joined(layer.queries, queries),
+        column_sums=joined(layer.column_sums, sums),
+        readers=readers,
+        width=group * readers,
+        query_heads=layer.query_heads // layer.readers * readers,
+    )
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,8 @@ def check(model: Model, work: Work) -> list[str]:
     Raises:
         BadRequest: none of them can.
     """
+    if model.depth > model.shape.layers and any(protocol.granularity == "query" for protocol in work.protocols):
+        raise BadRequest(f"{model.name}: layers share its rows, so that none can belong to one query head: use --granularity kv")
     reasons: list[str] = []
     for todo in left_to_do(model, work, None):
         _, skipped = _open(model, todo)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -22,27 +21,25 @@ from harness.cache import Arena, Budget, Routing
 from harness.choices import UnknownChoice, choose, expand, split
 from harness.env import record_data, record_environment
 from harness.evidence import record_heads, record_metrics, record_routing
-from harness.families import CannotConvert, routers
+from harness.families import CannotConvert
 from harness.head_scores import with_head_scores
 from harness.importance import LONGEST_NEEDLE, Estimate, estimate_scores
 from harness.judge import Case, Judge, judge_rows
 from harness.judge import Tally as JudgeTally
 from harness.load import UnknownModel, check_name, load
 from harness.measure import keep_freed_memory
-from harness.model import Model, UnsupportedModel, own_attention
+from harness.model import Model, UnsupportedModel
 from harness.plan import BadRequest, Shard, Tally, Work, benchmark_name, check, left_to_do, protocols_of, run
 from harness.plan import cannot_run as cells_that_cannot
 from harness.plugins import BadPlugin
 from harness.prompts import CannotPrompt, PromptProtocol, Protocol
-from harness.reference_data import Documents, book_sentences
 from harness.replay import replay
-from harness.shapes import SHAPES
 from harness.suites import COST_SUITES, SUITES, Suite
 from harness.sweep import CELL_BYTES, Sweep
-from harness.train import Batches, CannotTrain, Recipe, forget, heal, routing_of
-from harness.train_data import HELD_OUT, BadText, ReferenceBatches, instruct_batches, text_batches
-from harness.variants import About, BadVariant, conversion_of, is_variant, save
-from methods import CONVERSIONS, METHODS
+from harness.train import CannotTrain, Recipe
+from harness.train_data import BadText
+from harness.variants import BadVariant
+from methods import METHODS
 from methods.headkv import BadScores, HeadScores
 from results.store import Store, read_rows, slug
 
@@ -256,8 +253,8 @@ def importance_request(options: argparse.Namespace) -> tuple[HeadScores, Path]:
         raise BadRequest(f"--out {out} must name a .json file")
     haystack = Haystack.of(options.haystack)
     model = load_model(options, options.model)
-    if model.routers:
-        raise BadRequest(f"{model.name}: heads of a mixSGA variant hold different tokens, which the estimator does not read")
+    if model.routers or model.depth > model.shape.layers:
+        raise BadRequest(f"{model.name}: heads of this variant do not each hold every token, which the estimator needs")
     estimate = Estimate(
         kind=options.kind,
         needles=options.needles or ("facts" if model.name == "reference" else "text"),
@@ -295,40 +292,6 @@ def judge_request(options: argparse.Namespace) -> JudgeTally:
     return tally
 
 
-def train_request(options: argparse.Namespace) -> tuple[About, Path]:
-    """Converts a model, heals it, and saves the variant."""
-    text = conversion_text(options)
-    conversion = conversion_of(text)
-    recipe = _recipe(options)
-    check_name(options.model)
-    model = load_model(options, options.model)
-    if "+" in model.name:
-        raise BadRequest(f"model {model.name} is a variant already: convert its parent")
-    if model.tokenizer is None:
-        raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a training text")
-    batches = _batches(options, model, recipe)
-    out = options.out or Path("results/variants") / slug(f"{model.name}+{text}")
-    teacher = copy.deepcopy(model.network) if recipe.loss == "distill" else None
-    if teacher is not None:
-        teacher.set_attn_implementation(own_attention(teacher))
-    conversion.apply(model.network, recipe.seed)
-    check_free(out)
-    said = {**asdict(recipe), "trained_on": _trained_on(options)}
-    about = f"{model.name} {model.revision} {text} {said['trained_on']} {getattr(batches, 'digest', '')}"
-    progress = heal(model.network, batches, recipe, out, teacher, about)
-    saved = getattr(torch, options.save_dtype)
-    model.network.to(saved).float()  # what is measured are the weights that are saved
-    held_out = (batches(HELD_OUT + number).to(model.device) for number in range(8))
-    results: dict[str, Any] = {"tokens": progress.tokens, "seconds": round(progress.seconds, 1), "losses": progress.losses}
-    if routers(model.network):
-        results |= routing_of(model.network, held_out)
-    shape = replace(model.parent_shape, itemsize=4)
-    variant = About(model.name, model.revision, shape, text, said, results)
-    save(model.network.to(saved), model.tokenizer, variant, out)
-    forget(out)
-    return variant, out
-
-
 def tokens_request(options: argparse.Namespace) -> tuple[str, list[str], list[float], float]:
     """The model's name, the tokens, what averaging each does to the perplexity, and the perplexity as it is."""
     check_name(options.model)
@@ -340,74 +303,6 @@ def tokens_request(options: argparse.Namespace) -> tuple[str, list[str], list[fl
     with tqdm(total=len(ids), unit="token", desc=model.name, file=sys.stderr) as bar:
         plain, changes = perplexity_changes(model, torch.tensor(ids, device=model.device), rows, bar.update)
     return model.name, [str(model.tokenizer.decode([token])) for token in ids], changes, plain  # type: ignore[union-attr]
-
-
-def conversion_text(options: argparse.Namespace) -> str:
-    """The conversion as it is written in names."""
-    if options.conversion not in CONVERSIONS:
-        raise BadRequest(f"no conversion {options.conversion!r}; known: {', '.join(CONVERSIONS)}")
-    needed = CONVERSIONS[options.conversion].numbers
-    numbers = str(getattr(options, needed) or "") if needed else ""
-    if needed and not numbers:
-        raise BadRequest(f"--conversion {options.conversion} needs --{needed}")
-    if "-" in numbers:
-        raise BadRequest(f"--{needed} {numbers} must not be negative")
-    return "-".join(part for part in (options.conversion, numbers, options.ablation) if part)
-
-
-def _recipe(options: argparse.Namespace) -> Recipe:
-    names = {field.name for field in fields(Recipe)}
-    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    try:
-        return replace(REFERENCE_RECIPE if options.model == "reference" else Recipe(), **given)
-    except ValueError as error:
-        raise BadRequest(str(error)) from None
-
-
-def _batches(options: argparse.Namespace, model: Model, recipe: Recipe) -> Batches:
-    sizes = (options.length, options.rows, options.seed)
-    for name, size in zip(("length", "rows"), sizes, strict=False):
-        if size < 1:
-            raise BadRequest(f"--{name} {size} must be at least 1")
-    if options.length > model.max_tokens:
-        raise BadRequest(f"--length {options.length} is over the {model.max_tokens} positions of {model.name}")
-    if options.text and options.instruct:
-        raise BadRequest("--text and --instruct exclude each other")
-    if options.text:
-        return text_batches(model.tokenizer, options.text, *sizes)
-    if options.instruct:
-        return instruct_batches(model.tokenizer, options.instruct, *sizes)
-    if model.name != "reference":
-        raise BadRequest(f"model {model.name} needs --text or --instruct to be healed on")
-    books: list[str] = []
-    if options.data_dir:
-        try:
-            books = book_sentences(options.data_dir / "lm" / "books", held_out=False)
-        except FileNotFoundError as error:
-            raise BadRequest(f"--data-dir {options.data_dir}: {error}") from None
-    documents = Documents(model.tokenizer, books, options.seed)  # type: ignore[arg-type]
-    return ReferenceBatches(documents, options.seed, recipe.steps * recipe.accumulate)
-
-
-def _trained_on(options: argparse.Namespace) -> str:
-    if options.text or options.instruct:
-        return f"{(options.text or options.instruct).name}, {options.rows} rows of {options.length} tokens"
-    return "the embedded model's own documents" + (" and books" if options.data_dir else "")
-
-
-def check_free(out: Path) -> None:
-    """
-    Raises:
-        BadRequest: a finished variant lies there, or nothing can be written there.
-    """
-    if is_variant(out):
-        raise BadRequest(f"{out} holds a finished variant: remove it, or choose another folder with --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".try").touch()
-        (out / ".try").unlink()
-    except OSError as error:
-        raise BadRequest(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from None
 
 
 def _plan_of(model: Model, work: Work, store: Store | None) -> dict[str, Any]:
@@ -424,22 +319,3 @@ def _plan_of(model: Model, work: Work, store: Store | None) -> dict[str, Any]:
     asked = prompts * len(work.seeds) * len(work.cells())
     finished = asked - cells - sum(skipped.values())
     return {"model": model.name, "cells": cells, "prefills": prefills, "finished": finished, "skipped": skipped}
-
-
-def listing(what: str) -> dict[str, str]:
-    """Name -> what it is, in one line."""
-    if what == "suites":
-        return {name: suite.about for name, suite in (SUITES | COST_SUITES).items()}
-    if what == "models":
-        return {"reference": "the embedded model"} | {
-            f"random:{name}": f"{s['model_type']}, random weights" for name, s in SHAPES.items()
-        }
-    if what == "papers":
-        from harness.papers import TABLES, paper
-
-        return {name: f"{paper(t.paper)['tables'][t.table]['about']}. Needs {t.needs}" for name, t in TABLES.items()}
-    if what == "conversions":
-        return {name: conversion.about for name, conversion in CONVERSIONS.items()}
-    if what == "methods":
-        return {name: repr(method) for name, method in METHODS.items()}
-    return {name: repr(task) for name, task in BENCHMARKS.items()}

@@ -1,9 +1,12 @@
 """Healing: trains a converted model on text until it works again. One loop, accelerate inside, for every conversion and loss.
 
-The command is `run_all.py train`. A batch is token ids with labels (the next token of each, or -100), weights and documents.
-Packed documents cannot see each other: positions restart and no mask is given, from which transformers makes a block-diagonal
-one (only without a cache). mixSGA routes each document on its own; its consistency loss is summed before the backward pass, so
-that checkpointed layers, which run again in it, do not count twice.
+The command is `run_all.py train`, or `accelerate launch run_all.py train` for several processes: each reads batches of its own
+and gradients are averaged (DDP), or weights and optimizers are sharded as well (`--shard-weights`: FSDP2).
+
+A batch is token ids with labels (the next token of each, or -100), weights and documents. Packed documents cannot see each
+other: positions restart and no mask is given, from which transformers makes a block-diagonal one (only without a cache). mixSGA
+routes each document on its own; its consistency loss is summed before the backward pass, so that checkpointed layers, which
+run again in it, do not count twice.
 """
 
 from __future__ import annotations
@@ -13,14 +16,24 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, kl_div
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -80,16 +93,18 @@ class Batch:
     labels: Tensor  # [B, T], the token that follows, or -100
     positions: Tensor  # [B, T], from 0 in every document
     weights: Tensor | None = None  # [B, T] of the labels' losses; None: all equal
+    real: Tensor | None = None  # [B, T]: which are no padding; None: all
 
     @property
     def documents(self) -> Tensor:
-        """[B, T], a number for each document of the whole batch; padding is a document of its own with no label."""
+        """[B, T], a number for each document of the whole batch, -1 for padding, which no expert takes."""
         starts = (self.positions == 0).long().flatten()
-        return (starts.cumsum(0) - 1).view(self.positions.shape)
+        numbers = (starts.cumsum(0) - 1).view(self.positions.shape)
+        return numbers if self.real is None else numbers.masked_fill(~self.real, -1)
 
     def to(self, device: torch.device) -> Batch:
-        weights = None if self.weights is None else self.weights.to(device)
-        return Batch(self.ids.to(device), self.labels.to(device), self.positions.to(device), weights)
+        weights, real = (None if part is None else part.to(device) for part in (self.weights, self.real))
+        return Batch(self.ids.to(device), self.labels.to(device), self.positions.to(device), weights, real)
 
 
 Batches = Callable[[int], Batch]  # by number: the same number is the same batch, so a resumed run goes on with the right one
@@ -115,6 +130,7 @@ def heal(
     folder: Path,
     teacher: PreTrainedModel | None = None,
     about: str = "",
+    shard: bool = False,
 ) -> Progress:
     """Trains the network in place. Goes on from the last checkpoint in `folder`, if it is of the same training.
 
@@ -122,22 +138,34 @@ def heal(
 
     Args:
         about: what beside the recipe tells this training from others: model, conversion, text.
+        shard: each of several processes holds a part of the weights and of the optimizer.
 
     Raises:
         CannotTrain: see there.
     """
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(cpu=network.device.type == "cpu")
+    world, rank = accelerator.num_processes, accelerator.process_index
+    about += f" on {world} processes" if world > 1 else ""
     if teacher is not None:
         teacher.to(accelerator.device)  # type: ignore[arg-type]
     network.set_attn_implementation(own_attention(network))
     choose_trained(network, recipe)
     if recipe.checkpointing:
         network.gradient_checkpointing_enable()
-    wrapped, *optimizers = accelerator.prepare(network.float().train(), *_optimizers(network, recipe))
+    network.float().train()
+    if shard:
+        if recipe.optimizer == "muon":
+            raise CannotTrain("Muon needs whole matrices: with --shard-weights use --optimizer adamw")
+        _shard(network.to(accelerator.device))  # type: ignore[arg-type]
+        wrapped, optimizers = network, _optimizers(network, recipe)
+    else:
+        wrapped, *optimizers = accelerator.prepare(network, *_optimizers(network, recipe))
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    progress, recent, begin = _resume(folder, recipe, about, network, optimizers)
-    bar = tqdm(range(begin, recipe.steps), initial=begin, total=recipe.steps, desc="train", file=sys.stderr)
+    plain = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # without accelerate's wrapper
+    progress, recent, begin = _resume(folder, recipe, about, network, plain)
+    steps = range(begin, recipe.steps)
+    bar = tqdm(steps, initial=begin, total=recipe.steps, desc="train", file=sys.stderr, disable=rank > 0)
     started = time.perf_counter() - progress.seconds
     for step in bar:
         for optimizer, full in zip(optimizers, rates, strict=True):
@@ -145,14 +173,19 @@ def heal(
                 group["lr"] = rate * recipe.rate(step)
         parts: dict[str, float] = {}
         for number in range(recipe.accumulate):
-            batch = batches(step * recipe.accumulate + number).to(accelerator.device)
-            total, found = loss_of(wrapped, batch, recipe, teacher)
-            accelerator.backward(total / recipe.accumulate)
-            progress.tokens += batch.ids.numel()
+            batch = batches((step * recipe.accumulate + number) * world + rank).to(accelerator.device)
+            waits = number + 1 < recipe.accumulate and world > 1 and not shard  # gradients meet once a step
+            with accelerator.no_sync(wrapped) if waits else nullcontext():
+                total, found = loss_of(wrapped, batch, recipe, teacher)
+                accelerator.backward(total / recipe.accumulate)
+            progress.tokens += batch.ids.numel() * world
             parts = {name: parts.get(name, 0.0) + value / recipe.accumulate for name, value in found.items()}
+        if world > 1:
+            mean = accelerator.reduce(torch.tensor(list(parts.values()), device=accelerator.device), "mean").tolist()
+            parts = dict(zip(parts, mean, strict=True))
         if not all(math.isfinite(value) for value in parts.values()):
             raise CannotTrain(f"the loss is no number any more at step {step}: lower --lr, and choose another --out")
-        accelerator.clip_grad_norm_(network.parameters(), recipe.clip)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -164,9 +197,32 @@ def heal(
             recent = []
         progress.seconds = time.perf_counter() - started
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            _save(folder, (recipe, about), network, optimizers, (progress, recent), step + 1)
+            _save(folder, (recipe, about), network, plain, (progress, recent), step + 1)
+            accelerator.wait_for_everyone()
     network.eval()
     return progress
+
+
+def _shard(network: PreTrainedModel) -> None:
+    """A decoder layer at a time, then what is left: no process ever holds more than one layer whole."""
+    layers = set(network._no_split_modules or ())
+    for module in network.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module)
+    fully_shard(network)
+
+
+def sharded(network: torch.nn.Module) -> bool:
+    """Does each process hold a part of the weights (FSDP2)?"""
+    return any(isinstance(weight, DTensor) for weight in network.parameters())
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def whole_weights(network: PreTrainedModel) -> dict[str, Any]:
+    """All weights on the host, wherever they lie; of sharded ones only in the first process. Every process has to call it."""
+    return get_model_state_dict(network, options=WHOLE) if sharded(network) else network.state_dict()
 
 
 def forget(folder: Path) -> None:
@@ -260,16 +316,22 @@ def _save(
     done: tuple[Progress, list[dict[str, float]]],
     step: int,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    if sharded(network):
+        states = [get_optimizer_state_dict(network, optimizer, options=WHOLE) for optimizer in optimizers]
+    else:
+        states = [optimizer.state_dict() for optimizer in optimizers]
     state = {
         "training": json.dumps([asdict(training[0]), training[1]]),
         "step": step,
         "luck": torch.get_rng_state(),
-        "network": network.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "network": whole_weights(network),
+        "optimizers": states,
         "progress": asdict(done[0]),
         "recent": done[1],
     }
+    if not PartialState().is_main_process:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f"{CHECKPOINT}.draft"
     torch.save(state, draft)
     draft.replace(folder / CHECKPOINT)
@@ -290,9 +352,14 @@ def _resume(
         state = torch.load(path, weights_only=True, map_location=network.device)
         if state["training"] != json.dumps([asdict(recipe), about]):
             raise CannotTrain(f"{path} is a checkpoint of another training: remove it, or choose another folder with --out")
-        network.load_state_dict(state["network"])
-        for optimizer, held in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(held)
+        if sharded(network):
+            set_model_state_dict(network, state["network"], options=WHOLE)
+            for optimizer, held in zip(optimizers, state["optimizers"], strict=True):
+                set_optimizer_state_dict(network, optimizer, held, options=WHOLE)
+        else:
+            network.load_state_dict(state["network"])
+            for optimizer, held in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(held)
         torch.set_rng_state(state["luck"].cpu())
         return Progress(**state["progress"]), state["recent"], state["step"]
     except (OSError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
@@ -314,8 +381,9 @@ def routing_of(network: PreTrainedModel, batches: Iterator[Batch]) -> dict[str, 
             same, of = router.agreement()
             agreed[number] += same
             real[number] += of
-            assert router.scores is not None
-            taken[number] += torch.bincount(router.scores.argmax(-1).flatten(), minlength=len(router.ratios)).cpu()
+            assert router.scores is not None and router.assigned is not None
+            real_ones = router.scores.argmax(-1)[router.assigned >= 0]
+            taken[number] += torch.bincount(real_ones, minlength=len(router.ratios)).cpu()
     layers = [round(same / of, 4) for same, of in zip(agreed, real, strict=True)]
     shares = [[round(float(part), 4) for part in counts / counts.sum()] for counts in taken]
     mean = [round(sum(layer[e] for layer in shares) / len(shares), 4) for e in range(len(shares[0]))] if shares else []

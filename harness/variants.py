@@ -87,18 +87,22 @@ def convert(parent: Model, text: str) -> Model:
     )
 
 
-def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path) -> None:
-    """Writes a variant. `variant.json` comes last: without it the folder is none."""
+def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """Writes a variant. `variant.json` comes last: without it the folder is none.
+
+    Args:
+        weights: by name; None: the network's own.
+    """
+    own, tied = network.state_dict() if weights is None else weights, _tied(network)
+    state = {name: tensor.contiguous() for name, tensor in own.items() if name not in tied}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ABOUT).unlink(missing_ok=True)
     if wrapped(network):
         network.config.save_pretrained(folder)
-        tied = _tied(network)
-        state = {name: tensor.contiguous() for name, tensor in network.state_dict().items() if name not in tied}
         save_file(state, folder / WEIGHTS)
         network.generation_config.save_pretrained(folder)  # it may name end tokens that the configuration does not
     else:
-        network.save_pretrained(folder)
+        network.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     text = json.dumps({"format": FORMAT, **asdict(about)}, indent=1)
@@ -187,4 +191,4 @@ def bytes_a_token(shape: ModelShape, text: str) -> float:
     """
     conversion = conversion_of(text)
     whole = shape.layers * shape.kv_heads * shape.entry_bytes()
-    return whole * conversion.share(shape.kv_heads) + shape.layers * conversion.index_bits / 8
+    return whole * conversion.share(shape) + shape.layers * conversion.index_bits / 8

@@ -3,6 +3,7 @@
 from methods.ada_snapkv import AdaptiveHeads
 from methods.allocators import Uniform
 from methods.base import Conversion, Eviction, Full, Method
+from methods.cla import SharedLayers
 from methods.gqa import GroupedHeads, Untouched
 from methods.h2o import HeavyHitters
 from methods.headkv import HeadShares, PaperHeadShares
@@ -35,6 +36,9 @@ CONVERSIONS: dict[str, Conversion] = {
     "mqa": Conversion("all KV heads averaged into one; ablations mqa-first, mqa-random", GroupedHeads.of),
     "mixsga": Conversion(
         "mixsga-3:1:6: shares of the tokens that keep every head, half, a quarter; ablation -random", MixSGA.of, "ratios"
+    ),
+    "cla": Conversion(
+        "cla-50: neighbouring layers share keys and values, half as many stored; ablation -first", SharedLayers.of, "percent"
     ),
     "none": Conversion("the model as it is: the control, trained as long", Untouched.of),
 }

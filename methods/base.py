@@ -122,9 +122,10 @@ def score_prefill(scorer: Scorer, prefill: Prefill) -> Scores:
 
 
 def _checked(scorer: Scorer, layer: LayerKV, width: int) -> Tensor:
-    seen = layer if layer.width == width else layer.read_by(width)
+    of_all = width * layer.readers  # a stored head's readers in every layer that reads it
+    seen = layer if layer.width == of_all else layer.read_by(of_all)
     scores = scorer.score(seen).float()
-    expected = (layer.query_heads // width, layer.keys.shape[1])
+    expected = (layer.query_heads // of_all, layer.keys.shape[1])
     if scores.shape != expected:
         raise ValueError(f"{type(scorer).__name__} scored {tuple(scores.shape)} entries of layer {layer.index}, not {expected}")
     if scores.isnan().any():
@@ -204,7 +205,7 @@ class Converter(Protocol):
         """That name the expert of a token, in each layer."""
         ...
 
-    def share(self, kv_heads: int) -> float:
+    def share(self, shape: ModelShape) -> float:
         """Of the parent's bytes that a token adds to the cache."""
         ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from harness.cache import ModelShape
 from harness.families import How, group_heads, handles
 
 
@@ -32,8 +33,8 @@ class GroupedHeads:
             raise ValueError(f"{option!r} is no ablation of it; first and random are")
         return cls(sum(numbers), option or "mean")  # type: ignore[arg-type]
 
-    def share(self, kv_heads: int) -> float:
-        return 1 / (self.group or kv_heads)
+    def share(self, shape: ModelShape) -> float:
+        return 1 / (self.group or shape.kv_heads)
 
     def apply(self, network: Any, seed: int = 0) -> None:
         group_heads(network, self.group or handles(network)[0].kv_heads, self.how, seed)
@@ -55,7 +56,7 @@ class Untouched:
             raise ValueError("it takes neither numbers nor an ablation")
         return cls()
 
-    def share(self, kv_heads: int) -> float:
+    def share(self, shape: ModelShape) -> float:
         return 1.0
 
     def apply(self, network: Any, seed: int = 0) -> None:

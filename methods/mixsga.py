@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from harness.cache import Routing
+from harness.cache import ModelShape, Routing
 from harness.families import Grouping, check_groups, wrap
 
 RouterLoss = Literal["logits", "sigmoid"]
@@ -152,7 +152,7 @@ class MixSGA:
         """Heads a group, and ratio, of those that take part."""
         return [(2**number, ratio) for number, ratio in enumerate(self.ratios) if ratio]
 
-    def share(self, kv_heads: int) -> float:
+    def share(self, shape: ModelShape) -> float:
         return sum(ratio / group for group, ratio in self.experts) / sum(self.ratios)
 
     @property

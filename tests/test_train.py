@@ -239,10 +239,10 @@ def test_the_command_makes_a_variant_that_runs(tmp_path: Path, capsys: pytest.Ca
         (("--conversion", "mqa", "--steps", "0"), "--steps 0 must be at least 1"),
         (("--conversion", "mqa", "--lr", "0"), "must be above 0"),
         (("--conversion", "mqa", "--text", "EMPTY"), "no text there"),
-        (("--conversion", "mqa", "--length", "0"), "--length 0 must be at least 1"),
+        (("--conversion", "mqa", "--length", "0"), "--length 0 must be above 0"),
         (("--conversion", "mqa", "--length", "9999"), "is over the 4096 positions"),
         (("--conversion", "mixsga", "--ratios", "1:1", "--router-lr", "-1"), "--router-lr must be above 0"),
-        (("--conversion", "mqa", "--model", "random:tiny-llama"), "needs --text or --instruct"),
+        (("--conversion", "mqa", "--model", "random:tiny-llama"), "needs --recipe, --text or --instruct"),
         (("--conversion", "mqa", "--data-dir", "EMPTY"), "no books"),
     ],
 )

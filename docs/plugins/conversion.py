@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from harness.cache import ModelShape
 from harness.families import group_heads
 from methods.base import Conversion
 
@@ -24,7 +25,7 @@ class KeepFirst:
             raise ValueError("one group size of at least 1 is expected")
         return cls(numbers[0])
 
-    def share(self, kv_heads: int) -> float:
+    def share(self, shape: ModelShape) -> float:
         """Of the parent's bytes that a token adds to the cache."""
         return 1 / self.group
 
