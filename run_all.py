@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="what there is", description="what there is")
     listing.add_argument("what", choices=("methods", "conversions", "recipes", "benchmarks", "suites", "models", "papers"))
     listing.add_argument("--json", action="store_true", help="as JSON")
+    listing.add_argument("--data-dir", type=Path, help="papers: where their data are looked for")
     _add_plugin(listing)
     about = "estimate head scores for HeadKV, and draw them"
     _add_importance(commands.add_parser("importance", help=about, description=about))
@@ -57,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--paper-model", help="which of the paper's models, a part of its name (default: the first)")
     again.add_argument("--fair", action="store_true", help="a row a KV head and chat templates: equal bytes")
     again.add_argument("--limit", type=int, default=200, help="examples of each task (default: %(default)s)")
+    again.add_argument("--train", action="store_true", help="train the variants that are missing, by the paper's recipe")
+    again.add_argument("--steps", type=int, help="of that training, instead of the recipe's epochs")
+    again.add_argument("--epochs", type=float, help="of that training, instead of the recipe's")
+    again.add_argument("--instruct", type=Path, help="of that training: a .jsonl with prompt and output instead of Dolly-15k")
+    about = "folder where trained variants are looked for and put (default: %(default)s)"
+    again.add_argument("--variants", type=Path, default=Path("results/variants"), help=about)
+    again.add_argument("--context", type=int, help="tokens of the prompt, for tables of time (default: the paper's)")
     again.add_argument(
         "--data-dir", type=Path, help="folder with data sets and published head scores; looked into before the hub"
     )
@@ -269,7 +277,7 @@ def _plan_line(plan: dict[str, Any]) -> str:
 def _list(options: argparse.Namespace) -> int:
     from harness.listing import listing
 
-    found = listing(options.what)
+    found = listing(options.what, options.data_dir)
     wide = max(len(name) for name in found)
     print(json.dumps(found, indent=1) if options.json else "\n".join(f"{name:{wide}}  {about}" for name, about in found.items()))
     return 0
@@ -355,13 +363,41 @@ def _score(options: argparse.Namespace) -> int:
 
 def _reproduce(options: argparse.Namespace) -> int:
     from harness.evidence import record_command
+    from harness.papers import HUB, table_of
     from harness.reproduce import reproduce_request
+    from reports.paper import PaperRow, Side, write_side_by_side
 
-    paths, failed = reproduce_request(options, lambda arguments: parser().parse_args(arguments))
+    table = table_of(options.table)
+    if table.kind == "tokens":
+        text = (options.data_dir or Path()) / "lm" / "wikitext2" / "wiki.test.raw"
+        asked = ["token-importance", "--model", options.model or HUB["Llama3.1-8B"], "--text", str(text)]
+        return _tokens(parser().parse_args([*asked, "--out", str(options.out / "report" / "paper_mixsga_figure1")]))
+    done = reproduce_request(options, lambda arguments: parser().parse_args(arguments))
     record_command(options.out, options.arguments)
-    for path in paths:
+    rows = [
+        PaperRow(
+            method=str(row["method"]),
+            setting=_setting(row),
+            values=row["values"],
+            benchmarks={column: table.benchmarks(row, column, done.facts) for column in row["values"]},
+            measured_with=one.method,
+            command="" if one.model else one.command,
+            numbers=done.numbers[place] if done.numbers else None,
+        )
+        for place, (row, one) in enumerate(zip(done.rows, done.asked, strict=True))
+    ]
+    title = f"{table.name}, {done.paper_model} in the paper, {done.model} here"
+    averages = table.numbers["averages"]
+    side = Side(table.name, title, done.settings, averages, table.scale, table.exponent)
+    for path in write_side_by_side(options.out, side, rows, [(one.model, one.budget) for one in done.asked], done.keys):
         print(path)
-    return 1 if failed else 0
+    return 1 if done.failed else 0
+
+
+def _setting(row: dict[str, Any]) -> str:
+    parts = [row.get("budget") or row.get("ratios") or row.get("size"), row.get("task")]
+    parts += [f"H2O keeps {row['h2o keeps']}"] if "h2o keeps" in row else []
+    return ", ".join(str(part) for part in parts if part) or "-"
 
 
 def _new(options: argparse.Namespace) -> int:

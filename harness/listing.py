@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from benchmarks import BENCHMARKS
+from harness.paper_needs import needs_of_tables
 from harness.recipes import RECIPES
 from harness.shapes import SHAPES
 from harness.suites import COST_SUITES, SUITES
 from methods import CONVERSIONS, METHODS
 
 
-def listing(what: str) -> dict[str, str]:
+def listing(what: str, data_dir: Path | None = None) -> dict[str, str]:
     """Name -> what it is, in one line."""
     if what == "papers":
-        from harness.papers import needs_of_tables
-
-        return needs_of_tables()
+        return needs_of_tables(data_dir)
     tables: dict[str, dict[str, str]] = {
         "suites": {name: suite.about for name, suite in (SUITES | COST_SUITES).items()},
         "models": {"reference": "the embedded model"}

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.instruct import SETS
 from benchmarks.longbench import ENGLISH, HEADKV
@@ -31,24 +31,70 @@ HUB = {  # the papers' models
     "Gemma2-2B": "google/gemma-2-2b",
     "TinyLlama-1.1B": "TinyLlama/TinyLlama_v1.1",
 }
+SHAPE = {  # the same as random weights: enough for costs and sizes
+    "Llama-3-8B-Instruct": "llama-3-8b",
+    "Mistral-7B-Instruct-v0.2": "mistral-7b",
+    "OPT-125m": "opt-125m",
+    "Llama3.2-1B": "llama-3.2-1b",
+    "Llama3.2-3B": "llama-3.2-3b",
+    "Llama3.1-8B": "llama-3-8b",  # 3.1 differs in RoPE alone
+    "Gemma2-2B": "gemma-2-2b",
+    "TinyLlama-1.1B": "tinyllama-1.1b",
+}
 TRUNCATION = {"Llama-3-8B-Instruct": 7950, "Mistral-7B-Instruct-v0.2": 31500}
+LENGTHS = ("0k", "1k", "2k", "4k", "8k", "16k", "32k")
+PERPLEXITY = "wikitext2 perplexity"
+
+Kind = Literal["scores", "sizes", "decoding", "latency", "tokens"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What an estimate of a table's cost goes by, of one of the paper's models."""
+
+    prompts: int = 0
+    tokens: int = 0  # of a prompt
+    answer: int = 0  # tokens
+    trained: int = 0  # tokens, of each variant
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """How one table is asked for. `columns`: the paper's column -> our benchmark."""
+    """How one table or figure is asked for. `columns`: the paper's column -> our benchmark."""
 
     paper: str
     table: str
     columns: Mapping[str, str]
-    needs: str  # in words: weights, data, machine
+    kind: Kind = "scores"
     chat: str = "raw"
-    columns_are_lengths: bool = False  # then `columns` says which tasks are averaged
+    query_rows: bool = False  # the paper stores a row a query head
+    lengths: bool = False  # columns are lengths: `columns` says which tasks are averaged, a row's `task` which one it is
     scale: Mapping[str, float] = field(default_factory=dict)  # by column, what our score is multiplied by
+    exponent: tuple[str, ...] = ()  # columns that print the exponential of our score
+    recipe: str = ""  # that its variants are trained by
+    data: tuple[str, ...] = ()  # folders of --data-dir
+    sizes: Sizes = Sizes()
+    notes: tuple[str, ...] = ()  # what differs from the paper even on its own model
+    fair_notes: tuple[str, ...] = ()  # the same under --fair
 
     @property
     def name(self) -> str:
         return f"{self.paper}:{self.table}"
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What the paper prints: about, unit, averages, rows."""
+        found: dict[str, Any] = paper(self.paper)["tables"][self.table]
+        return found
+
+    def benchmarks(self, row: Mapping[str, Any], column: str, facts: bool) -> tuple[str, ...]:
+        """Those whose mean a cell is; empty for what no benchmark of ours fills. `facts`: the embedded model's own sentences."""
+        if self.lengths:
+            tasks = [self.columns[row["task"]]] if "task" in row else list(self.columns.values())
+            return tuple(f"{task}(length={column})" for task in tasks) if column in LENGTHS else ()
+        if column not in self.columns:
+            return ()
+        return ("needle_facts",) if facts and self.columns[column].startswith("needle") else (self.columns[column],)
 
 
 LONG = {column: f"longbench_{column}" for column in HEADKV}
@@ -57,30 +103,70 @@ OTHER = {column: f"longbench_{column}" for column in ENGLISH if column not in HE
 TASKS = {f"qa{number}": f"babilong_qa{number}" for number in range(1, 6)}
 SHOTS = {task: f"lm_eval:{task}" for task in ZERO_SHOT}
 PERCENT = dict.fromkeys(ZERO_SHOT, 100.0)
-HEADKV_NEEDS = "the weights (gated for Llama-3), {data}, head scores (published ones lie in --data-dir), a GPU of 40 GB"
-SFT_NEEDS = "base weights, the instruction sets in --data-dir, variants trained by `train --instruct`, a GPU of 80 GB"
-PRE_NEEDS = "TinyLlama or Gemma-2 weights, MiniPile, variants trained on 1.6 billion tokens, a GPU of 80 GB"
+QUERY_NOTES = (
+    "A row a query head, as the paper's code stores them: several times the bytes of a row a KV head.",
+    "PyramidKV spends exactly its budget here; the paper's code spends 0.5 to 12 % more.",
+    "Betas are the paper's, chosen there on the test examples.",
+)
+FAIR_NOTES = (
+    "A row a KV head, so all methods hold the same bytes; HeadKV spends its whole budget. The paper: a row a query head.",
+)
+SFT_NOTES = ("Answers are greedy; judge columns need --judge-url on the stored rows and are not filled here.",)
+PRE_NOTES = (
+    "Perplexities are of one pass a window. mixSGA's experts are chosen over the whole window, as the paper presumably has it: "
+    "that sees what follows.",
+)
+SIZE_NOTES = (
+    "Told from shapes. A tied embedding counts once. Where a family's configuration cannot say that there are fewer KV heads "
+    "(OPT), GQA averages projections that keep all heads, so that no parameter goes.",
+)
+COST_NOTES = ("Weights are random: times and bytes do not depend on them.",)
 
 
-def _headkv(table: str, columns: Mapping[str, str], data: str, **more: Any) -> PaperTable:
-    return PaperTable("headkv", table, columns, HEADKV_NEEDS.format(data=data), **more)
+def _headkv(table: str, columns: Mapping[str, str], sizes: Sizes, *data: str, **more: Any) -> PaperTable:
+    settings: dict[str, Any] = {"query_rows": True, "notes": QUERY_NOTES, "fair_notes": FAIR_NOTES, **more}
+    return PaperTable("headkv", table, columns, sizes=sizes, data=(*data, "headkv"), **settings)
 
+
+def _sft(table: str, sets: Sequence[str] = tuple(SETS)) -> PaperTable:
+    sizes = Sizes(prompts=500 * len(sets), tokens=150, answer=256, trained=40 * 14_000 * 200)
+    columns = {name: name for name in sets}
+    return PaperTable("mixsga", table, columns, recipe="mixsga-sft", data=("instruct",), sizes=sizes, notes=SFT_NOTES)
+
+
+def _pretrained(table: str, columns: Mapping[str, str], **more: Any) -> PaperTable:
+    sizes = Sizes(prompts=30_000 if len(columns) > 1 else 200, tokens=120, trained=1_600_000_000)
+    settings: dict[str, Any] = {"scale": PERCENT, "exponent": (PERPLEXITY,), "notes": PRE_NOTES, **more}
+    return PaperTable("mixsga", table, columns, recipe="mixsga-pretrain", data=("lm_eval", "lm"), sizes=sizes, **settings)
+
+
+LONG_SIZES, BOTH_SIZES = Sizes(1150, 7900, 64), Sizes(1550, 7900, 64)
+NEEDLE = "needle(needles=text, shortest=1000, longest={}, lengths=8)"
+WITH_PERPLEXITY = SHOTS | {PERPLEXITY: "perplexity_windows"}
 
 TABLES: dict[str, PaperTable] = {
     table.name: table
     for table in (
-        _headkv("table1", LONG | LOOGLE, "LongBench and LooGLE"),
-        _headkv("table2", LONG, "LongBench"),
-        _headkv("table3", TASKS, "BABILong", chat="template", columns_are_lengths=True),
-        _headkv("table4", LONG | LOOGLE, "LongBench and LooGLE"),
-        _headkv("table6", OTHER, "LongBench"),
-        PaperTable("mixsga", "table1", {name: name for name in SETS}, SFT_NEEDS),
-        PaperTable("mixsga", "table2", SHOTS, PRE_NEEDS, scale=PERCENT),
-        PaperTable("mixsga", "table3", SHOTS, PRE_NEEDS, scale=PERCENT),
-        PaperTable("mixsga", "table4", {name: name for name in SETS}, SFT_NEEDS),
-        PaperTable("mixsga", "table5", {name: name for name in SETS}, SFT_NEEDS),
-        PaperTable("mixsga", "table6", {name: name for name in list(SETS)[:4]}, SFT_NEEDS),
-        PaperTable("mixsga", "table11", {name: name for name in list(SETS)[:4]}, SFT_NEEDS),
+        _headkv("table1", LONG | LOOGLE, BOTH_SIZES, "longbench", "loogle"),
+        _headkv("table2", LONG, LONG_SIZES, "longbench"),
+        _headkv("table3", TASKS, Sizes(2500, 5000, 15), "babilong", chat="template", lengths=True),
+        _headkv("table4", LONG | LOOGLE, BOTH_SIZES, "longbench", "loogle"),
+        _headkv("table6", OTHER, Sizes(1950, 7900, 128), "longbench"),
+        _headkv("figure5", {"needle": NEEDLE.format(8000)}, Sizes(200, 4500, 30), "PaulGrahamEssays"),
+        _headkv("figure8", {"needle": NEEDLE.format(31_000)}, Sizes(200, 16_000, 30), "PaulGrahamEssays"),
+        _headkv("figure13", TASKS, Sizes(2500, 5000, 15), "babilong", chat="template", lengths=True),
+        PaperTable("headkv", "figure6", {}, kind="latency", notes=COST_NOTES, sizes=Sizes(24, 32_000, 128)),
+        _sft("table1"),
+        _pretrained("table2", WITH_PERPLEXITY),
+        _pretrained("table3", WITH_PERPLEXITY),
+        _sft("table4"),
+        _sft("table5"),
+        _sft("table6", list(SETS)[:4]),
+        _sft("table11", list(SETS)[:4]),
+        PaperTable("mixsga", "table9", {}, kind="sizes", notes=SIZE_NOTES),
+        PaperTable("mixsga", "table10", {}, kind="decoding", notes=COST_NOTES, sizes=Sizes(10, 5000, 128)),
+        PaperTable("mixsga", "figure1", {}, kind="tokens", data=("lm",), sizes=Sizes(128, 128)),
+        _pretrained("figure3", {PERPLEXITY: "perplexity_windows"}),
     )
 }
 
@@ -94,26 +180,20 @@ def paper(name: str) -> dict[str, Any]:
 def table_of(name: str) -> PaperTable:
     """
     Raises:
-        BadRequest: no such table, or one whose numbers are not a matter of scores.
+        BadRequest: no such table.
     """
-    if name in TABLES:
-        return TABLES[name]
-    known = ", ".join(TABLES)
-    which, _, table = name.partition(":")
-    if (FOLDER / f"{which}.json").exists() and table in paper(which)["tables"]:
-        raise BadRequest(f"{name} is kept as data, but is no table of scores that a run fills; those are: {known}")
-    raise BadRequest(f"no table {name!r}; known: {known}")
+    if name not in TABLES:
+        raise BadRequest(f"no table {name!r}; known: {', '.join(TABLES)}")
+    return TABLES[name]
 
 
 def paper_models(table: PaperTable) -> list[str]:
-    rows = paper(table.paper)["tables"][table.table]["rows"]
-    return list(dict.fromkeys(str(row["model"]) for row in rows))
+    return list(dict.fromkeys(str(row["model"]) for row in table.numbers["rows"]))
 
 
 def rows_of(table: PaperTable, model: str) -> list[dict[str, Any]]:
     """The paper's rows of one of its models."""
-    rows = paper(table.paper)["tables"][table.table]["rows"]
-    return [row for row in rows if row["model"] == model]
+    return [row for row in table.numbers["rows"] if row["model"] == model]
 
 
 @dataclass(frozen=True)
@@ -123,42 +203,46 @@ class Asked:
     model: str  # "" where the variant has to be trained first
     method: str
     budget: str
-    train: str = ""  # the command that makes the variant
+    train: tuple[str, ...] = ()  # the arguments of the command that makes the variant
+
+    @property
+    def command(self) -> str:
+        return " ".join(("python run_all.py", *self.train)) if self.train else ""
 
 
 FAIR = {"HeadKV-R": "headkv_r", "HeadKV-ER": "headkv_er", "HeadKV-R2": "headkv_r2"}
 PLAIN = {"FullKV": "full", "SnapKV": "snapkv", "PyramidKV": "pyramidkv", "Ada-SnapKV": "ada_snapkv"}
 
 
-def asked_for(table: PaperTable, row: Mapping[str, Any], model: str, fair: bool) -> Asked:
+def asked_for(table: PaperTable, row: Mapping[str, Any], model: str, fair: bool, variants: Path = VARIANTS) -> Asked:
     """A row of HeadKV is a method at a KV size; a row of mixSGA is a variant, with H2O on top in its table 3."""
     if table.paper == "headkv":
-        name = str(row["method"])
+        name, budget = str(row["method"]), str(row["budget"])
         if name in PLAIN:
-            return Asked(model, PLAIN[name], str(row["budget"]))
+            return Asked(model, PLAIN[name], budget)
         kind = name.removeprefix("HeadKV-").lower()
         beta = f"beta={row['beta']:g}" if "beta" in row else ""
         if fair:
-            return Asked(model, FAIR[name] + (f"({beta})" if beta else ""), str(row["budget"]))
-        return Asked(model, f"headkv_paper({','.join(part for part in (beta, f'kind={kind}') if part)})", str(row["budget"]))
-    if row["method"] == "CLA":
-        return Asked("", "full", "", "cross-layer attention is not among the conversions yet")
-    conversion, options = _conversion(row)
-    found = variant(model, conversion, options)
+            return Asked(model, FAIR[name] + (f"({beta})" if beta else ""), budget)
+        return Asked(model, f"headkv_paper({','.join(part for part in (beta, f'kind={kind}') if part)})", budget)
+    conversion, alpha = conversion_of_row(row)
     method, budget = ("h2o", _half(str(row["h2o keeps"]))) if "h2o keeps" in row else ("full", "")
-    made = f"python run_all.py train --model {model} {_train_options(conversion, options)} --instruct FILE.jsonl"
-    return Asked(found, method, budget, made)
+    out = variants / (variant_folder(model, conversion) + ("+alpha0" if alpha == "0" else ""))
+    train = ["train", "--model", model, *_train_options(conversion), *(["--alpha", alpha] if alpha else [])]
+    train += [*(["--recipe", table.recipe] if table.recipe else []), "--out", str(out)]
+    return Asked(variant(model, conversion, out, alpha), method, budget, tuple(train))
 
 
-def _conversion(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Ours, and what else its training differs in."""
+def conversion_of_row(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Ours, and the weight of the consistency loss where it is another."""
     if row["method"] == "GQA":
         return "gqa-2", ""
-    ratios = str(row["ratios"]).removesuffix(":0")
-    return {
-        "random router": (f"mixsga-{ratios}-random", ""),
-        "no auxiliary loss": (f"mixsga-{ratios}", "alpha0"),
-    }.get(str(row["method"]), (f"mixsga-{ratios}", ""))
+    if row["method"] == "CLA":
+        return f"cla-{row.get('percent', 50)}", ""
+    ratios = str(row.get("ratios", "3:1:6")).removesuffix(":0")
+    return f"mixsga-{ratios}" + ("-random" if row["method"] == "random router" else ""), (
+        "0" if row["method"] == "no auxiliary loss" else ""
+    )
 
 
 def _half(keep: str) -> str:
@@ -166,22 +250,24 @@ def _half(keep: str) -> str:
     return f"{float(keep.rstrip('%')) / 2:g}%"
 
 
-def _train_options(conversion: str, options: str) -> str:
+def _train_options(conversion: str) -> list[str]:
     name, _, numbers = conversion.partition("-")
     ratios, _, ablation = numbers.partition("-")
-    text = f"--conversion {name} " + (f"--groups {ratios}" if name == "gqa" else f"--ratios {ratios}")
-    text += f" --ablation {ablation}" if ablation else ""
-    return text + (" --alpha 0 --out results/variants/NAME+alpha0" if options else "")
+    option = {"gqa": "--groups", "cla": "--percent", "mixsga": "--ratios"}[name]
+    return ["--conversion", name, option, ratios, *(["--ablation", ablation] if ablation else [])]
 
 
-def variant(model: str, conversion: str, options: str = "") -> str:
+def variant_folder(model: str, conversion: str) -> str:
+    """As `train` calls it."""
+    return slug(f"{Path(model).name if Path(model).is_dir() else model}+{conversion}")
+
+
+def variant(model: str, conversion: str, saved: Path, alpha: str = "") -> str:
     """The trained variant as a model's name: a saved one, or the one shipped with the embedded model; "" if there is none."""
-    name = f"{Path(model).name if Path(model).is_dir() else model}+{conversion}"  # as `train` calls it
-    saved = VARIANTS / (slug(name) + (f"+{options}" if options else ""))
     if (saved / "variant.json").exists():
         return str(saved)
     shipped = Path(__file__).parent / "reference" / "variants" / conversion.replace(":", "_")
-    return name if model == "reference" and not options and (shipped / "variant.json").exists() else ""
+    return f"{model}+{conversion}" if model == "reference" and not alpha and (shipped / "variant.json").exists() else ""
 
 
 def requests(asked: Sequence[Asked]) -> dict[tuple[str, str], list[str]]:

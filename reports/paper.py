@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,35 +17,50 @@ from results.store import StoreError, read_rows
 
 
 @dataclass(frozen=True)
+class PaperRow:
+    """A row of the paper's table, and what stands for it here."""
+
+    method: str
+    setting: str
+    values: Mapping[str, float | None]  # by column; None: the paper draws it and prints no number
+    benchmarks: Mapping[str, Sequence[str]]  # by column, whose mean is ours; empty: nothing of ours fills it
+    measured_with: str  # our method's name
+    command: str  # that makes what is missing; "" if nothing is
+    numbers: Mapping[str, float] | None = None  # where they are no scores
+
+
+@dataclass(frozen=True)
 class Side:
-    """Whose numbers stand beside whose, and under which settings."""
+    """A whole table: whose numbers stand beside whose, and under which settings."""
 
-    table: str
-    paper_model: str
-    model: str
-    limit: int
-    fair: bool
-    settings: tuple[str, ...]
-    asked: Sequence[Any]  # what stands for each row: model, method, budget, train
-    keys: Mapping[tuple[str, str], set[str]]  # of the rows that were asked for, by model and budget: no others are read
+    name: str
+    title: str
+    settings: Sequence[str]
+    averages: Mapping[str, Sequence[str] | str]  # the columns that are means of others, or of "all"
+    scale: Mapping[str, float]
+    exponent: Sequence[str]  # columns that show the exponential of our mean
 
 
-def write_side_by_side(out: Path, table: Any, rows: Sequence[Mapping[str, Any]], side: Side) -> list[Path]:
-    """Writes `<out>/report/paper_<table>.{html,md,tex}`.
+def write_side_by_side(
+    out: Path, side: Side, rows: Sequence[PaperRow], where: Sequence[tuple[str, str]], keys: Mapping[tuple[str, str], set[str]]
+) -> list[Path]:
+    """Writes `<out>/report/paper_<name>.{html,md,tex}`.
+
+    Args:
+        where: of each row, model and budget; keys: by those, the ids of the stored rows that were asked for. No others are read.
 
     Raises:
         StoreError: the folder cannot be read or written to.
     """
-    records = read_rows(out)
-    measured = {where: lines(record for record in records if record.key.id in ids) for where, ids in side.keys.items()}
-    found = side_by_side(measured, table, rows, side)
-    title = f"{side.table}, {side.paper_model} in the paper, {side.model} here"
+    records = read_rows(out) if keys else []
+    measured = {place: lines(record for record in records if record.key.id in ids) for place, ids in keys.items()}
+    found = side_by_side(side, rows, [measured.get(place, ()) for place in where])
     folder = out / "report"
-    paths = [folder / f"paper_{side.table.replace(':', '_')}.{ending}" for ending in ("html", "md", "tex")]
+    paths = [folder / f"paper_{side.name.replace(':', '_')}.{ending}" for ending in ("html", "md", "tex")]
     about = " ".join(side.settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        texts = (simple_page(title, about, [found]), f"# {title}\n\n{about}\n\n{markdown([found])}", latex([found]))
+        texts = (simple_page(side.title, about, [found]), f"# {side.title}\n\n{about}\n\n{markdown([found])}", latex([found]))
         for path, text in zip(paths, texts, strict=True):
             path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -53,52 +68,46 @@ def write_side_by_side(out: Path, table: Any, rows: Sequence[Mapping[str, Any]],
     return paths
 
 
-def side_by_side(
-    measured: Mapping[tuple[str, str], Sequence[Line]], table: Any, rows: Sequence[Mapping[str, Any]], side: Side
-) -> Table:
+def side_by_side(side: Side, rows: Sequence[PaperRow], measured: Sequence[Sequence[Line]]) -> Table:
     """A line for every cell of the paper's table that names a task, and for every mean of tasks that were all measured."""
     made = []
-    for row, asked in zip(rows, side.asked, strict=True):
-        mine = measured.get((asked.model, asked.budget), ())
-        ours = {column: _measured(mine, table, asked, column) for column in row["values"]}
-        for column, theirs in row["values"].items():
-            value = ours[column]
-            if value is None and column.endswith("mean"):
-                value = _mean([ours.get(task) for task in _averaged(table, row, column)])
-            made.append(_cells(row, column, theirs, value, asked, column in ours and _known(table, column)))
+    for row, mine in zip(rows, measured, strict=True):
+        ours = {column: _measured(mine, row, column, side.scale.get(column, 1.0)) for column in row.values}
+        for column, theirs in row.values.items():
+            if column in side.averages:
+                of = side.averages[column]
+                parts = [c for c in row.values if c not in side.averages] if of == "all" else of
+                value = _mean([ours.get(part) for part in parts])
+            else:
+                value = ours[column]
+            shown = None if value is None else value[0]
+            if row.numbers is not None and column in row.numbers:
+                number = row.numbers[column]
+                shown = Estimate(number, number, number, 1)
+            made.append(_cells(row, column, theirs, _changed(shown, exp) if column in side.exponent else shown, side))
     header = ("method", "budget or ratios", "column", "paper", "measured", "difference", "n", "note")
-    return Table(side.table, header, tuple(made))
-
-
-def _known(table: Any, column: str) -> bool:
-    return column in table.columns or table.columns_are_lengths or column.endswith("mean")
+    return Table(side.name, header, tuple(made))
 
 
 Found = tuple[Estimate, list[np.ndarray]]
 
 
-def _measured(measured: Sequence[Line], table: Any, asked: Any, column: str) -> Found | None:
+def _measured(measured: Sequence[Line], row: PaperRow, column: str, scale: float) -> Found | None:
     """Ours, with the scores of each task that it is the mean of."""
-    if table.columns_are_lengths:
-        wanted = [f"{task}(length={column})" for task in table.columns.values()]
-    elif column in table.columns:
-        wanted = [table.columns[column]]
-    else:
+    wanted = row.benchmarks.get(column, ())
+    mine = [
+        line
+        for line in measured
+        if line.method.split("@")[0] == row.measured_with and line.benchmark.split("@")[0].replace(" ", "") in _names(wanted)
+    ]
+    if not wanted or len({line.benchmark for line in mine}) < len(wanted) or not all(line.values for line in mine):
         return None
-    mine = [line for line in measured if line.method.split("@")[0] == asked.method and line.benchmark.split("@")[0] in wanted]
-    if len({line.benchmark.split("@")[0] for line in mine}) < len(wanted) or not all(line.values for line in mine):
-        return None
-    scale = table.scale.get(column, 1.0)
     values = [scale * np.array(list(line.values.values())) for line in mine]
     return mean_of_means(values), values
 
 
-def _averaged(table: Any, row: Mapping[str, Any], column: str) -> list[str]:
-    tasks = [name for name in row["values"] if name in table.columns or (table.columns_are_lengths and not name.endswith("mean"))]
-    if column in ("LongBench mean", "LooGLE mean"):
-        long = column == "LongBench mean"
-        return [name for name in tasks if table.columns[name].startswith("longbench") == long]
-    return tasks
+def _names(benchmarks: Sequence[str]) -> set[str]:
+    return {name.replace(" ", "") for name in benchmarks}
 
 
 def _mean(found: Sequence[Found | None]) -> Found | None:
@@ -108,20 +117,26 @@ def _mean(found: Sequence[Found | None]) -> Found | None:
     return mean_of_means(values), values
 
 
-def _cells(row: Mapping[str, Any], column: str, theirs: float, ours: Found | None, asked: Any, can: bool) -> tuple[Cell, ...]:
-    setting = str(row.get("budget") or row.get("ratios") or "-")
-    if "h2o keeps" in row:
-        setting += f", H2O keeps {row['h2o keeps']}"
+def _changed(value: Estimate | None, change: Callable[[float], float]) -> Estimate | None:
+    """Of a rising function: means over examples stay inside it, as a perplexity's do."""
+    return None if value is None else Estimate(change(value.mean), change(value.low), change(value.high), value.n)
+
+
+def _cells(row: PaperRow, column: str, theirs: float | None, ours: Estimate | None, side: Side) -> tuple[Cell, ...]:
+    head = (Cell(row.method), Cell(row.setting), Cell(column), _number(theirs))
     if ours is None:
-        note = asked.train if not asked.model else "" if can else "needs another run: see docs/reproducing.md"
+        can = bool(row.benchmarks.get(column)) or column in side.averages
+        note = row.command or ("" if can else "needs another run: see docs/reproducing.md")
         empty = Cell("-", float("-inf"))
-        return (Cell(str(row["method"])), Cell(setting), Cell(column), _number(theirs), empty, empty, Cell("0", 0), Cell(note))
-    value = ours[0]
-    shown = Cell(f"{value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]", value.mean)
-    count = Cell(str(value.n), value.n)
-    difference = Cell(f"{value.mean - theirs:+.2f}", value.mean - theirs)
-    return (Cell(str(row["method"])), Cell(setting), Cell(column), _number(theirs), shown, difference, count, Cell(""))
+        return (*head, empty, empty, Cell("0", 0), Cell(note))
+    exact = ours.low == ours.high == ours.mean and ours.n == 1
+    shown = f"{ours.mean:,.6g}" if exact else f"{ours.mean:.2f} [{ours.low:.2f}, {ours.high:.2f}]"
+    difference = Cell("-", float("-inf"))
+    if theirs is not None:
+        away = ours.mean - theirs
+        difference = Cell(f"{away:+,.6g}" if exact else f"{away:+.2f}", away)
+    return (*head, Cell(shown, ours.mean), difference, Cell(str(ours.n), ours.n), Cell(""))
 
 
-def _number(value: float) -> Cell:
-    return Cell(f"{value:g}", value)
+def _number(value: float | None) -> Cell:
+    return Cell("not printed", float("-inf")) if value is None else Cell(f"{value:g}" if value < 1e6 else f"{value:,.6g}", value)
