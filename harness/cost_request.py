@@ -19,7 +19,7 @@ from tqdm import tqdm
 from harness.cache import Budget
 from harness.choices import choose, split
 from harness.cost import CostCell
-from harness.env import record_environment
+from harness.env import environment, environment_id, record_environment
 from harness.load import check_name
 from harness.plan import BadRequest
 from harness.request import device_of
@@ -49,16 +49,8 @@ def cost_request(options: argparse.Namespace) -> int:
         BadRequest, UnknownChoice, UnknownModel: the request makes no sense.
         StoreError: the folder cannot be written to.
     """
-    suite = cost_suite_of(options)
-    for name in suite.models:
-        check_name(name)
-    device = device_of(options.device)
-    env = record_environment(options.out, device)
-    done = {row["id"] for row in read_costs(options.out) if row["status"] in ("ok", "skipped")}
-    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    plugins = tuple(str(Path(path).resolve()) for path in options.plugin or ())
-    every = (replace(cell, plugins=plugins) for cell in cells_of(suite, dtype, str(device)))
-    cells = [cell for cell in every if identity(cell, env) not in done]
+    env = record_environment(options.out, device_of(options.device))
+    cells, _ = _left_to_do(options, env)
     failed = 0
     with tqdm(cells, unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar:
         for cell in bar:
@@ -69,6 +61,26 @@ def cost_request(options: argparse.Namespace) -> int:
             row = {"id": identity(cell, env), "cell": shown, "env": env, "sources": sources_of(cell), **found}
             append_line(options.out / "cost" / "rows.jsonl", json.dumps(row))
     return failed
+
+
+def cost_plan(options: argparse.Namespace) -> dict[str, Any]:
+    """How many cells `run` would measure; runs nothing."""
+    left, every = _left_to_do(options, environment_id(environment(device_of(options.device))))
+    kinds = {what: sum(cell.what == what for cell in left) for what in ("memory", "latency")}
+    return {"suite": options.suite, "cells": len(left), **kinds, "finished": every - len(left)}
+
+
+def _left_to_do(options: argparse.Namespace, env: str) -> tuple[list[CostCell], int]:
+    """The cells without a row, and how many there are in all."""
+    suite = cost_suite_of(options)
+    for name in suite.models:
+        check_name(name)
+    device = device_of(options.device)
+    done = {row["id"] for row in read_costs(options.out) if row["status"] in ("ok", "skipped")}
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    plugins = tuple(str(Path(path).resolve()) for path in options.plugin or ())
+    every = [replace(cell, plugins=plugins) for cell in cells_of(suite, dtype, str(device))]
+    return [cell for cell in every if identity(cell, env) not in done], len(every)
 
 
 def cost_suite_of(options: argparse.Namespace) -> CostSuite:

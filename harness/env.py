@@ -38,10 +38,14 @@ def record_environment(out: Path, device: torch.device) -> str:
         StoreError: the folder cannot be written to.
     """
     found = environment(device)
-    name = hashlib.sha256(json.dumps(found, indent=1, sort_keys=True).encode()).hexdigest()[:12]
+    name = environment_id(found)
     if not (path := out / "env" / f"{name}.json").exists():
         write_json(path, found)
     return name
+
+
+def environment_id(environment: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(environment, indent=1, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def record_data(out: Path, tasks: Mapping[str, Task]) -> None:

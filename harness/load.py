@@ -113,7 +113,8 @@ def _from_hub(name: str, dtype: torch.dtype, device: torch.device, revision: str
         tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UnknownModel(f"model {name!r} is neither a folder here nor reachable on the hub: {reason}") from None
+        advice = "give a folder that holds it, or go online; a gated model needs its licence accepted and `hf auth login`"
+        raise UnknownModel(f"model {name!r} is neither a folder here nor reachable on the hub: {reason} ({advice})") from None
     return Model(_on(network, device), tokenizer, name, str(commit))
 
 

@@ -24,7 +24,7 @@ from harness.attention import attend, probabilities
 from harness.cache import Arena, ModelShape, Needs, Prefill, Routing
 from harness.families import groupings, routers
 from harness.layer_sharing import Place, places
-from harness.observe import AttentionSettings, Observer
+from harness.observe import AttentionSettings, Observer, softcapped_attention
 from harness.rows import RowCache, Step
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox")
@@ -107,6 +107,7 @@ class Model:
         self.depth = whole.layers  # that attend; those that store may be fewer
         self.shape = stored_shape(network, whole)
         self.parent_shape = parent_shape or whole
+        self.softcapped = bool(getattr(config, "attn_logit_softcapping", None))
         self.routers = routers(network)
         widest = max((max(grouping.groups) for grouping in groupings(network)), default=1)
         self.least_shape = replace(self.shape, kv_heads=self.shape.kv_heads // widest)  # rows that no token has fewer of
@@ -191,8 +192,10 @@ class Model:
             router.mode, router.segments = mode, None
 
     def _forward(self, ids: Tensor, positions: Tensor, work: Observer | DecodePass, keep: int | Tensor) -> Tensor:
-        # a mask of four dimensions is passed through as it is, so that none is made of cells that stand side by side
-        mask = None if isinstance(work, Observer) else torch.empty(1, 1, 1, 1, device=ids.device)
+        # a mask of four dimensions is passed through as it is, so that none is made: of cells that stand side by side it would be
+        # wrong, and where attention is our own (softcap) a T x T for nothing
+        made = isinstance(work, Observer) and not self.softcapped
+        mask = None if made else torch.empty(1, 1, 1, 1, device=ids.device)
         return self.network(
             input_ids=ids,
             position_ids=positions,
@@ -254,6 +257,12 @@ def register(base: str) -> str:
         if rows_pass is None:
             return official(module, query, key, value, mask, **settings)
         rows_pass.see(index, place, query[0], key[0], value[0], seen)
+        if seen.softcap is not None:
+            mask = None
+
+            def official(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Tensor, None]:
+                return softcapped_attention(query[0], key[0], value[0], seen).transpose(0, 1)[None], None
+
         if index < rows_pass.depth - 1 or rows_pass.all_outputs:
             return official(module, query, key, value, mask, **settings)
         # of the last layer nobody reads more than the last token's output

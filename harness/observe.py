@@ -5,6 +5,7 @@ Observing is a pass of its own over tensors that attention was given: it never c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -123,16 +124,42 @@ def column_sums(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> T
     Returns:
         [Hq, T], float32
     """
-    heads, tokens, _ = queries.shape
-    group = heads // keys.shape[0]
-    sums = torch.zeros(heads, tokens, device=keys.device)
+    sums = torch.zeros(queries.shape[:2], device=keys.device)
+    for _, seen, weights in _exponentials(queries, keys, settings):
+        sums[:, seen] += (weights.sum(-1).reciprocal_()[:, None] @ weights)[:, 0]
+    return sums
+
+
+def softcapped_attention(queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:
+    """Causal attention with a softcap, which sdpa cannot do, without transformers' T x T of logits and masks.
+
+    Args:
+        queries: [Hq, N, D], the last N of the T tokens; keys, values: [H, T, D].
+
+    Returns:
+        [Hq, N, D]
+    """
+    out = torch.empty_like(queries)
+    heads = keys.shape[0]
+    for asking, seen, weights in _exponentials(queries, keys, settings):
+        shares = weights.div_(weights.sum(-1, keepdim=True)).to(values.dtype)
+        grouped = shares.unflatten(0, (heads, -1)).flatten(1, 2)  # [H, G * q, k]
+        out[:, asking] = (grouped @ values[:, seen]).unflatten(1, (-1, weights.shape[1])).flatten(0, 1)
+    return out
+
+
+def _exponentials(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Softmax's numerators in blocks of queries [Hq, N, D], the last N of T: which queries, which keys, [Hq, q, k] in float32."""
+    heads, asked, _ = queries.shape
+    tokens, group = keys.shape[1], heads // keys.shape[0]
     numbers = BLOCK_LOGITS if keys.device.type == "cpu" else GPU_BLOCK_LOGITS
     step = max(1, numbers // (heads * tokens))
     positions = torch.arange(tokens, device=keys.device)
-    for start in range(0, tokens, step):
+    before = tokens - asked
+    for start in range(before, tokens, step):
         stop = min(start + step, tokens)
         first = 0 if settings.window is None else max(0, start - settings.window + 1)
-        block = queries[:, start:stop].float().unflatten(0, (-1, group)).flatten(1, 2) * settings.scaling
+        block = queries[:, start - before : stop - before].float().unflatten(0, (-1, group)).flatten(1, 2) * settings.scaling
         logits = block @ keys[:, first:stop].float().transpose(1, 2)  # [H, G * q, k]
         logits = logits.unflatten(1, (group, stop - start)).flatten(0, 1)  # [Hq, q, k]
         if settings.softcap is not None:
@@ -141,6 +168,5 @@ def column_sums(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> T
         logits[..., start - first :].masked_fill_(positions[start:stop] > asking, float("-inf"))  # older keys are seen by all
         if settings.window is not None:
             logits.masked_fill_(positions[first:stop] <= asking - settings.window, float("-inf"))
-        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # a softmax in place: its sums are divided by below
-        sums[:, first:stop] += (weights.sum(-1).reciprocal_()[:, None] @ weights)[:, 0]
-    return sums
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # in place: a second buffer would be traffic
+        yield slice(start - before, stop - before), slice(first, stop), weights

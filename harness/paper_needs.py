@@ -40,6 +40,7 @@ class Need:
     data: Mapping[str, bool]  # folder -> is it here
     hours: float  # of one such GPU, for everything, variants included
     gigabytes: float  # of its memory
+    measuring_gigabytes: float  # without training
     variants: int  # to be trained, of those that are not here
     gpu: str | None  # this machine's, with its memory
     gpu_gigabytes: float
@@ -70,6 +71,7 @@ def needs(table: PaperTable, model: str, data_dir: Path | None) -> Need:
         data={folder: bool(data_dir and (data_dir / folder).is_dir()) for folder in table.data},
         hours=hours(table, model, len(rows), variants),
         gigabytes=gigabytes(table, model, variants),
+        measuring_gigabytes=gigabytes(table, model, 0),
         variants=variants,
         gpu=gpu,
         gpu_gigabytes=room,

@@ -207,7 +207,7 @@ class Asked:
 
     @property
     def command(self) -> str:
-        return " ".join(("python run_all.py", *self.train)) if self.train else ""
+        return " ".join(("python run_all.py", *self.train, "--data-dir D")) if self.train else ""
 
 
 FAIR = {"HeadKV-R": "headkv_r", "HeadKV-ER": "headkv_er", "HeadKV-R2": "headkv_r2"}

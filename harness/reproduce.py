@@ -18,6 +18,7 @@ from harness.choices import choose
 from harness.cost_request import cost_request
 from harness.load import check_name
 from harness.model import shape_of
+from harness.paper_needs import needs
 from harness.papers import (
     HUB,
     LENGTHS,
@@ -33,7 +34,7 @@ from harness.papers import (
     table_of,
 )
 from harness.plan import BadRequest
-from harness.request import run_request
+from harness.request import device_of, run_request
 from harness.shapes import SHAPES
 from harness.train_request import train_request
 from harness.variants import bytes_a_token, conversion_of
@@ -76,6 +77,8 @@ def reproduce_request(options: argparse.Namespace, parse: Parse) -> Reproduced:
         return _without_scores(options, table, theirs, parse)
     model = options.model or HUB[theirs]
     check_name(model)
+    if is_theirs(options, theirs):
+        _check_gpu(table, theirs, options)
     rows = rows_of(table, theirs)
 
     def ask() -> list[Asked]:
@@ -104,6 +107,21 @@ def _paper_model(table: PaperTable, wanted: str | None) -> str:
     if not found:
         raise BadRequest(f"--paper-model {wanted!r} is none of {', '.join(models)}")
     return found[0]
+
+
+def _check_gpu(table: PaperTable, theirs: str, options: argparse.Namespace) -> None:
+    """
+    Raises:
+        BadRequest: the GPU is too small for the paper's model; says by how much.
+    """
+    need = needs(table, theirs, options.data_dir)
+    wanted = need.gigabytes if options.train or not need.variants else need.measuring_gigabytes
+    if device_of(options.device).type == "cuda" and wanted > need.gpu_gigabytes:
+        short = wanted - need.gpu_gigabytes
+        raise BadRequest(
+            f"{table.name} with {theirs} needs about {wanted:.0f} GB, {need.gpu} has {need.gpu_gigabytes:.0f} GB: {short:.0f} GB "
+            "too small; choose a smaller --paper-model or --model, or --device cpu"
+        )
 
 
 def _train(options: argparse.Namespace, asked: Sequence[Asked], parse: Parse) -> None:

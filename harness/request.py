@@ -63,6 +63,8 @@ REFUSED = (
 
 def suite_of(options: argparse.Namespace) -> Suite:
     """The suite, with what the command line changes of it."""
+    if options.suite in COST_SUITES:
+        raise BadRequest(f"suite {options.suite} measures cost: `run` and `plan` take it, this command needs a suite of scores")
     if options.suite not in SUITES:
         raise BadRequest(f"no suite {options.suite!r}; known: {', '.join((*SUITES, *COST_SUITES))}")
     changes: dict[str, Any] = {

@@ -179,6 +179,15 @@ def test_a_process_that_dies_is_a_row_with_its_reason(monkeypatch: pytest.Monkey
     assert run_cell(CELL) == {"status": "failed", "reason": "its process ended with code 1"}
 
 
+def test_a_cost_suite_is_planned_and_refused_where_it_makes_no_sense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", "--suite", "cost-small", "--out", str(tmp_path)) == 0
+    assert "32 cells to run (8 of memory, 24 of latency)" in capsys.readouterr().out
+    assert call("plan", "--suite", "cost-default", "--json", "--out", str(tmp_path)) == 0
+    assert json.loads(capsys.readouterr().out)["finished"] == 0 and not list(tmp_path.iterdir()), "a plan writes nothing"
+    assert call("beta", "--suite", "cost-small", "--out", str(tmp_path)) == 2
+    assert "measures cost" in capsys.readouterr().err
+
+
 def test_a_cost_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("run", "--suite", "cost-default", "--model", "random:tiny-llama", "--methods", "full,snapkv", "--contexts", "128")
     asked += ("--rounds", "2", "--max-new-tokens", "3", "--out", str(tmp_path))

@@ -322,7 +322,8 @@ def test_bad_requests_about_head_scores(
         (("--attempts", "0"), "--attempts 0 must be at least 1"),
         (("--out", "map.png"), "must name a .json file"),
         (("--chat", "template"), "no chat template"),
-        (("--model", "random:tiny-llama+mixsga-3:1:6"), "does not read"),
+        (("--model", "random:tiny-llama+mixsga-3:1:6"), "which the estimator needs"),
+        (("--model", "random:tiny-llama+cla-50"), "which the estimator needs"),
         (("--model", "random:tiny-llama", "--attempts", "2", "--max-length", "4000"), "none of 2 attempts (0 successes)"),
     ],
 )

@@ -9,11 +9,13 @@ import pytest
 import torch
 from conftest import FAMILIES, SCORED, network, read, tiny, tokens
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, FalconConfig, FalconForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from harness.cache import Budget, Prefill, Selection, keep_all
 from harness.model import Model, UnsupportedModel, shape_of
+from harness.observe import AttentionSettings, softcapped_attention
 from harness.prompts import Prompt, Protocol
 from harness.rows import ROOM_STEP, compact
 from harness.sweep import Cell, Sweep
@@ -343,3 +345,39 @@ def test_uniform_scores_are_not_mistaken_for_nothing() -> None:
     scorer = replace(Flat(), window=1)
     kept = Eviction(scorer, Uniform()).compress(prefill, 6 * 10, score_prefill(scorer, prefill))
     assert all(row.kept.tolist() == list(range(20, 30)) for layer in kept for row in layer)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("block", [1, 700, 2**20])
+@pytest.mark.parametrize("window", [None, 24])
+def test_softcapped_prefill_attention_is_its_definition(window: int | None, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of any size, for all queries or the last ones."""
+    monkeypatch.setattr("harness.observe.BLOCK_LOGITS", block)
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(4, 50, 16, generator=generator) * 3
+    keys, values = torch.randn(2, 2, 50, 16, generator=generator).unbind(0)
+    settings = AttentionSettings(0.25, softcap=2.0, window=window)
+    logits = 2.0 * torch.tanh(queries @ keys.repeat_interleave(2, 0).transpose(1, 2) * 0.25 / 2.0)
+    place = torch.arange(50)
+    hidden = place[None] > place[:, None]
+    if window:
+        hidden |= place[None] <= place[:, None] - window
+    wanted = logits.masked_fill(hidden, float("-inf")).softmax(-1) @ values.repeat_interleave(2, 0)
+    assert (softcapped_attention(queries, keys, values, settings) - wanted).abs().max() < 1e-5
+    assert (softcapped_attention(queries[:, -3:], keys, values, settings) - wanted[:, -3:]).abs().max() < 1e-5
+
+
+def test_a_softcapped_prefill_makes_no_square_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither logits nor a mask: no tensor of T x T numbers is ever made."""
+    monkeypatch.setattr("harness.observe.BLOCK_LOGITS", 2000)
+    squares: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() >= 400 * 400:
+                squares.append(f"{func} {tuple(out.shape)}")
+            return out
+
+    with Watch():
+        read("gemma2", tokens(400))
+    assert not squares

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import DATA, FAMILIES, head_scores, network
 from test_cli import call
 from transformers import AutoTokenizer
@@ -273,6 +274,17 @@ def test_needs_follow_from_shapes_and_from_what_is_here(tmp_path: Path) -> None:
     trained = needs(table_of("mixsga:table2"), "TinyLlama-1.1B", None)
     assert trained.variants == 3 and trained.hours > 3 * 6 * 1.1e9 * 1.6e9 / FLOPS / 3600
     assert "no weights" in needs(table_of("mixsga:table9"), "OPT-125m", None).text
+
+
+def test_a_gpu_that_is_too_small_is_told_by_how_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("harness.paper_needs._gpu", lambda: ("a small one", 16.0))
+    monkeypatch.setattr("harness.reproduce.device_of", lambda _: torch.device("cuda"))
+    assert call("reproduce", "headkv:table2", "--out", str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "needs about 23 GB, a small one has 16 GB: 7 GB too small" in error
+    assert "7 GB too small" in needs(table_of("headkv:table2"), "Llama-3-8B-Instruct", None).text
 
 
 def test_bad_requests_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,11 +87,12 @@ def test_no_evaluated_record_is_trained_on(data_dir: Path) -> None:
 def test_a_padded_batch_has_the_loss_of_its_examples() -> None:
     """Each alone: padding is seen by none, routed by none, and has no label."""
     words = tokenizer()
-    rows = [{"prompt": "a bird " * n, "output": "flies away " * (6 - n)} for n in range(1, 5)]
+    rows = [{"prompt": "a bird " * n, "output": "flies away " * n} for n in range(1, 5)]
     batches = ExampleBatches.of(words, rows, rows[:1], 200, 4, seed=0)
     for conversion in ("none", "mixsga-3:1:6"):
         net = trainable("llama", conversion).eval()
         batch = batches(0)
+        assert batch.real is not None and not batch.real.all()
         ids = batch.ids % 97  # the tiny model's vocabulary
         labels = torch.where(batch.labels == IGNORED, IGNORED, batch.labels % 97)
         batch = type(batch)(ids, labels, batch.positions, real=batch.real)
