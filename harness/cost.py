@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class CostCell:
     method: str
     budget: str  # "" for full
     context: int  # tokens
-    batch: int
+    batch: int  # 0: the largest that fits
     new_tokens: int
     dtype: str
     device: str
@@ -69,6 +69,7 @@ class CacheSubject:
     selection: Selection | None = None
     cache: RowCache | None = None
     next: Tensor | None = None
+    reads: int | None = None  # prompts really read, if not one a sequence: they are alike
     observed: dict[str, float] = field(default_factory=dict)
     counts: list[Counts] = field(default_factory=list)  # right after compaction
 
@@ -83,7 +84,7 @@ class CacheSubject:
     def _read(self) -> None:
         """Every sequence's prefill; the last one's stays."""
         self.observed = {"observe": 0.0, "column sums": 0.0}
-        for _ in range(self.batch):
+        for _ in range(self.reads or self.batch):
             self.prefill = None
             self.prefill, seen = self.model.prefill(self.ids, self.method.needs, Arena())
             self.observed["observe"] += seen.seconds - seen.column_sums
@@ -92,7 +93,7 @@ class CacheSubject:
     def _score(self) -> None:
         if isinstance(self.method, Eviction):
             assert self.prefill is not None
-            for _ in range(self.batch):
+            for _ in range(self.reads or self.batch):
                 self.scores = score_prefill(self.method.scorer, self.prefill)
 
     def _select(self) -> None:
@@ -102,7 +103,7 @@ class CacheSubject:
             return
         assert self.scores is not None
         total = self.budget.entries(self.model.parent_shape, len(self.ids), "kv")
-        for _ in range(self.batch):
+        for _ in range(self.reads or self.batch):
             self.selection = self.method.compress(self.prefill, total, self.scores)
         self.scores = None
 
@@ -211,7 +212,62 @@ def _measured(cell: CostCell, model: Model, method: Method, device: torch.device
             return {"status": "skipped", "reason": why}
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.network.config.vocab_size, (cell.context,), generator=generator).to(device)
-    subject = CacheSubject(model, method, budget, ids, cell.batch, cell.new_tokens)
+    if cell.batch == 0:
+        return _largest(cell, CacheSubject(model, method, budget, ids, 1, cell.new_tokens, reads=1), device)
+    return _rows_of(cell, CacheSubject(model, method, budget, ids, cell.batch, cell.new_tokens), device)
+
+
+KEPT_FREE = 0.05  # of a device's memory, for what an allocator cannot use
+SMALLER = 0.9  # of a batch that did not fit after all
+TRIES = 8
+
+
+def _largest(cell: CostCell, subject: CacheSubject, device: torch.device) -> dict[str, Any]:
+    """The cell at the largest batch that fits: by the bytes of one sequence, then smaller ones until it really does.
+
+    One prompt is read, since all are alike; phases before the first token are told as if each sequence had read its own.
+    """
+    free = free_bytes(device)
+    for _, work in subject.phases:
+        work()
+    logits = 3 * 4 * subject.model.network.config.vocab_size
+    each = sum(count.bytes_allocated for count in subject.counts) + logits
+    prefill = 2 * subject.model.shape.full_entries(cell.context) * subject.model.shape.entry_bytes()  # with what a layer needs
+    subject.reset()
+    batch = max(1, int((free - prefill) // each))
+    for _ in range(TRIES):
+        subject.batch = batch
+        try:
+            with memory_errors():
+                found = _rows_of(replace(cell, batch=batch), subject, device)
+        except OutOfMemory:
+            subject.reset()
+            if batch == 1:
+                raise
+            batch = max(1, int(SMALLER * batch))
+            continue
+        if "phases" in found:
+            found["phases"] = {name: lap if name == "compact" else lap * batch for name, lap in found["phases"].items()}
+        return found | {"batch": batch}
+    raise OutOfMemory(f"out of memory: not even {batch} sequences fit")
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a cell may take: of a GPU nearly all that is free, of a machine's memory half."""
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        return int(free - KEPT_FREE * whole)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        raise CannotRun("how much memory is free is not known here: name --batches") from None
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return available // 2
+
+
+def _rows_of(cell: CostCell, subject: CacheSubject, device: torch.device) -> dict[str, Any]:
+    """What one measurement says."""
+    model = subject.model
     found: dict[str, Any] = {"status": "ok", "reason": None, "revision": model.revision}
     if cell.what == "memory":
         meter: memory.Meter = CudaMeter(device) if device.type == "cuda" else CpuMeter()

@@ -92,7 +92,7 @@ def cost_suite_of(options: argparse.Namespace) -> CostSuite:
             changes[field] = tuple(split(text))
     for field in ("contexts", "batches"):
         if text := getattr(options, field):
-            changes[field] = _numbers(field, text)
+            changes[field] = _numbers(field, text, largest=field == "batches")
     if options.max_new_tokens is not None:
         changes["new_tokens"] = options.max_new_tokens
     if options.rounds is not None:
@@ -110,8 +110,11 @@ def cost_suite_of(options: argparse.Namespace) -> CostSuite:
     return suite
 
 
-def _numbers(field: str, text: str) -> tuple[int, ...]:
+def _numbers(field: str, text: str, largest: bool) -> tuple[int, ...]:
+    """Whole numbers; `largest` becomes 0, where it is one of the choices."""
     parts = split(text)
+    if largest and parts and parts[-1] == "largest":
+        return (*(_numbers(field, ",".join(parts[:-1]), False) if parts[:-1] else ()), 0)
     if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise BadRequest(f"--{field} {text!r} must be whole numbers above 0, with commas")
     return tuple(map(int, parts))

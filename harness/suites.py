@@ -37,7 +37,7 @@ class CostSuite:
     methods: tuple[str, ...]
     budgets: tuple[str, ...]
     contexts: tuple[int, ...]  # tokens
-    batches: tuple[int, ...] = (1,)
+    batches: tuple[int, ...] = (1,)  # 0: as many sequences as fit
     new_tokens: int = 32
     rounds: int = 3
 
@@ -186,12 +186,12 @@ COST_SUITES: dict[str, CostSuite] = {
         new_tokens=128,
     ),
     "cost-batch": CostSuite(
-        about="throughput of an 8B model by batch at 8K tokens: for a GPU",
+        about="throughput of an 8B model by batch at 8K tokens, up to the largest that fits: for a GPU",
         models=("random:llama-3-8b",),
         methods=("full", "snapkv", "ada_snapkv"),
         budgets=("1024",),
         contexts=(8192,),
-        batches=(1, 8, 32, 64),
+        batches=(1, 8, 32, 0),
         new_tokens=64,
     ),
     "cost-variants": CostSuite(

@@ -39,6 +39,7 @@ class Cost:
     new_tokens: int
     laps: tuple[Mapping[str, Any], ...]
     memory: Mapping[str, Any] | None
+    largest: bool = False  # `batch` is as many as fitted
 
     @property
     def panel(self) -> Where:
@@ -73,7 +74,8 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> list[Cost]:
             0
         ]:  # rounds of another length are no rounds of this
             laps = tuple(row for row in timed if row["cell"]["new_tokens"] == steps)
-            found.append(Cost(model, dtype, device, run, method, budget, context, batch, steps, laps, memory))
+            fitted = batch or min(row["batch"] for row in [*laps, *([memory] if memory else [])])
+            found.append(Cost(model, dtype, device, run, method, budget, context, fitted, steps, laps, memory, batch == 0))
     return sorted(found, key=_order)
 
 
@@ -145,7 +147,10 @@ def _memory(cost: Cost) -> tuple[Cell, ...]:
 
 
 def _asked(cost: Cost) -> tuple[Cell, ...]:
-    sizes = (Cell(f"{cost.context:,}", cost.context), Cell(str(cost.batch), cost.batch))
+    sizes = (
+        Cell(f"{cost.context:,}", cost.context),
+        Cell(f"{cost.batch} (largest)" if cost.largest else str(cost.batch), cost.batch),
+    )
     return (Cell(cost.method), Cell(cost.budget or "-"), *sizes)
 
 

@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import FAMILIES, network, read, tiny, tokens
 from test_cli import call
 
+import harness.cost
 from benchmarks import latency, memory
 from harness.cache import Budget, Needs, keep_all
 from harness.cost import CacheSubject, CostCell, CpuMeter, _pairs, floors, measure_cell, weight_bytes
@@ -177,6 +179,29 @@ def test_a_process_that_dies_is_a_row_with_its_reason(monkeypatch: pytest.Monkey
     assert "no shape 'absent'" in run_cell(replace(CELL, model="random:absent"))["reason"]
     monkeypatch.setattr("harness.cost_request.sys.executable", "/bin/false")
     assert run_cell(CELL) == {"status": "failed", "reason": "its process ended with code 1"}
+
+
+@pytest.mark.parametrize("method", ["full", "snapkv"])
+def test_the_largest_batch_that_fits_is_found(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By bytes first; where that is too many, a tenth fewer at a time."""
+    monkeypatch.setattr(harness.cost, "free_bytes", lambda _: 3_000_000)
+    cell = CostCell("random:tiny-llama", method, "25%" if method == "snapkv" else "", 200, 0, 4, "float32", "cpu", 1)
+    found = measure_cell(cell)
+    each = found["bytes_allocated"] / found["batch"] + 12 * 320
+    prefill = 2 * found["bytes_full"] / found["batch"]
+    assert found["batch"] == int((3_000_000 - prefill) // each) > 1
+    plain, tried = harness.cost._rows_of, []
+
+    def too_large(cell: CostCell, subject: CacheSubject, device: torch.device) -> dict[str, Any]:
+        tried.append(cell.batch)
+        if cell.batch > 3:
+            raise MemoryError
+        return plain(cell, subject, device)
+
+    monkeypatch.setattr(harness.cost, "_rows_of", too_large)
+    assert measure_cell(cell)["batch"] <= 3
+    assert tried == sorted(tried, reverse=True) and tried[0] == found["batch"]
+    assert replace(cell, batch=1).batch == 1 and "reason" in measure_cell(replace(cell, batch=1))
 
 
 def test_a_cost_suite_is_planned_and_refused_where_it_makes_no_sense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
