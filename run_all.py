@@ -236,7 +236,8 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _setting(row: dict[str, Any]) -> str:
-    parts = [row.get("budget") or row.get("ratios") or row.get("size"), row.get("task")]
+    size = f"{row['size']} ({row['ratios']})" if row.get("size") and row.get("ratios") else row.get("size")
+    parts = [size or row.get("budget") or row.get("ratios"), row.get("task")]
     parts += [f"H2O keeps {row['h2o keeps']}"] if "h2o keeps" in row else []
     return ", ".join(str(part) for part in parts if part) or "-"
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from reports.formats import Cell, Table, latex, markdown
 from reports.page import simple_page
+from reports.paper_figure import paper_figure
 from reports.statistics import Estimate, mean_of_means
 from reports.tables import Line, lines
 from results.store import StoreError, read_rows
@@ -44,7 +45,7 @@ class Side:
 def write_side_by_side(
     out: Path, side: Side, rows: Sequence[PaperRow], where: Sequence[tuple[str, str]], keys: Mapping[tuple[str, str], set[str]]
 ) -> list[Path]:
-    """Writes `<out>/report/paper_<name>.{html,md,tex}`.
+    """Writes `<out>/report/paper_<name>.{html,md,tex}`, and of a figure .png.
 
     Args:
         where: of each row, model and budget; keys: by those, the ids of the stored rows that were asked for. No others are read.
@@ -60,8 +61,11 @@ def write_side_by_side(
     about = " ".join(side.settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        picture = folder / f"paper_{side.name.replace(':', '_')}.png"
+        if "figure" in side.name and paper_figure(found, side.title, picture):
+            paths.append(picture)
         texts = (simple_page(side.title, about, [found]), f"# {side.title}\n\n{about}\n\n{markdown([found])}", latex([found]))
-        for path, text in zip(paths, texts, strict=True):
+        for path, text in zip(paths, texts, strict=False):
             path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StoreError(f"cannot write to {folder}: {error.strerror}") from None

@@ -253,10 +253,11 @@ def test_figures_are_asked_for_by_name(tmp_path: Path) -> None:
     assert call("reproduce", "mixsga:figure3", *asked) == 0
     text = (tmp_path / "report" / "paper_mixsga_figure3.md").read_text()
     rows = {tuple(line.strip("| ").split(" | ")[:2]): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
-    assert float(rows["GQA", "0:1:0"][4].split()[0]) > 100 and rows["CLA", "35%"][4] == "-"
+    assert float(rows["GQA", "50% (0:1:0)"][4].split()[0]) > 100 and rows["CLA", "35%"][4] == "-"
     assert "--conversion cla --percent 35 --recipe mixsga-pretrain" in text
     nll = [row.metrics["nll"] for row in read_rows(tmp_path) if row.key.model == "reference+gqa-2"]
-    assert float(rows["GQA", "0:1:0"][4].split()[0]) == pytest.approx(math.exp(nll[0]), rel=1e-4)
+    assert float(rows["GQA", "50% (0:1:0)"][4].split()[0]) == pytest.approx(math.exp(nll[0]), rel=1e-4)
+    assert (tmp_path / "report" / "paper_mixsga_figure3.png").stat().st_size > 5000
     assert call("reproduce", "headkv:figure5", *asked) == 0
     assert "| FullKV | - | needle | not printed | " in (tmp_path / "report" / "paper_headkv_figure5.md").read_text()
     assert call("reproduce", "mixsga:figure1", *asked) == 0
