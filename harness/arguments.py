@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     _add_plugin(listing)
     about = "estimate head scores for HeadKV, and draw them"
     _add_importance(commands.add_parser("importance", help=about, description=about))
-    about = "convert a model to GQA, MQA or mixSGA, heal it, save it as a variant"
+    about = "convert a model to GQA, MQA, mixSGA or CLA, heal it, save it as a variant"
     _add_train(commands.add_parser("train", help=about, description=about))
     about = "average one token's keys and values over all heads: what becomes of the perplexity (mixSGA's figure 1)"
     tokens = commands.add_parser("token-importance", help=about, description=about)
@@ -144,7 +144,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     add("--groups", type=int, help="KV heads merged into one by gqa")
     add("--percent", type=int, help="of the layers that cla stores: 50 for half")
     add("--ratios", help="of mixSGA's experts, which keep every head, half, a quarter, ...: 3:1:6")
-    add("--ablation", help="gqa, mqa: first or random heads instead of means; mixsga: a random router")
+    add("--ablation", help="gqa, mqa: first or random heads instead of means; mixsga: random; cla: first")
     add("--text", type=Path, help="file or folder of .txt to heal on")
     add("--instruct", type=Path, help=".jsonl with prompt and output to heal on; only outputs are trained on")
     add("--data-dir", type=Path, help="folder with the recipe's data; for the embedded model, with lm/books")
