@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 
 from harness.cache import ModelShape
-from harness.papers import HUB, SHAPE, TABLES, PaperTable, asked_for, paper_models, rows_of
+from harness.papers import HUB, SHAPE, TABLES, VARIANTS, PaperTable, asked_for, paper_models, rows_of
 from harness.shapes import SHAPES
 
 FLOPS = 4e14  # of a GPU really reached in bfloat16: two fifths of an H100's
@@ -59,9 +60,12 @@ class Need:
         return f"{self.model}: " + ", ".join(parts)
 
 
-def needs(table: PaperTable, model: str, data_dir: Path | None) -> Need:
+def needs(table: PaperTable, model: str, data_dir: Path | None, trained: Path = VARIANTS) -> Need:
+    """`trained`: where variants are looked for."""
     rows = rows_of(table, model)
-    commands = {one.train for one in (asked_for(table, row, HUB[model], False) for row in rows) if one.train and not one.model}
+    commands = {
+        one.train for one in (asked_for(table, row, HUB[model], False, trained) for row in rows) if one.train and not one.model
+    }
     variants = len(commands) if table.kind == "scores" else 0
     gpu, room = _gpu()
     return Need(
@@ -69,7 +73,7 @@ def needs(table: PaperTable, model: str, data_dir: Path | None) -> Need:
         weights=HUB[model] if table.kind in ("scores", "tokens") else "",
         weights_here=isinstance(try_to_load_from_cache(HUB[model], "config.json"), str),
         data={folder: bool(data_dir and (data_dir / folder).is_dir()) for folder in table.data},
-        hours=hours(table, model, len(rows), variants),
+        hours=hours(table, model, rows, variants),
         gigabytes=gigabytes(table, model, variants),
         measuring_gigabytes=gigabytes(table, model, 0),
         variants=variants,
@@ -78,15 +82,18 @@ def needs(table: PaperTable, model: str, data_dir: Path | None) -> Need:
     )
 
 
-def hours(table: PaperTable, model: str, rows: int, variants: int) -> float:
-    """By arithmetic, from shapes: prompts are read at `FLOPS`, answers wait for weights and cache at `BYTES`."""
+def hours(table: PaperTable, model: str, rows: Sequence[Mapping[str, Any]], variants: int) -> float:
+    """By arithmetic, from shapes: prompts are read at `FLOPS`, answers wait for weights and cache at `BYTES`.
+
+    Prompts are read once a budget, for all its methods; of variants each reads them for itself.
+    """
     sizes, weights = table.sizes, PARAMETERS[model] * 1e9
     read = 2 * weights * sizes.prompts * sizes.tokens / FLOPS
-    models = rows if table.recipe else 1  # every variant reads its own prompts; methods share them
-    together = 1 if table.recipe else rows  # cells of one prompt are decoded as one batch
+    passes = len(rows) if table.recipe else len({row.get("budget", "") for row in rows})
+    together = len(rows) / passes  # cells decoded as one batch
     answer = sizes.prompts * sizes.answer * (2 * weights + together * _cache_bytes(model, sizes.tokens) / 4) / BYTES
     trained = 6 * weights * sizes.trained * variants / FLOPS
-    return (models * (read + answer) + trained) / 3600  # nothing where no model runs
+    return (passes * (read + answer) + trained) / 3600  # nothing where no model runs
 
 
 def gigabytes(table: PaperTable, model: str, variants: int) -> float:

@@ -179,16 +179,18 @@ def tokenised(tokenizer: Any, texts: Iterator[str], folder: Path) -> tuple[torch
     """
     ids, starts, done = folder / "ids.bin", folder / "starts.bin", folder / "done.json"
     if not done.exists():
+        some = list(islice(texts, 512))  # before anything is written: there may be none
         folder.mkdir(parents=True, exist_ok=True)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         count = 0
         with ids.open("wb") as to_ids, starts.open("wb") as to_starts:
-            while some := list(islice(texts, 512)):
+            while some:
                 for document in tokenizer(some)["input_ids"]:
                     whole = [*document, *end]
                     to_ids.write(np.array(whole, dtype=np.int32).tobytes())
                     to_starts.write(bytes([1]) + bytes(len(whole) - 1) if whole else b"")
                     count += len(whole)
+                some = list(islice(texts, 512))
         done.write_text(json.dumps({"tokens": count}))
     if not json.loads(done.read_text())["tokens"]:
         raise BadText(f"{folder}: the training text holds no token")

@@ -114,7 +114,7 @@ def _check_gpu(table: PaperTable, theirs: str, options: argparse.Namespace) -> N
     Raises:
         BadRequest: the GPU is too small for the paper's model; says by how much.
     """
-    need = needs(table, theirs, options.data_dir)
+    need = needs(table, theirs, options.data_dir, options.variants)
     wanted = need.gigabytes if options.train or not need.variants else need.measuring_gigabytes
     if device_of(options.device).type == "cuda" and wanted > need.gpu_gigabytes:
         short = wanted - need.gpu_gigabytes

@@ -270,11 +270,22 @@ def test_needs_follow_from_shapes_and_from_what_is_here(tmp_path: Path) -> None:
     need = needs(table, "Llama-3-8B-Instruct", tmp_path)
     assert need.data == {"longbench": True, "headkv": False} and not need.weights_here
     tokens = 2 * 8.0e9 * 1150 * 7900 / FLOPS  # reading the prompts
-    assert tokens / 3600 < need.hours < 3 * tokens / 3600
+    budgets = len({row["budget"] for row in rows_of(table, "Llama-3-8B-Instruct")})
+    assert budgets * tokens / 3600 < need.hours < 3 * budgets * tokens / 3600
     assert need.gigabytes > 16 and "too small" not in need.text
-    trained = needs(table_of("mixsga:table2"), "TinyLlama-1.1B", None)
+    trained = needs(table_of("mixsga:table2"), "TinyLlama-1.1B", None, tmp_path)
     assert trained.variants == 3 and trained.hours > 3 * 6 * 1.1e9 * 1.6e9 / FLOPS / 3600
     assert "no weights" in needs(table_of("mixsga:table9"), "OPT-125m", None).text
+
+
+def test_the_costs_in_the_guide_are_those_of_the_arithmetic(tmp_path: Path) -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "reproducing.md").read_text()
+    lines = []
+    for name, table in TABLES.items():
+        for model in paper_models(table) if table.kind != "sizes" else ():
+            need = needs(table, model, None, tmp_path)
+            lines.append(f"| `{name}` | {model} | {need.variants or '-'} | {max(need.hours, 0.1):.1f} | {need.gigabytes:.0f} |")
+    assert "\n".join(lines) in guide
 
 
 def test_a_gpu_that_is_too_small_is_told_by_how_much(
