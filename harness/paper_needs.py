@@ -63,9 +63,8 @@ class Need:
 def needs(table: PaperTable, model: str, data_dir: Path | None, trained: Path = VARIANTS) -> Need:
     """`trained`: where variants are looked for."""
     rows = rows_of(table, model)
-    commands = {
-        one.train for one in (asked_for(table, row, HUB[model], False, trained) for row in rows) if one.train and not one.model
-    }
+    asked = [asked_for(table, row, HUB[model], False, trained) for row in rows]
+    commands = {one.train for one in asked if one.train and not one.model}
     variants = len(commands) if table.kind == "scores" else 0
     gpu, room = _gpu()
     return Need(
