@@ -71,9 +71,7 @@ def task_file(folder: Path, text: str, count: int = 12, **changed: Any) -> Path:
     rng = random.Random(3)
     rows = []
     for number in range(count):
-        said = " ".join(
-            rng.choices(["the old miller", "a quiet stranger", "the code of Mira is 37 82.", "near the harbour"], k=9)
-        )
+        said = " ".join(rng.choices(PARTS, k=9))
         rows.append({"said": said, "colours": [" red", " deep sea blue", " green."][: 2 + number % 2], "gold": number % 2})
         rows[-1] |= changed if number == 3 else {}
     data, path = folder / "rows.jsonl", folder / f"{text.split()[1]}.yaml"
