@@ -1,7 +1,7 @@
 """Healing: trains a converted model on text until it works again. One loop, accelerate inside, for every conversion and loss.
 
-The command is `run_all.py train`, or `accelerate launch run_all.py train` for several processes: each reads batches of its own
-and gradients are averaged (DDP), or weights and optimizers are sharded as well (`--shard-weights`: FSDP2).
+The command is `run_all.py train`, or `torchrun --nproc-per-node N run_all.py train` for several processes: each reads batches
+of its own and gradients are averaged (DDP), or weights and optimizers are sharded as well (`--shard-weights`: FSDP2).
 
 A batch is token ids with labels (the next token of each, or -100), weights and documents. Packed documents cannot see each
 other: positions restart and no mask is given, from which transformers makes a block-diagonal one (only without a cache). mixSGA

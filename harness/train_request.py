@@ -51,7 +51,7 @@ def train_request(options: argparse.Namespace) -> tuple[About, Path] | None:
     check_name(options.model)
     processes = PartialState(cpu=device_of(options.device).type == "cpu")
     if options.shard_weights and processes.num_processes < 2:
-        raise BadRequest("--shard-weights needs several processes: accelerate launch run_all.py train ...")
+        raise BadRequest("--shard-weights needs several processes: torchrun --nproc-per-node N run_all.py train ...")
     if processes.num_processes > 1:
         options.device = str(processes.device)  # each its own
     model = load_model(options, options.model)
