@@ -193,6 +193,7 @@ def run_request(options: argparse.Namespace, keys: set[str] | None = None) -> in
         raise BadRequest(f"--judge-workers {options.judge_workers} must be at least 1")
     for name in works:
         check_name(name)
+    refused: list[Exception] = []
     for name, work in works.items():
         model: Model | None = None  # the last one's memory is free before the next is loaded
         try:
@@ -200,8 +201,9 @@ def run_request(options: argparse.Namespace, keys: set[str] | None = None) -> in
             mine = with_head_scores(work, model, head_score_files(options), options.data_dir)
             check(model, mine)
         except (BadRequest, CannotConvert) as refusal:
-            if len(works) == 1:
-                raise
+            refused.append(refusal)
+            if len(refused) == len(works):  # nothing is left to run
+                raise refused[0] from None
             print(f"{name}: skipped, {refusal}", file=sys.stderr)
             failed += 1
             continue

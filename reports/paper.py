@@ -130,17 +130,22 @@ def _cells(row: PaperRow, column: str, theirs: float | None, ours: Estimate | No
     head = (Cell(row.method), Cell(row.setting), Cell(column), _number(theirs))
     if ours is None:
         can = bool(row.benchmarks.get(column)) or column in side.averages
-        note = row.command or ("" if can else "needs another run: see docs/reproducing.md")
+        note = row.command or ("" if can else "not filled here: see docs/reproducing.md")
         empty = Cell("-", float("-inf"))
         return (*head, empty, empty, Cell("0", 0), Cell(note))
     exact = ours.low == ours.high == ours.mean and ours.n == 1
-    shown = f"{ours.mean:,.6g}" if exact else f"{ours.mean:.2f} [{ours.low:.2f}, {ours.high:.2f}]"
+    shown = _exact(ours.mean) if exact else f"{ours.mean:.2f} [{ours.low:.2f}, {ours.high:.2f}]"
     difference = Cell("-", float("-inf"))
     if theirs is not None:
         away = ours.mean - theirs
-        difference = Cell(f"{away:+,.6g}" if exact else f"{away:+.2f}", away)
+        difference = Cell(_exact(away, "+") if exact else f"{away:+.2f}", away)
     return (*head, Cell(shown, ours.mean), difference, Cell(str(ours.n), ours.n), Cell(""))
 
 
 def _number(value: float | None) -> Cell:
-    return Cell("not printed", float("-inf")) if value is None else Cell(f"{value:g}" if value < 1e6 else f"{value:,.6g}", value)
+    return Cell("not printed", float("-inf")) if value is None else Cell(_exact(value), value)
+
+
+def _exact(value: float, sign: str = "") -> str:
+    """Whole numbers whole, others to four digits."""
+    return f"{value:{sign},.0f}" if abs(value) >= 1000 or value == 0 else f"{value:{sign}.4g}"

@@ -201,7 +201,10 @@ def test_the_largest_batch_that_fits_is_found(method: str, monkeypatch: pytest.M
     monkeypatch.setattr(harness.cost, "_rows_of", too_large)
     assert measure_cell(cell)["batch"] <= 3
     assert tried == sorted(tried, reverse=True) and tried[0] == found["batch"]
-    assert replace(cell, batch=1).batch == 1 and "reason" in measure_cell(replace(cell, batch=1))
+    row = {"env": "e" * 12, "cell": asdict(cell), **found}
+    assert costs([row])[0].batch == found["batch"]
+    texts = [shown.text for table in cost_tables(costs([row]), [row]) for line in table.rows for shown in line]
+    assert f"{found['batch']} (largest)" in texts
 
 
 def test_a_cost_suite_is_planned_and_refused_where_it_makes_no_sense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

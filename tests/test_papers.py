@@ -211,9 +211,9 @@ def test_sizes_of_mixsgas_table_9_come_from_shapes(tmp_path: Path) -> None:
     asked = ("--paper-model", "Llama3.2-1B", "--out", str(tmp_path))
     assert call("reproduce", "mixsga:table9", *asked) == 0
     text = (tmp_path / "report" / "paper_mixsga_table9.md").read_text()
-    assert "| GQA | - | cache bytes a token | 32768 | 32,768 | +0 |" in text
-    assert "| mixSGA | - | cache bytes a token | 32772 | 32,772 | +0 |" in text
-    assert "| mixSGA | - | parameters | 1.24e+09 | 1.23591e+09 |" in text
+    assert "| GQA | - | cache bytes a token | 32,768 | 32,768 | +0 |" in text
+    assert "| mixSGA | - | cache bytes a token | 32,772 | 32,772 | +0 |" in text
+    assert "| mixSGA | - | parameters | 1,240,000,000 | 1,235,912," in text
     assert "| GQA | - | kFLOPs | 113 | - | - | 0 |" in text, "what is not measured stays empty"
 
 
@@ -236,14 +236,14 @@ def test_times_of_the_papers_come_from_cost_cells(tmp_path: Path, monkeypatch: p
     assert call("reproduce", "mixsga:table10", *asked) == 0
     text = (tmp_path / "report" / "paper_mixsga_table10.md").read_text()
     values = [float(line.split(" | ")[4].replace(",", "")) for line in text.splitlines() if line.startswith("| GQA and")]
-    assert values == pytest.approx([1 / 0.12, 1 / 0.145, 100 * (1 - 0.12 / 0.145)], rel=1e-4)
+    assert values == pytest.approx([1 / 0.12, 1 / 0.145, 100 * (1 - 0.12 / 0.145)], rel=1e-3)
     assert sum(row["cell"]["what"] == "latency" for row in read_costs(tmp_path)) == 2 * 5, "five trials each"
     assert call("reproduce", "headkv:figure6", *asked) == 0
     text = (tmp_path / "report" / "paper_headkv_figure6.md").read_text()
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| SnapKV")]
     assert len(lines) == 6 and all(line[3] == "not printed" and line[5] == "-" for line in lines)
     assert [float(line[4]) for line in lines] == pytest.approx(
-        [1.75 + n * 0.21 for n in (0, 511, 1023, 2047, 4095)] + [3.0], rel=1e-4
+        [1.75 + n * 0.21 for n in (0, 511, 1023, 2047, 4095)] + [3.0], rel=1e-3
     )
 
 
@@ -256,7 +256,7 @@ def test_figures_are_asked_for_by_name(tmp_path: Path) -> None:
     assert float(rows["GQA", "50% (0:1:0)"][4].split()[0]) > 100 and rows["CLA", "35%"][4] == "-"
     assert "--conversion cla --percent 35 --recipe mixsga-pretrain" in text
     nll = [row.metrics["nll"] for row in read_rows(tmp_path) if row.key.model == "reference+gqa-2"]
-    assert float(rows["GQA", "50% (0:1:0)"][4].split()[0]) == pytest.approx(math.exp(nll[0]), rel=1e-4)
+    assert float(rows["GQA", "50% (0:1:0)"][4].split()[0]) == pytest.approx(math.exp(nll[0]), rel=1e-3)
     assert (tmp_path / "report" / "paper_mixsga_figure3.png").stat().st_size > 5000
     assert call("reproduce", "headkv:figure5", *asked) == 0
     assert "| FullKV | - | needle | not printed | " in (tmp_path / "report" / "paper_headkv_figure5.md").read_text()
