@@ -28,11 +28,10 @@ def attend(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap
         [Hq, N, D]
     """
     heads, tokens, dim = queries.shape
+    if queries.is_cuda and kernels.can_run(queries.dtype, dim):
+        return attend_by_kernel(layer, queries, step, scaling, softcap)
     where = torch.as_tensor(layer.readers(step), device=queries.device)
     asked = (queries * scaling).reshape(heads * tokens, dim)[where]  # [M, D], in the order of rows
-    if queries.is_cuda and kernels.can_run(queries.dtype, dim):
-        found, weight = attend_by_kernel(layer, asked, step, softcap)
-        return _placed(found, weight if layer.striped else None, where, heads * tokens).view(heads, tokens, dim)
     out = torch.empty_like(asked)
     lse = asked.new_empty(len(asked), dtype=torch.float32) if layer.striped else None
     done = 0
@@ -41,23 +40,22 @@ def attend(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap
         done = mine.stop
         if mine.stop > mine.start:
             _attend_group(layer, group, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
-    return _placed(out, lse, where, heads * tokens).view(heads, tokens, dim)
+    placed = torch.empty_like(out).index_copy_(0, where, out) if lse is None else _merge(out, lse, where, heads * tokens)
+    return placed.view(heads, tokens, dim)
 
 
-def _placed(out: Tensor, lse: Tensor | None, where: Tensor, queries: int) -> Tensor:
-    """What each row says, put where its queries stand; of several rows a query, merged."""
-    return torch.empty_like(out).index_copy_(0, where, out) if lse is None else _merge(out, lse, where, queries)
-
-
-def attend_by_kernel(layer: RowLayer, asked: Tensor, step: Step, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """All rows of the layer in one launch. asked: [M, D], scaled, in the order of rows. Gives [M, D] and the lse [M]."""
-    news = step.counts[layer.cell]
-    work = kernels.plan(layer.start, layer.length, layer.width * news)
-    if layer.window is None and (news <= 1).all():  # a lone new token lies behind all others
-        return kernels.attend_pieces(asked, layer.keys, layer.values, work, softcap)
-    token = layer.readers(step) % len(step.positions)
-    asking = torch.as_tensor(step.positions[token], dtype=torch.int32).to(asked.device)
-    return kernels.attend_pieces(asked, layer.keys, layer.values, work, softcap, layer.positions, asking, layer.window)
+def attend_by_kernel(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None) -> Tensor:
+    """All rows of the layer in one launch. queries: [Hq, N, D]. Gives [Hq, N, D]."""
+    heads, tokens, dim = queries.shape
+    device = queries.device
+    flat = queries.reshape(heads * tokens, dim).contiguous()  # a view where queries, keys and values came in one
+    pool = (layer.keys, layer.values, torch.as_tensor(layer.length.copy()).to(device))  # a column of the table
+    work = layer.pieces(step, heads * tokens)
+    if layer.window is None and (step.counts <= 1).all():  # a lone new token lies behind all others
+        return kernels.attend_pieces(flat, *pool, work, scaling, softcap).view(heads, tokens, dim)
+    asking = torch.as_tensor(step.positions).to(device).repeat(heads)
+    hide = (layer.positions, asking, layer.window)
+    return kernels.attend_pieces(flat, *pool, work, scaling, softcap, *hide).view(heads, tokens, dim)
 
 
 def _attend_group(

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from benchmarks import latency, memory
 from harness.cache import Arena, Budget, LayerKV, Prefill, Selection, keep_all
+from harness.captured import CannotCapture, Mode, StaticDecode
 from harness.choices import choose
+from harness.floors import copy_bandwidth, floors, matmul_rate, weight_bytes
 from harness.load import load
 from harness.measure import OutOfMemory, give_back_freed_memory, memory_errors, peak_resident_bytes, wait_for
 from harness.model import Model
@@ -31,9 +33,6 @@ from harness.plugins import plugged
 from harness.rows import Counts, RowCache, compact_and_free
 from methods import METHODS
 from methods.base import CannotRun, Eviction, Method, Scores, score_prefill
-
-COPIED = 2**28  # bytes of the buffer that is copied to know the bandwidth
-MULTIPLIED = 2048  # rows and columns of the matrices that are multiplied to know the rate
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class CostCell:
     device: str
     threads: int  # of the CPU
     what: str = "latency"  # latency | memory
+    decode: str = "eager"  # eager | graph | compiled, see harness/captured.py
     round: int = 0
     plugins: tuple[str, ...] = ()  # files that the method or model comes from
 
@@ -70,11 +70,18 @@ class CacheSubject:
     cache: RowCache | None = None
     next: Tensor | None = None
     reads: int | None = None  # prompts really read, if not one a sequence: they are alike
+    decode: str = "eager"
+    static: StaticDecode | None = None
+    fell_back: str | None = None  # why decoding is eager though it was to be captured
     observed: dict[str, float] = field(default_factory=dict)
     counts: list[Counts] = field(default_factory=list)  # right after compaction
 
     @property
     def phases(self) -> tuple[tuple[str, Callable[[], None]], ...]:
+        return self.to_a_cache if self.decode == "eager" else (*self.to_a_cache, ("capture", self._capture))
+
+    @property
+    def to_a_cache(self) -> tuple[tuple[str, Callable[[], None]], ...]:
         return (("prefill", self._read), ("score", self._score), ("select", self._select), ("compact", self._compact))
 
     @property
@@ -117,12 +124,24 @@ class CacheSubject:
         self.cache = compact_and_free(held, stripes, shape, selections, self.new_tokens)
         self.counts = self.cache.counts()
 
+    def _capture(self) -> None:
+        assert self.cache is not None and self.next is not None
+        mode: Mode = "compiled" if self.decode == "compiled" else "graph"
+        self.fell_back = None
+        try:
+            self.static = StaticDecode(self.model, self.cache, self.next[:, 0], self.new_tokens, mode)
+        except CannotCapture as why:
+            self.fell_back = str(why)
+
     def step(self) -> None:
         assert self.cache is not None and self.next is not None
+        if self.static is not None:
+            self.static.step()
+            return
         self.next = self.model.decode(self.cache, self.next)[:, -1].argmax(-1, keepdim=True)
 
     def reset(self) -> None:
-        self.prefill = self.scores = self.selection = self.cache = self.next = None
+        self.prefill = self.scores = self.selection = self.cache = self.next = self.static = None
         gc.collect()
 
 
@@ -206,6 +225,8 @@ def measure_cell(cell: CostCell) -> dict[str, Any]:
 
 def _measured(cell: CostCell, model: Model, method: Method, device: torch.device) -> dict[str, Any]:
     budget = Budget.parse(cell.budget) if cell.budget else None
+    if cell.decode == "graph" and device.type != "cuda":
+        return {"status": "skipped", "reason": "a CUDA graph needs a GPU; without one there are --decode eager and compiled"}
     if isinstance(method, Eviction) and budget is not None:
         why = method.cannot_run(model.least_shape, budget, cell.context, "kv", model.parent_shape)
         if why:
@@ -213,13 +234,14 @@ def _measured(cell: CostCell, model: Model, method: Method, device: torch.device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.network.config.vocab_size, (cell.context,), generator=generator).to(device)
     if cell.batch == 0:
-        return _largest(cell, CacheSubject(model, method, budget, ids, 1, cell.new_tokens, reads=1), device)
-    return _rows_of(cell, CacheSubject(model, method, budget, ids, cell.batch, cell.new_tokens), device)
+        return _largest(cell, CacheSubject(model, method, budget, ids, 1, cell.new_tokens, reads=1, decode=cell.decode), device)
+    return _rows_of(cell, CacheSubject(model, method, budget, ids, cell.batch, cell.new_tokens, decode=cell.decode), device)
 
 
 KEPT_FREE = 0.05  # of a device's memory, for what an allocator cannot use
 SMALLER = 0.9  # of a batch that did not fit after all
 TRIES = 8
+ONCE = ("compact", "capture")  # phases that are no sequence's own
 
 
 def _largest(cell: CostCell, subject: CacheSubject, device: torch.device) -> dict[str, Any]:
@@ -228,7 +250,7 @@ def _largest(cell: CostCell, subject: CacheSubject, device: torch.device) -> dic
     One prompt is read, since all are alike; phases before the first token are told as if each sequence had read its own.
     """
     free = free_bytes(device)
-    for _, work in subject.phases:
+    for _, work in subject.to_a_cache:
         work()
     logits = 3 * 4 * subject.model.network.config.vocab_size
     each = sum(count.bytes_allocated for count in subject.counts) + logits
@@ -247,7 +269,7 @@ def _largest(cell: CostCell, subject: CacheSubject, device: torch.device) -> dic
             batch = max(1, int(SMALLER * batch))
             continue
         if "phases" in found:
-            found["phases"] = {name: lap if name == "compact" else lap * batch for name, lap in found["phases"].items()}
+            found["phases"] = {name: lap if name in ONCE else lap * batch for name, lap in found["phases"].items()}
         return found | {"batch": batch}
     raise OutOfMemory(f"out of memory: not even {batch} sequences fit")
 
@@ -279,7 +301,8 @@ def _rows_of(cell: CostCell, subject: CacheSubject, device: torch.device) -> dic
     found |= {"phases": lap.phases, "first_token": lap.first_token, "token": lap.median, "p10": lap.p10, "p90": lap.p90}
     sizes = _bytes(subject, model, cell)
     rate = {"bandwidth": copy_bandwidth(device), "flops": matmul_rate(device, model.network.dtype)}
-    return found | sizes | rate | floors(sizes, rate, model, cell)
+    said = {"fell_back": subject.fell_back} if subject.fell_back else {}
+    return found | said | sizes | rate | floors(sizes, rate, model, cell.context, cell.batch)
 
 
 def _bytes(subject: CacheSubject, model: Model, cell: CostCell) -> dict[str, int]:
@@ -291,55 +314,6 @@ def _bytes(subject: CacheSubject, model: Model, cell: CostCell) -> dict[str, int
         "bytes_full": full,
         "weights": weight_bytes(model),
     }
-
-
-def weight_bytes(model: Model) -> int:
-    """Of the weights that a decode step reads: all but the rows of the embedding that no token asks for."""
-    network = model.network
-    embedding = network.get_input_embeddings().weight
-    tied = embedding is getattr(network.get_output_embeddings(), "weight", None)
-    every = sum(weight.numel() * weight.element_size() for weight in network.parameters())
-    return every if tied else every - embedding.numel() * embedding.element_size()
-
-
-def floors(sizes: dict[str, int], rate: dict[str, float], model: Model, cell: CostCell) -> dict[str, float]:
-    """Seconds that no implementation can go below: a token's bytes over the bandwidth, a prompt's products over their rate."""
-    token = (sizes["weights"] + sizes["bytes_kept"]) / rate["bandwidth"]
-    head = model.network.get_output_embeddings().weight.numel()  # only the last token's logits are made
-    parameters = sizes["weights"] / model.network.dtype.itemsize - head
-    shape = model.shape
-    pairs = sum(_pairs(cell.context, window) for window in model.parent_shape.windows)  # every layer attends, stored or not
-    products = 2 * (parameters * cell.context + head) + 4 * pairs * shape.query_heads * shape.head_dim
-    return {"token_floor": token, "prefill_floor": cell.batch * products / rate["flops"]}
-
-
-def _pairs(tokens: int, window: int | None) -> int:
-    """Query and key pairs of causal attention."""
-    if window is None or window >= tokens:
-        return tokens * (tokens + 1) // 2
-    return window * (window + 1) // 2 + (tokens - window) * window
-
-
-def copy_bandwidth(device: torch.device, laps: int = 5) -> float:
-    """Bytes read and written a second, the best of a few copies of a large buffer."""
-    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * COPIED / min(_lap(lambda: target.copy_(source), device) for _ in range(laps + 1))
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, laps: int = 3) -> float:
-    """Floating-point operations a second of a large product, the best of a few."""
-    left = torch.randn(MULTIPLIED, MULTIPLIED, device=device, dtype=dtype)
-    out = torch.empty_like(left)
-    return 2 * MULTIPLIED**3 / min(_lap(lambda: torch.mm(left, left, out=out), device) for _ in range(laps + 1))
-
-
-def _lap(work: Callable[[], Any], device: torch.device) -> float:
-    wait_for(device)
-    start = time.perf_counter()
-    work()
-    wait_for(device)
-    return time.perf_counter() - start
 
 
 def main(arguments: list[str]) -> int:

@@ -23,7 +23,7 @@ from harness.env import environment, environment_id, record_environment
 from harness.load import check_name
 from harness.plan import BadRequest
 from harness.request import device_of
-from harness.suites import COST_SUITES, SUITES, CostSuite
+from harness.suites import COST_SUITES, DECODES, SUITES, CostSuite
 from methods import METHODS
 from results.store import append_line, read_costs
 
@@ -54,7 +54,7 @@ def cost_request(options: argparse.Namespace) -> int:
     failed = 0
     with tqdm(cells, unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar:
         for cell in bar:
-            bar.set_postfix_str(f"{cell.what} {cell.method} {cell.budget} {cell.context}", refresh=False)
+            bar.set_postfix_str(f"{cell.what} {cell.decode} {cell.method} {cell.budget} {cell.context}", refresh=False)
             found = run_cell(cell)
             failed += found["status"] == "failed"
             shown = asdict(replace(cell, plugins=tuple(Path(path).name for path in cell.plugins)))  # no folder of a machine
@@ -93,6 +93,10 @@ def cost_suite_of(options: argparse.Namespace) -> CostSuite:
     for field in ("contexts", "batches"):
         if text := getattr(options, field):
             changes[field] = _numbers(field, text, largest=field == "batches")
+    if options.decode:
+        changes["decodes"] = decodes = tuple(split(options.decode))
+        if not decodes or any(name not in DECODES for name in decodes):
+            raise BadRequest(f"--decode {options.decode!r} must be some of {', '.join(DECODES)}, with commas")
     if options.max_new_tokens is not None:
         changes["new_tokens"] = options.max_new_tokens
     if options.rounds is not None:
@@ -121,7 +125,7 @@ def _numbers(field: str, text: str, largest: bool) -> tuple[int, ...]:
 
 
 def cells_of(suite: CostSuite, dtype: str, device: str) -> Iterator[CostCell]:
-    """Memory once a cell, then the rounds of latency, every cell once a round: what drifts drifts for all."""
+    """Memory once a cell, decoded eagerly; then the rounds of latency, every cell once a round: what drifts drifts for all."""
     threads = torch.get_num_threads()
     asked = []
     for model, context, batch, method in product(suite.models, suite.contexts, suite.batches, suite.methods):
@@ -130,7 +134,7 @@ def cells_of(suite: CostSuite, dtype: str, device: str) -> Iterator[CostCell]:
         asked += [CostCell(model, method, budget, *sizes) for budget in budgets]
     yield from (replace(cell, what="memory", new_tokens=min(MEMORY_STEPS, cell.new_tokens)) for cell in asked)
     for number in range(suite.rounds):
-        yield from (replace(cell, round=number) for cell in asked)
+        yield from (replace(cell, round=number, decode=decode) for cell in asked for decode in suite.decodes)
 
 
 def identity(cell: CostCell, env: str) -> str:

@@ -1,9 +1,9 @@
-"""Decode attention over rows as one Triton kernel: rows of unequal length, of several widths, split by length, merged exactly.
+"""Decode attention over rows as Triton kernels: rows of unequal length, of several widths, split by length, merged exactly.
 
-A program takes one piece of one row: at most 16 of the queries that read it (a tensor core's least number of rows; fewer are
-padded) against at most `SPLIT` of its entries, and leaves a partial softmax with its log-sum-exp. A second kernel merges the
-pieces of each query. So a row of 100,000 entries is worked on by many programs at once, and one of 10 by a single one; entries
-outside of a row's length are never read. Flash-Decoding (Dao et al., 2023) splits a dense cache in the same way.
+One kernel writes a new token behind its rows; one takes a piece of a row a program (harness/pieces.py) and leaves a partial
+softmax with its log-sum-exp; one merges the parts of each query, of one row or of several. How long a row is stands on the
+device, so a captured graph of them is right at every length; entries outside of a row's length are never read. Flash-Decoding
+(Dao et al., 2023) splits a dense cache in the same way.
 
 On a machine without a GPU the same code runs under TRITON_INTERPRET=1, which is how the tests run it.
 """
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from harness.pieces import BLOCK, TILE, Tables
 
 try:
     import triton
@@ -27,9 +27,7 @@ try:
 except ImportError:  # attention then takes the path in plain torch
     triton = tl = None
 
-TILE = 16  # queries of a program
-BLOCK = 64  # entries of a step of its loop
-SPLIT = 512  # entries of a program
+PARTS = 32  # partial results that are merged at once
 LARGEST_HEAD = 256
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its products of bfloat16 are wrong: there they are made in float32
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,118 +53,123 @@ def can_run(dtype: torch.dtype, dim: int) -> bool:
     return reason is None
 
 
-@dataclass(frozen=True)
-class Work:
-    """Who reads what: one line a row, and one a piece. All on the host."""
-
-    start: np.ndarray  # [R] first entry of each row in the pool
-    first: np.ndarray  # [R] its first query
-    queries: np.ndarray  # [R] how many read it
-    row: np.ndarray  # [I] of each piece
-    tile: np.ndarray  # [I] which of the row's queries, in tiles
-    begin: np.ndarray  # [I] entries of the row
-    end: np.ndarray  # [I]
-    piece: np.ndarray  # [M] first piece of each query
-    pieces: np.ndarray  # [M] and how many: `tiles` apart
-    stride: np.ndarray  # [M]
-    within: np.ndarray  # [M] which line of its tile
-
-
-def plan(start: np.ndarray, length: np.ndarray, queries: np.ndarray, split: int = SPLIT) -> Work:
-    """Cuts rows into pieces. A row without entries has one piece, which is empty: its queries get a log-sum-exp of -inf.
-
-    Args:
-        start, length: [R] where a row lies in the pool. queries: [R] how many read it, side by side in the order of rows.
-    """
-    splits = np.maximum(1, -(-length // split))
-    tiles = np.maximum(1, -(-queries // TILE))
-    count = splits * tiles
-    row = np.repeat(np.arange(len(start)), count)
-    within = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    part, tile = np.divmod(within, tiles[row])  # the tiles of one split lie side by side
-    begin = part * split
-    end = np.minimum(begin + split, length[row])
-    reader = np.repeat(np.arange(len(start)), queries)
-    mine = np.arange(len(reader)) - np.repeat(np.cumsum(queries) - queries, queries)
-    piece = (np.cumsum(count) - count)[reader] + mine // TILE
-    first = np.cumsum(queries) - queries
-    return Work(start, first, queries, row, tile, begin, end, piece, splits[reader], tiles[reader], mine % TILE)
-
-
 def attend_pieces(
-    asked: Tensor,
+    queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    work: Work,
+    length: Tensor,
+    work: Tables,
+    scaling: float,
     softcap: float | None = None,
     positions: Tensor | None = None,
     asking: Tensor | None = None,
     window: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of scaled queries over the rows that they read.
+) -> Tensor:
+    """Attention of queries over the rows that they read; zeros for a query that sees nothing.
 
     Args:
-        asked: [M, D], in the order of rows. keys, values: [P, D], the pool.
-        positions: [P] int32 and asking: [M] int32, where something is to be hidden: entries behind the query's own position,
-            and those that have left the `window`.
+        queries: [N, D]. keys, values: [P, D], the pool. length: [R], of the rows, at most what `work` was planned for.
+        positions: [P] int32 and asking: [N], where something is to be hidden: entries behind the query's own position, and those
+            that have left the `window`.
 
     Returns:
-        [M, D] and the log-sum-exp [M] float32
+        [N, D]
     """
-    device = asked.device
-    row = _table(np.stack([work.start, work.first, work.queries]), device)
-    item = _table(np.stack([work.row, work.tile, work.begin, work.end]), device)
-    merge = _table(np.stack([work.piece, work.pieces, work.stride, work.within]), device)
-    held = positions if positions is not None else torch.zeros(1, dtype=torch.int32, device=device)
-    at = asking if asking is not None else held
-    found: tuple[Tensor, Tensor] = row_attention(
-        asked, keys, values, row, item, merge, held, at, softcap or 0.0, positions is not None, window or 0
-    )
+    held = positions if positions is not None else length
+    at = asking if asking is not None else length
+    tables = (work.row, work.item, work.reader, work.parts, work.span)
+    masked = positions is not None
+    found: Tensor = row_attention(queries, keys, values, length, *tables, held, at, scaling, softcap or 0.0, masked, window or 0)
     return found
-
-
-def _table(columns: np.ndarray, device: torch.device) -> Tensor:
-    return torch.as_tensor(columns, dtype=torch.int64).to(device)
 
 
 @torch.library.custom_op("rows::attention", mutates_args=())
 def row_attention(
-    asked: Tensor,
+    queries: Tensor,
     keys: Tensor,
     values: Tensor,
+    length: Tensor,
     row: Tensor,
     item: Tensor,
-    merge: Tensor,
+    reader: Tensor,
+    parts: Tensor,
+    span: Tensor,
     positions: Tensor,
     asking: Tensor,
+    scaling: float,
     softcap: float,
     masked: bool,
     window: int,
-) -> tuple[Tensor, Tensor]:
-    """The two kernels. Tables as in `Work`: row [3, R], item [4, I], merge [4, M]."""
-    count, dim = asked.shape
+) -> Tensor:
+    """Pieces, then their merging. Tables as in `pieces.Work`."""
+    count, dim = queries.shape
     items = item.shape[1]
     padded = _power_of_two(dim)
-    part = torch.empty((items * TILE, padded), dtype=torch.float32, device=asked.device)
-    weight = torch.empty(items * TILE, dtype=torch.float32, device=asked.device)
-    out, lse = torch.empty_like(asked), torch.empty(count, dtype=torch.float32, device=asked.device)
+    part = torch.empty((items * TILE, padded), dtype=torch.float32, device=queries.device)
+    weight = torch.empty(items * TILE, dtype=torch.float32, device=queries.device)
+    out = torch.empty_like(queries)
     if not count:
-        return out, lse
-    partial, merged = _kernels()
-    wide = asked.dtype == torch.float32  # in shared memory twice as large: then fewer entries at once, and no second stage
-    with torch.cuda.device(asked.device) if asked.is_cuda else nullcontext():  # triton launches on the current device
+        return out
+    partial, merged, _ = _kernels()
+    wide = queries.dtype == torch.float32  # in shared memory twice as large: then fewer entries at once, and no second stage
+    with _on(queries.device):
         partial[(items,)](
-            asked, keys, values, positions, asking, row, item, part, weight, row.shape[1], items, softcap, window,
+            queries, keys, values, length, positions, asking, row, item, reader, part, weight,
+            row.shape[1], items, scaling, softcap, window,
             D=dim, DP=padded, TILE=TILE, BLOCK=BLOCK // 2 if padded > 128 else BLOCK,
             CAP=softcap > 0, MASKED=masked, WINDOWED=window > 0, WIDE=INTERPRETED, num_stages=1 if wide else 2,
         )  # fmt: skip
-        merged[(count,)](part, weight, merge, out, lse, count, D=dim, DP=padded, TILE=TILE)
-    return out, lse
+        merged[(count,)](part, weight, parts, span, out, D=dim, DP=padded, PARTS=PARTS)
+    return out
 
 
 @row_attention.register_fake
-def _(asked: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(asked), asked.new_empty(asked.shape[0], dtype=torch.float32)
+def _(queries: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(queries)
+
+
+@torch.library.custom_op("rows::append", mutates_args=("keys", "values", "positions", "length"))
+def append_rows(
+    new_keys: Tensor,
+    new_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    length: Tensor,
+    row: Tensor,
+    seen: Tensor,
+    experts: Tensor,
+    striped: bool,
+) -> None:
+    """Writes one new token of each cell behind all of the cell's rows, and makes those longer that it belongs to.
+
+    Behind the others it lies in the room, where nobody reads it and the next token overwrites it.
+
+    Args:
+        new_keys, new_values: [C * H, D], heads of a cell side by side. keys, values: [P, D] and positions: [P], the pool.
+        length: [R]. row: [4, R] first entry in the pool, line of the new keys, cell, stripe. seen: [C], the tokens' positions.
+        experts: [C], the stripe that takes each token, if `striped`.
+    """
+    dim, rows = keys.shape[1], length.shape[0]
+    if not rows:
+        return
+    _, _, append = _kernels()
+    with _on(keys.device):
+        # one warp: all of its lanes have read the length before it is changed
+        append[(rows,)](
+            new_keys, new_values, keys, values, positions, length, row, seen, experts, rows,
+            D=dim, DP=_power_of_two(dim), STRIPED=striped, num_warps=1,
+        )  # fmt: skip
+
+
+@append_rows.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _power_of_two(number: int) -> int:
@@ -174,13 +177,13 @@ def _power_of_two(number: int) -> int:
 
 
 @lru_cache(maxsize=1)
-def _kernels() -> tuple[Any, Any]:
+def _kernels() -> tuple[Any, Any, Any]:
     """Made when first asked for: an interpreter or a GPU must be there."""
-    return triton.jit(_partial), triton.jit(_merge)
+    return triton.jit(_partial), triton.jit(_merge), triton.jit(_append)
 
 
 def _partial(  # type: ignore[no-untyped-def]
-    Q, K, V, POSITIONS, ASKING, ROW, ITEM, PART, WEIGHT, rows, items, softcap, window,
+    Q, K, V, LENGTH, POSITIONS, ASKING, ROW, ITEM, READER, PART, WEIGHT, rows, items, scaling, softcap, window,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     CAP: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
 ):  # type: ignore[no-untyped-def] # fmt: skip
@@ -189,19 +192,20 @@ def _partial(  # type: ignore[no-untyped-def]
     row = tl.load(ITEM + item)
     tile = tl.load(ITEM + items + item)
     begin = tl.load(ITEM + 2 * items + item)
-    end = tl.load(ITEM + 3 * items + item)
+    end = tl.minimum(tl.load(ITEM + 3 * items + item), tl.load(LENGTH + row))
     start = tl.load(ROW + row)
     first = tl.load(ROW + rows + row)
     count = tl.load(ROW + 2 * rows + row)
     mine = tile * TILE + tl.arange(0, TILE)
     there = mine < count
+    line = tl.load(READER + first + mine, mask=there, other=0)
     d = tl.arange(0, DP)
     inside = d < D
-    q = tl.load(Q + (first + mine)[:, None] * D + d[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+    q = tl.load(Q + line[:, None] * D + d[None, :], mask=there[:, None] & inside[None, :], other=0.0)
     if WIDE:
         q = q.to(tl.float32)
     if MASKED:
-        asking = tl.load(ASKING + first + mine, mask=there, other=0)
+        asking = tl.load(ASKING + line, mask=there, other=0)
     top = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     sums = tl.zeros([TILE, DP], tl.float32)
@@ -213,7 +217,7 @@ def _partial(  # type: ignore[no-untyped-def]
         k = tl.load(K + where, mask=seen, other=0.0)
         if WIDE:
             k = k.to(tl.float32)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scaling
         if CAP:
             logits = softcap * (2 / (1 + tl.exp(-2 * logits / softcap)) - 1)
         shown = held[None, :] & there[:, None]
@@ -236,32 +240,54 @@ def _partial(  # type: ignore[no-untyped-def]
     some = total > 0
     safe = tl.where(some, total, 1.0)
     place = item * TILE + tl.arange(0, TILE)
-    tl.store(PART + place[:, None] * DP + d[None, :], sums / safe[:, None])
-    tl.store(WEIGHT + place, tl.where(some, top + tl.log(safe), float("-inf")))
+    tl.store(PART + place[:, None] * DP + d[None, :], sums / safe[:, None], mask=there[:, None] & inside[None, :])
+    tl.store(WEIGHT + place, tl.where(some, top + tl.log(safe), float("-inf")), mask=there)
 
 
-def _merge(PART, WEIGHT, MERGE, OUT, LSE, count, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One query: its pieces weighed by their log-sum-exps."""
-    query = tl.program_id(0)
-    piece = tl.load(MERGE + query)
-    pieces = tl.load(MERGE + count + query)
-    stride = tl.load(MERGE + 2 * count + query)
-    within = tl.load(MERGE + 3 * count + query)
+def _merge(PART, WEIGHT, PARTS_OF, SPAN, OUT, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One query: its parts weighed by their log-sum-exps, many at once: of a long row there are hundreds."""
+    query = tl.program_id(0).to(tl.int64)
+    begin = tl.load(SPAN + query)
+    end = tl.load(SPAN + query + 1)
     d = tl.arange(0, DP)
+    inside = d < D
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     sums = tl.zeros([DP], tl.float32)
-    for number in range(0, pieces):
-        place = (piece + number * stride) * TILE + within
-        lse = tl.load(WEIGHT + place + tl.arange(0, 1))
-        higher = tl.maximum(top, lse)
+    for at in range(begin, end, PARTS):
+        number = at + tl.arange(0, PARTS)
+        there = number < end
+        place = tl.load(PARTS_OF + number, mask=there, other=0)
+        lse = tl.load(WEIGHT + place, mask=there, other=float("-inf"))
+        higher = tl.maximum(top, tl.max(lse, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp(top - base)
-        weight = tl.exp(lse - base)
-        sums = sums * shrink + weight * tl.load(PART + place * DP + d)
-        total = total * shrink + weight
+        weights = tl.exp(lse - base)
+        part = tl.load(PART + place[:, None] * DP + d[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        sums = sums * shrink + tl.sum(weights[:, None] * part, 0)
+        total = total * shrink + tl.sum(weights, 0)
         top = higher
-    some = total > 0
-    safe = tl.where(some, total, 1.0)
-    tl.store(OUT + query * D + d, (sums / safe).to(OUT.dtype.element_ty), mask=d < D)
-    tl.store(LSE + query + tl.arange(0, 1), tl.where(some, top + tl.log(safe), float("-inf")))
+    safe = tl.where(total > 0, total, 1.0)
+    tl.store(OUT + query * D + d, (sums / safe).to(OUT.dtype.element_ty), mask=inside)
+
+
+def _append(  # type: ignore[no-untyped-def]
+    NEW_K, NEW_V, K, V, POSITIONS, LENGTH, ROW, SEEN, EXPERTS, rows,
+    D: tl.constexpr, DP: tl.constexpr, STRIPED: tl.constexpr,
+):  # type: ignore[no-untyped-def] # fmt: skip
+    """One row, one token."""
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(ROW + rows + row)
+    cell = tl.load(ROW + 2 * rows + row)
+    length = tl.load(LENGTH + row)
+    where = tl.load(ROW + row) + length
+    d = tl.arange(0, DP)
+    inside = d < D
+    tl.store(K + where * D + d, tl.load(NEW_K + source * D + d, mask=inside), mask=inside)
+    tl.store(V + where * D + d, tl.load(NEW_V + source * D + d, mask=inside), mask=inside)
+    tl.store(POSITIONS + where, tl.load(SEEN + cell).to(tl.int32))
+    if STRIPED:
+        taken = tl.load(EXPERTS + cell) == tl.load(ROW + 3 * rows + row)
+        tl.store(LENGTH + row, length + taken.to(tl.int64))
+    else:
+        tl.store(LENGTH + row, length + 1)

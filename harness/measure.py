@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +33,14 @@ def stopwatch(device: torch.device, lap: Lap) -> Iterator[None]:
     finally:
         wait_for(device)
         lap.seconds += time.perf_counter() - start
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Of the work, what it started on the device included."""
+    lap = Lap()
+    with stopwatch(device, lap):
+        work()
+    return lap.seconds
 
 
 def peak_resident_bytes() -> int:

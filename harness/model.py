@@ -12,7 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,16 @@ class Observed:
 
     seconds: float
     column_sums: float  # of these
+
+
+class Decoding(Protocol):
+    """Answers for the attention of new tokens."""
+
+    def attention(
+        self, index: int, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        """query: [Hq, N, D]; key, value: [H, N, D]. Gives [Hq, N, D]."""
+        ...
 
 
 @dataclass
@@ -187,11 +197,16 @@ class Model:
         cache.seen = cache.seen + work.step.counts
         return logits[0]
 
+    def extend(self, ids: Tensor, positions: Tensor, work: Decoding) -> Tensor:
+        """One token of each cell, [C], at `positions` [C]. Gives [C, V]. `work` answers for the attention."""
+        self._route("argmax")
+        return self._forward(ids[None], positions[None], work, 0)[0]
+
     def _route(self, mode: Routing) -> None:
         for router in self.routers:
             router.mode, router.segments = mode, None
 
-    def _forward(self, ids: Tensor, positions: Tensor, work: Observer | DecodePass, keep: int | Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, work: Observer | Decoding, keep: int | Tensor) -> Tensor:
         # a mask of four dimensions is passed through as it is, so that none is made: of cells that stand side by side it would be
         # wrong, and where attention is our own (softcap) a T x T for nothing
         made = isinstance(work, Observer) and not self.softcapped
@@ -251,7 +266,7 @@ def register(base: str) -> str:
         seen = AttentionSettings(settings["scaling"], settings.get("softcap"), settings.get("sliding_window"), *grouped)
         index: int = module.layer_idx  # type: ignore[assignment]
         place: Place = getattr(module, "kv_place", None) or Place(index, writes=True)
-        if isinstance(rows_pass, DecodePass):
+        if hasattr(rows_pass, "attention"):
             return rows_pass.attention(index, place, query[0], key[0], value[0], seen).transpose(0, 1).contiguous()[None], None
         official = _official(base, module)
         if rows_pass is None:

@@ -238,7 +238,7 @@ def _sizes(row: Mapping[str, Any], model: str) -> dict[str, float]:
 
 def _cost(options: argparse.Namespace, parse: Parse, model: str, *more: str) -> tuple[list[dict[str, Any]], int]:
     """The cost cells of these models, run where they are missing."""
-    arguments = ["run", "--suite", "cost", "--model", model, "--out", str(options.out), *more]
+    arguments = ["run", "--suite", "cost", "--model", model, "--decode", "eager", "--out", str(options.out), *more]
     for name in ("device", "dtype"):
         if value := getattr(options, name):
             arguments += [f"--{name}", value]
@@ -246,6 +246,7 @@ def _cost(options: argparse.Namespace, parse: Parse, model: str, *more: str) -> 
     failed = cost_request(asked)
     models, contexts = model.split(","), str(asked.contexts).split(",")
     rows = [row for row in read_costs(options.out) if row["status"] == "ok" and row["cell"]["model"] in models]
+    rows = [row for row in rows if row["cell"].get("decode", "eager") == "eager"]
     return [row for row in rows if str(row["cell"]["context"]) in contexts], failed
 
 

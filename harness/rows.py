@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from harness.cache import Arena, LayerKV, ModelShape, Prefill, Row, Selection, Stripe
+from harness.pieces import Tables, plan, split_for
 
 ROOM_STEP = 64  # the room behind a row is a multiple of this
+KEPT_PLANS = 8  # of steps that bring other numbers of tokens
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,15 @@ class Group:
 
     def block(self, pool: Tensor) -> Tensor:
         """[P, D] -> [rows, length, D], a view."""
-        block = pool[self.start : self.start + self.count * self.capacity]
-        return block.view(self.count, self.capacity, -1)[:, : self.length]
+        return self.whole(pool)[:, : self.length]
+
+    def whole(self, pool: Tensor) -> Tensor:
+        """[P, D] -> [rows, capacity, D], with the room, a view."""
+        return pool[self.start : self.start + self.count * self.capacity].view(self.count, self.capacity, -1)
+
+    def room(self, pool: Tensor) -> Tensor:
+        """[P, D] -> [rows, capacity - length, D], a view."""
+        return self.whole(pool)[:, self.length :]
 
 
 @dataclass(frozen=True)
@@ -82,9 +91,9 @@ class RowLayer:
     ) -> None:
         self.keys, self.values, self.positions = pool
         self.shape, self.window, self.table, self.stripes = shape, window, table, stripes
-        self.taken: list[list[int]] = [
-            [] for _ in range(cells)
-        ]  # the stripe of each token since compaction, if there are several
+        # the stripe of each token since compaction, if there are several
+        self.taken: list[list[int]] = [[] for _ in range(cells)]
+        self._pieces: dict[bytes, Tables] = {}
 
     cell = property(lambda self: self.table[:, 0])
     stripe = property(lambda self: self.table[:, 1])
@@ -154,6 +163,18 @@ class RowLayer:
         head, token = np.divmod(within, news[row])
         return (self.first[row] + head) * len(step.positions) + step.starts[self.cell[row]] + token
 
+    def pieces(self, step: Step, queries: int) -> Tables:
+        """The kernel's work, on the device: for rows as long as they can become, so that it holds until cells leave."""
+        asked = step.counts.tobytes()
+        if asked not in self._pieces:
+            if len(self._pieces) == KEPT_PLANS:
+                self._pieces.clear()
+            readers = self.width * step.counts[self.cell]
+            split = split_for(self.capacity, readers, self.keys.device)
+            work = plan(self.start, self.capacity, readers, self.readers(step), queries, split)
+            self._pieces[asked] = work.on(self.keys.device)
+        return self._pieces[asked]
+
     def _index(self, numbers: np.ndarray) -> Tensor:
         return torch.as_tensor(numbers, device=self.keys.device)
 
@@ -174,6 +195,7 @@ class RowLayer:
         number = {cell: new for new, cell in enumerate(cells)}
         self.table = self.table[np.isin(self.cell, list(cells))]
         self.taken = [self.taken[cell] for cell in cells] if self.striped else []
+        self._pieces.clear()
         self.cell[:] = [number[cell] for cell in self.cell.tolist()]
 
 

@@ -40,8 +40,10 @@ class CostSuite:
     batches: tuple[int, ...] = (1,)  # 0: as many sequences as fit
     new_tokens: int = 32
     rounds: int = 3
+    decodes: tuple[str, ...] = ("eager",)  # eager | graph | compiled
 
 
+DECODES = ("eager", "graph", "compiled")
 EVICTING = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
 BY_HEAD = ("headkv_r", "headkv_er", "headkv_r2")
 VARIANTS = ("reference+gqa-2", "reference+mqa", "reference+mixsga-3:1:6", "reference+none")
@@ -184,6 +186,7 @@ COST_SUITES: dict[str, CostSuite] = {
         budgets=("128", "1024"),
         contexts=(8192, 32768, 130000),
         new_tokens=128,
+        decodes=DECODES,
     ),
     "cost-batch": CostSuite(
         about="throughput of an 8B model by batch at 8K tokens, up to the largest that fits: for a GPU",
@@ -193,6 +196,7 @@ COST_SUITES: dict[str, CostSuite] = {
         contexts=(8192,),
         batches=(1, 8, 32, 0),
         new_tokens=64,
+        decodes=("eager", "compiled"),
     ),
     "cost-variants": CostSuite(
         about="an 8B model against its GQA and mixSGA conversions at equal and smaller bytes: for a GPU",
@@ -201,5 +205,6 @@ COST_SUITES: dict[str, CostSuite] = {
         budgets=(),
         contexts=(8192, 32768),
         new_tokens=128,
+        decodes=DECODES,
     ),
 }

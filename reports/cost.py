@@ -18,9 +18,10 @@ from reports.style import order_of, style_of
 from results.store import slug
 
 Where = tuple[str, ...]
-LATENCY: tuple[str, ...] = ("method", "budget", "context", "batch", "prefill s", "its floor", "observe", "column sums")
-LATENCY += ("score", "select", "compact")
+LATENCY: tuple[str, ...] = ("method", "budget", "context", "batch", "decode", "prefill s", "its floor", "observe", "column sums")
+LATENCY += ("score", "select", "compact", "capture")
 LATENCY += ("first token ms", "ms a token", "p10 to p90", "rounds", "floor ms", "over the floor", "tokens a second")
+DECODES = ("eager", "graph", "compiled")
 MEMORY = ("method", "budget", "context", "batch", "bytes kept", "allocated", "prefill peak", "decode peak", "kept at the end")
 
 
@@ -40,6 +41,8 @@ class Cost:
     laps: tuple[Mapping[str, Any], ...]
     memory: Mapping[str, Any] | None
     largest: bool = False  # `batch` is as many as fitted
+    decode: str = "eager"  # the way asked for
+    fell_back: str = ""  # why it was eager all the same
 
     @property
     def panel(self) -> Where:
@@ -70,17 +73,36 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> list[Cost]:
     for (model, dtype, device, run, method, budget, context, batch), mine in grouped.items():
         memory = next((row for row in mine if row["cell"]["what"] == "memory"), None)
         timed = [row for row in mine if row["cell"]["what"] == "latency"]
-        for steps in sorted({row["cell"]["new_tokens"] for row in timed}) or [
-            0
-        ]:  # rounds of another length are no rounds of this
-            laps = tuple(row for row in timed if row["cell"]["new_tokens"] == steps)
+        # rounds of another length, or decoded in another way, are no rounds of this
+        ways = sorted({(row["cell"]["new_tokens"], _decode(row)) for row in timed}, key=_way) or [(0, ("eager", ""))]
+        for steps, (decode, fell_back) in ways:
+            laps = tuple(row for row in timed if (row["cell"]["new_tokens"], _decode(row)) == (steps, (decode, fell_back)))
             fitted = batch or min(row["batch"] for row in [*laps, *([memory] if memory else [])])
-            found.append(Cost(model, dtype, device, run, method, budget, context, fitted, steps, laps, memory, batch == 0))
+            asked = (model, dtype, device, run, method, budget, context, fitted)
+            found.append(Cost(*asked, steps, laps, memory, batch == 0, decode, fell_back))
     return sorted(found, key=_order)
 
 
+def _decode(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The way asked for, and why it was not taken."""
+    return row["cell"].get("decode", "eager"), row.get("fell_back") or ""
+
+
+def _way(way: tuple[int, tuple[str, str]]) -> tuple[int, bool, str]:
+    steps, (decode, _) = way
+    return steps, decode != "eager", decode
+
+
 def _order(cost: Cost) -> tuple[object, ...]:
-    return (cost.panel, cost.context, cost.batch, cost.method != "full", order_of(cost.method), cost.budget)
+    return (
+        cost.panel,
+        cost.context,
+        cost.batch,
+        cost.method != "full",
+        order_of(cost.method),
+        cost.budget,
+        DECODES.index(cost.decode),
+    )
 
 
 def cost_tables(found: Sequence[Cost], rows: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -95,10 +117,14 @@ def cost_tables(found: Sequence[Cost], rows: Sequence[Mapping[str, Any]]) -> lis
             if rate is None
             else f" Measured here: {rate['bandwidth'] / 1e9:.1f} GB/s copied, {rate['flops'] / 1e9:,.0f} GFLOP/s."
         )
-        made.append(
-            Table(f"Latency, {title}", LATENCY, tuple(_latency(cost) for cost in mine if cost.laps), (FLOORS + measured,))
-        )
-        made.append(Table(f"Memory, {title}", MEMORY, tuple(_memory(cost) for cost in mine if cost.memory), (PEAKS,)))
+        timed = [cost for cost in mine if cost.laps]
+        reasons = dict.fromkeys(f"{cost.decode} fell back to eager: {cost.fell_back}" for cost in timed if cost.fell_back)
+        captured = any(cost.decode != "eager" for cost in timed)
+        shown = tuple(name for name in LATENCY if captured or name not in ("decode", "capture"))
+        lines = tuple(tuple(line[LATENCY.index(name)] for name in shown) for line in map(_latency, timed))
+        made.append(Table(f"Latency, {title}", shown, lines, (FLOORS + measured, *reasons)))
+        watched = {(cost.method, cost.budget, cost.context, cost.batch): cost for cost in mine if cost.memory}
+        made.append(Table(f"Memory, {title}", MEMORY, tuple(map(_memory, watched.values())), (PEAKS,)))
     missing: dict[tuple[str, ...], int] = {}
     for row in rows:
         if row["status"] != "ok":
@@ -127,9 +153,13 @@ def _latency(cost: Cost) -> tuple[Cell, ...]:
     prefill_floor = float(np.median([lap["prefill_floor"] for lap in cost.laps]))
     return (
         *_asked(cost),
+        Cell(f"eager, not {cost.decode}" if cost.fell_back else cost.decode),
         _number(phases["prefill"], "{:.3f}"),
         _number(prefill_floor, "{:.3f}"),
-        *(_number(phases.get(name, 0.0), "{:.3f}") for name in ("observe", "column sums", "score", "select", "compact")),
+        *(
+            _number(phases.get(name, 0.0), "{:.3f}")
+            for name in ("observe", "column sums", "score", "select", "compact", "capture")
+        ),
         _number(first, "{:.2f}"),
         _number(token, "{:.2f}"),
         Cell(f"{low:.2f} to {high:.2f}", low),
@@ -163,10 +193,14 @@ def _bytes(value: float) -> Cell:
 
 
 def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
-    """Milliseconds a token and peaks against the context, a line a method and budget, the floor beneath each."""
+    """Milliseconds a token and peaks against the context, a line a method and budget, the floor beneath each.
+
+    A picture a way of decoding, at the smallest batch.
+    """
     paths: list[Path] = []
-    for panel in dict.fromkeys(cost.panel for cost in found):
-        mine = [cost for cost in found if cost.panel == panel and cost.batch == min(c.batch for c in found if c.panel == panel)]
+    for panel, decode in dict.fromkeys((cost.panel, cost.decode) for cost in found):
+        alike = [cost for cost in found if (cost.panel, cost.decode) == (panel, decode)]
+        mine = [cost for cost in alike if cost.batch == min(cost.batch for cost in alike)]
         figure = Figure(figsize=(13.2, 4.4), layout="constrained")
         axes = figure.subplots(1, 3)
         if len({cost.context for cost in mine}) > 1:
@@ -174,8 +208,9 @@ def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
         else:
             _bars(axes, mine)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-        figure.suptitle(", ".join(panel), fontsize=10)
-        name = f"cost_{slug('_'.join(panel[:3]))}"
+        way = () if decode == "eager" else (f"decode {decode}",)
+        figure.suptitle(", ".join((*panel, *way)), fontsize=10)
+        name = f"cost_{slug('_'.join((*panel[:3], *way)))}"
         path = folder / f"{name}.png"
         if path in paths:  # another environment or number of threads
             path = folder / f"{name}_{len(paths) + 1}.png"

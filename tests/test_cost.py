@@ -16,8 +16,9 @@ from test_cli import call
 import harness.cost
 from benchmarks import latency, memory
 from harness.cache import Budget, Needs, keep_all
-from harness.cost import CacheSubject, CostCell, CpuMeter, _pairs, floors, measure_cell, weight_bytes
+from harness.cost import CacheSubject, CostCell, CpuMeter, measure_cell
 from harness.cost_request import cells_of, identity, run_cell
+from harness.floors import floors, pairs_of, weight_bytes
 from harness.model import Model
 from harness.rows import compact, compact_and_free
 from harness.suites import COST_SUITES, SUITES
@@ -149,14 +150,12 @@ def test_layers_are_freed_as_they_are_copied(family: str) -> None:
 
 
 def test_floors_by_hand() -> None:
-    assert _pairs(4, None) == 10 and _pairs(4, 9) == 10 and _pairs(5, 2) == 1 + 2 * 4
+    assert pairs_of(4, None) == 10 and pairs_of(4, 9) == 10 and pairs_of(5, 2) == 1 + 2 * 4
     net = network("llama")
     model = Model(net, None, "tiny", "0")
     every = sum(weight.numel() for weight in net.parameters()) * 4
     assert weight_bytes(model) == every - net.get_input_embeddings().weight.numel() * 4
-    found = floors(
-        {"weights": 4000, "bytes_kept": 1000}, {"bandwidth": 100.0, "flops": 10.0}, model, replace(CELL, context=10, batch=2)
-    )
+    found = floors({"weights": 4000, "bytes_kept": 1000}, {"bandwidth": 100.0, "flops": 10.0}, model, context=10, batch=2)
     head = net.get_output_embeddings().weight.numel()
     products = 2 * ((1000 - head) * 10 + head) + 4 * 3 * 55 * 4 * 16
     assert found == pytest.approx({"token_floor": 50.0, "prefill_floor": 2 * products / 10})

@@ -11,6 +11,7 @@ from torch import Tensor
 from harness import kernels
 from harness.attention import attend, attend_by_kernel
 from harness.cache import Needs, keep_all
+from harness.pieces import LONGEST, TILE, plan
 from harness.rows import compact
 
 pytest.importorskip("triton")
@@ -18,14 +19,14 @@ pytest.importorskip("triton")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def plain(asked: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor]:
+def plain(asked: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, softcap: float | None) -> Tensor:
     """One row, in float64. hidden: [queries, n]."""
     logits = asked.double() @ keys.double().T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if hidden is not None:
         logits = logits.masked_fill(hidden, float("-inf"))
-    return logits.softmax(-1).nan_to_num(0.0) @ values.double(), logits.logsumexp(-1)
+    return logits.softmax(-1).nan_to_num(0.0) @ values.double()
 
 
 class Pool:
@@ -45,25 +46,27 @@ class Pool:
             self.keys[rows] = torch.randn(length, dim, generator=generator).to(dtype)
             self.values[rows] = torch.randn(length, dim, generator=generator).to(dtype)
             self.positions[rows] = torch.randperm(2 * length + 1, generator=generator)[:length].sort().values.int()
-        self.asked = (torch.randn(int(self.width.sum()), dim, generator=generator) * dim**-0.5).to(dtype)
+        self.query = np.random.default_rng(len(lengths)).permutation(int(self.width.sum()))  # who reads, in any order
+        self.asked = torch.randn(int(self.width.sum()), dim, generator=generator).to(dtype)
 
     def check(self, softcap: float | None = None, window: int | None = None, masked: bool = False, split: int = 128) -> None:
-        work = kernels.plan(self.start, self.length, self.width, split)
-        asking = torch.randint(0, 2 * max(1, int(self.length.max())), (len(self.asked),)).int()
+        """Planned for longer rows than there are: how long they are stands on the device."""
+        scaling = self.keys.shape[1] ** -0.5
+        work = plan(self.start, self.length + 3, self.width, self.query, len(self.query), split).on(self.keys.device)
+        asking = torch.randint(0, 2 * max(1, int(self.length.max())), (len(self.asked),))
         hide = (self.positions, asking, window) if masked else ()
-        out, lse = kernels.attend_pieces(self.asked, self.keys, self.values, work, softcap, *hide)
-        assert out.dtype == self.asked.dtype and lse.dtype == torch.float32
+        length = torch.as_tensor(self.length)
+        out = kernels.attend_pieces(self.asked, self.keys, self.values, length, work, scaling, softcap, *hide)
+        assert out.dtype == self.asked.dtype
         done = 0
         for start, length, width in zip(self.start, self.length, self.width, strict=True):
-            mine, rows = slice(done, done + width), slice(start, start + length)
+            mine, rows = self.query[done : done + width], slice(start, start + length)
             hidden = None
             if masked:
                 held, at = self.positions[rows][None], asking[mine][:, None]
                 hidden = (held > at) | (held <= at - (window or 2**29))
-            wanted, weight = plain(self.asked[mine], self.keys[rows], self.values[rows], hidden, softcap)
-            tolerance = TOLERANCE[self.asked.dtype]
-            assert torch.allclose(out[mine].double(), wanted, atol=tolerance), (length, width)
-            assert torch.allclose(lse[mine].double(), weight, atol=tolerance), "nothing seen weighs -inf"
+            wanted = plain(self.asked[mine].double() * scaling, self.keys[rows], self.values[rows], hidden, softcap)
+            assert torch.allclose(out[mine].double(), wanted, atol=TOLERANCE[self.asked.dtype]), (length, width)
             done += width
 
 
@@ -79,7 +82,7 @@ def test_head_sizes_and_types(dim: int, dtype: torch.dtype) -> None:
 
 
 def test_a_long_row_is_merged_from_many_pieces() -> None:
-    Pool([10_000, 3], [4, 4], 64, torch.float32).check(split=kernels.SPLIT)
+    Pool([10_000, 3], [4, 4], 64, torch.float32).check(split=LONGEST)
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -90,16 +93,20 @@ def test_what_lies_behind_a_query_or_has_left_its_window_is_hidden(window: int |
 def test_pieces_cover_every_entry_of_every_query_once() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
-        length, queries = rng.integers(0, 2000, 6), rng.integers(1, 40, 6)
-        start = np.cumsum(length) - length
-        work = kernels.plan(start, length, queries, 256)
-        reader = np.repeat(np.arange(6), queries)
-        for query, row in enumerate(reader):
-            pieces = work.piece[query] + np.arange(work.pieces[query]) * work.stride[query]
-            assert (work.row[pieces] == row).all() and (work.tile[pieces] == (query - work.first[row]) // kernels.TILE).all()
-            covered = [t for piece in pieces for t in range(work.begin[piece], work.end[piece])]
-            assert covered == list(range(length[row]))
-        assert (work.end - work.begin).max() <= 256
+        length, readers = rng.integers(0, 2000, 6), rng.integers(1, 40, 6)
+        start, queries = np.cumsum(length) - length, 50
+        query = np.concatenate([rng.permutation(queries)[:many] for many in readers])  # a query reads several rows, or none
+        work = plan(start, length, readers, query, queries, 256)
+        (first, begin), (of, tile, low, high) = work.row[:2], work.item
+        assert (first == start).all() and (high - low).max() <= 256
+        for number in range(queries):
+            covered: dict[int, list[int]] = {}
+            for part in work.parts[work.span[number] : work.span[number + 1]]:
+                piece, line = divmod(part, TILE)
+                assert work.reader[begin[of[piece]] + tile[piece] * TILE + line] == number
+                covered.setdefault(of[piece], []).extend(range(low[piece], high[piece]))
+            reads = [row for row in range(6) if number in query[begin[row] : begin[row] + readers[row]]]
+            assert covered == {row: list(range(length[row])) for row in reads}
 
 
 def test_a_layer_of_a_cache_is_read_as_by_the_path_in_plain_torch(family: str) -> None:
@@ -123,10 +130,7 @@ def test_a_layer_of_a_cache_is_read_as_by_the_path_in_plain_torch(family: str) -
             layer.append(new[0], new[1], step)
             queries = torch.randn(prefill.shape.query_heads, sum(counts), prefill.shape.head_dim)
             wanted = attend(layer, queries, step, kv.scaling, kv.softcap)
-            where = torch.as_tensor(layer.readers(step))
-            asked = (queries * kv.scaling).flatten(0, 1)[where]
-            out, _ = attend_by_kernel(layer, asked, step, kv.softcap)
-            found = torch.empty_like(out).index_copy_(0, where, out).view_as(queries)
+            found = attend_by_kernel(layer, queries, step, kv.scaling, kv.softcap)
             assert torch.allclose(found, wanted, atol=1e-5)
         cache.seen = cache.seen + step.counts
 
@@ -144,11 +148,7 @@ def test_experts_rows_are_merged_by_their_weights() -> None:
     layer.append(new[0], new[1], step, np.array([2]))
     queries = torch.randn(prefill.shape.query_heads, 1, prefill.shape.head_dim)
     wanted = attend(layer, queries, step, kv.scaling)
-    from harness.attention import _placed
-
-    where = torch.as_tensor(layer.readers(step))
-    out, lse = attend_by_kernel(layer, (queries * kv.scaling).flatten(0, 1)[where], step, None)
-    assert layer.striped and torch.allclose(_placed(out, lse, where, len(queries)).view_as(queries), wanted, atol=1e-5)
+    assert layer.striped and torch.allclose(attend_by_kernel(layer, queries, step, kv.scaling, None), wanted, atol=1e-5)
 
 
 def test_what_has_no_kernel_says_so(capsys: pytest.CaptureFixture[str]) -> None:
