@@ -65,6 +65,8 @@ def _run(options: argparse.Namespace) -> int:
         line = sweep_speed(METHODS, options.verify) if options.suite == "sweep-speed" else attention_speed()
         print(json.dumps(line))
         return 0
+    if options.suite == "kernel-speed":
+        return _kernel_speed(options)
     from harness.cost_request import cost_behind
     from harness.evidence import record_command
     from harness.request import judge_request, run_request
@@ -80,6 +82,20 @@ def _run(options: argparse.Namespace) -> int:
         failed += judge_request(options).statuses["unreachable"]
         done = _report(options)
     return max(done, 1 if failed else 0)
+
+
+def _kernel_speed(options: argparse.Namespace) -> int:
+    import torch
+
+    from harness.kernel_speed import kernel_speed
+    from harness.plan import BadRequest
+    from harness.request import device_of
+
+    device = device_of(options.device)
+    if device.type != "cuda":
+        raise BadRequest("the suite kernel-speed measures a GPU, and there is none here")
+    print(json.dumps(kernel_speed(device, getattr(torch, options.dtype or "bfloat16"))))
+    return 0
 
 
 def _cost(options: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from harness import flash
 from harness.attention import attend, probabilities
 from harness.cache import Arena, ModelShape, Needs, Prefill, Routing
 from harness.families import groupings, routers
@@ -208,8 +209,9 @@ class Model:
 
     def _forward(self, ids: Tensor, positions: Tensor, work: Observer | Decoding, keep: int | Tensor) -> Tensor:
         # a mask of four dimensions is passed through as it is, so that none is made: of cells that stand side by side it would be
-        # wrong, and where attention is our own (softcap) a T x T for nothing
-        made = isinstance(work, Observer) and not self.softcapped
+        # wrong, and where a prefill's attention is our own a T x T for nothing
+        own = self.softcapped or flash.can_run(self.device, self.network.dtype, self.shape.head_dim)
+        made = isinstance(work, Observer) and not own
         mask = None if made else torch.empty(1, 1, 1, 1, device=ids.device)
         return self.network(
             input_ids=ids,
@@ -272,11 +274,12 @@ def register(base: str) -> str:
         if rows_pass is None:
             return official(module, query, key, value, mask, **settings)
         rows_pass.see(index, place, query[0], key[0], value[0], seen)
-        if seen.softcap is not None:
+        own = _own_prefill(query, seen)
+        if own is not None:
             mask = None
 
             def official(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Tensor, None]:
-                return softcapped_attention(query[0], key[0], value[0], seen).transpose(0, 1)[None], None
+                return own(query[0], key[0], value[0], seen).transpose(0, 1)[None], None
 
         if index < rows_pass.depth - 1 or rows_pass.all_outputs:
             return official(module, query, key, value, mask, **settings)
@@ -288,6 +291,13 @@ def register(base: str) -> str:
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
+
+
+def _own_prefill(query: Tensor, seen: AttentionSettings) -> Callable[..., Tensor] | None:
+    """Attention that needs no mask, where transformers' own would make one of T x T; None: transformers' own."""
+    if flash.can_run(query.device, query.dtype, query.shape[3]):
+        return flash.causal_attention
+    return softcapped_attention if seen.softcap is not None else None
 
 
 def _last(query: Tensor) -> Tensor:

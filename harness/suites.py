@@ -161,6 +161,10 @@ SUITES: dict[str, Suite] = {
         about="decode attention at 10 to 50 % of a full cache, beside that share of the full cache's time; one JSON line",
         models=(),
     ),
+    "kernel-speed": Suite(
+        about="the Triton kernel on rows of a gigabyte, beside a copy and other varlen kernels: for a GPU; prints one JSON line",
+        models=(),
+    ),
 }
 
 COST_SUITES: dict[str, CostSuite] = {

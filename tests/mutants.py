@@ -120,9 +120,30 @@ FAULTS = (
     Fault(
         "pieces merged alike",
         "harness/kernels.py",
-        "weight = tl.exp(lse - base)",
-        "weight = total * 0 + 1",
+        "weights = tl.exp(lse - base)",
+        "weights = tl.where(there, 1.0, 0.0)",
         "tests/test_kernels.py",
+    ),
+    Fault("every stripe grows", "harness/captured.py", "if self.striped else 1)", "if False else 1)", "tests/test_captured.py"),
+    Fault("every row grows", "harness/kernels.py", "length + taken.to(tl.int64)", "length + 1", "tests/test_captured.py"),
+    Fault("a capture counts", "harness/captured.py", "part.copy_(was)", "pass", "tests/test_captured.py"),
+    Fault(
+        "a static window forgotten", "harness/captured.py", "there = there & (held", "_ = there & (held", "tests/test_captured.py"
+    ),
+    Fault(
+        "a step brings numbers",
+        "harness/captured.py",
+        "torch.arange(group.capacity, device=logits.device)",
+        "torch.arange(group.capacity)",
+        "tests/test_captured.py",
+    ),
+    Fault("room is read", "harness/captured.py", "group.room(pool).zero_()", "pass", "tests/test_captured.py"),
+    Fault(
+        "stripes merged alike",
+        "harness/captured.py",
+        "[self.parts].softmax(-1)",
+        "[self.parts] * 0 + 1",
+        "tests/test_captured.py",
     ),
     Fault(
         "Holm without its largest",

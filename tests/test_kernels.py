@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -149,6 +155,18 @@ def test_experts_rows_are_merged_by_their_weights() -> None:
     queries = torch.randn(prefill.shape.query_heads, 1, prefill.shape.head_dim)
     wanted = attend(layer, queries, step, kv.scaling)
     assert layer.striped and torch.allclose(attend_by_kernel(layer, queries, step, kv.scaling, None), wanted, atol=1e-5)
+
+
+def test_they_are_built_for_a_gpu_that_is_not_here() -> None:
+    """By triton's own compiler and assembler: within a program's shared memory, keys and values fetched ahead of their use."""
+    root = Path(__file__).parent
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root.parent)}
+    ran = subprocess.run([sys.executable, root / "build_kernels.py"], env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    built = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [found["kernel"] for found in built] == ["_partial"] * 10 + ["_merge"] + ["_append"] * 2
+    assert all(found["bytes"] and found["shared"] <= 227 * 1024 for found in built)
+    assert all(found["asynchronous"] for found in built if found["kernel"] == "_partial" and found["numbers"] != "fp32")
 
 
 def test_what_has_no_kernel_says_so(capsys: pytest.CaptureFixture[str]) -> None:

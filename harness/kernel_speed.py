@@ -1,0 +1,92 @@
+"""The suite `kernel-speed`: decode attention over rows by the Triton kernel, beside the bandwidth of a copy and other kernels.
+
+Rows of unequal length sum to about a gigabyte of keys and values. Floor: those bytes over the copy's rate. flash-attn's and
+torch's kernels for sequences of unequal length compute the same when each row is a sequence with one head: they check the
+kernel's numbers, and are timed on the same rows, laid side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness import flash, kernels
+from harness.floors import copy_bandwidth
+from harness.measure import seconds_of
+from harness.pieces import plan, split_for
+
+LAPS = 20  # launches between two looks at the clock
+Varlen = Callable[[], Tensor]
+
+
+def kernel_speed(
+    device: torch.device, dtype: torch.dtype, size: int = 2**30, rows: int = 256, width: int = 4
+) -> dict[str, float]:
+    """Milliseconds, and the share of the copy's bandwidth; the peers that are here, and how far their numbers are apart.
+
+    Args:
+        size: bytes of all rows' keys and values. rows: as of a layer with 8 KV heads and 32 sequences. width: queries on each.
+    """
+    dim = 128
+    generator = torch.Generator(device).manual_seed(0)
+    weight = np.random.default_rng(0).permutation(1 / np.arange(1, rows + 1) ** 0.5)  # far from equal, as of HeadKV
+    length = np.maximum(1, (weight / weight.sum() * size / (2 * dim * dtype.itemsize)).astype(np.int64))
+    start = np.cumsum(length) - length
+    keys, values = (torch.randn(int(length.sum()), dim, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    queries = torch.randn(rows * width, dim, generator=generator, device=device, dtype=dtype)
+    widths = np.full(rows, width)
+    split = split_for(length, widths, device)
+    work = plan(start, length, widths, np.arange(rows * width), rows * width, split).on(device)
+    held = torch.as_tensor(length).to(device)
+
+    def ours() -> Tensor:
+        return kernels.attend_pieces(queries, keys, values, held, work, dim**-0.5)
+
+    copied, read = copy_bandwidth(device), 2 * keys.numel() * dtype.itemsize
+    found = {"rows_gb": read / 1e9, "copy_gb_s": copied / 1e9, "kernel_ms": 1000 * _lap(ours, device)}
+    found["kernel_share_of_copy"] = read / (found["kernel_ms"] / 1000) / copied
+    expected = ours().float()
+    for name, peer in varlen_peers(queries, keys, values, length, width).items():
+        found[f"{name}_ms"] = 1000 * _lap(peer, device)
+        found[f"{name}_apart"] = float((peer().float().view_as(expected) - expected).abs().max())
+    return {name: round(number, 4) for name, number in found.items()}
+
+
+def varlen_peers(queries: Tensor, keys: Tensor, values: Tensor, length: np.ndarray, width: int) -> dict[str, Varlen]:
+    """Other kernels over the same rows, those that are here: torch's own and flash-attn's.
+
+    Args:
+        queries: [R * width, D], row by row; keys, values: [P, D], the rows side by side without room; length: [R].
+    """
+    if queries.device.type != "cuda" or queries.dtype not in flash.TYPES:
+        return {}
+    ends = torch.as_tensor(np.concatenate([[0], np.cumsum(length)]), dtype=torch.int32).to(queries.device)
+    asked = torch.arange(len(length) + 1, dtype=torch.int32, device=queries.device) * width
+    heads = (queries[:, None], keys[:, None], values[:, None], asked, ends, width, int(length.max()))  # one head
+    found: dict[str, Varlen] = {}
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        found["torch_varlen"] = lambda: varlen_attn(*heads, scale=queries.shape[1] ** -0.5)[:, 0]  # type: ignore[call-overload, index]
+    except ImportError:
+        pass
+    if flash.installed():
+        from flash_attn import flash_attn_varlen_func
+
+        found["flash_attn"] = lambda: flash_attn_varlen_func(*heads, softmax_scale=queries.shape[1] ** -0.5)[:, 0]
+    return found
+
+
+def _lap(work: Varlen, device: torch.device) -> float:
+    """Seconds of one launch, in a row of many: the first ones warm up."""
+    laps = LAPS if device.type == "cuda" else 1
+
+    def many() -> None:
+        for _ in range(laps):
+            work()
+
+    many()
+    return min(seconds_of(many, device) for _ in range(3)) / laps

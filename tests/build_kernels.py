@@ -1,0 +1,49 @@
+"""Builds the kernels for a GPU of compute capability 9.0 without having one, and prints a JSON line for each.
+
+A process of its own: where TRITON_INTERPRET is set, as in the tests, nothing is built.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from harness import kernels
+from harness.pieces import BLOCK, TILE
+
+TARGET = GPUTarget("cuda", 90, 32)
+INTEGERS = ("LENGTH", "ASKING", "ROW", "ITEM", "READER", "PARTS_OF", "SPAN", "SEEN", "EXPERTS")
+TYPES = dict.fromkeys(INTEGERS, "*i64") | {"POSITIONS": "*i32", "PART": "*fp32", "WEIGHT": "*fp32"}
+TYPES |= dict.fromkeys(("rows", "items", "window"), "i32") | dict.fromkeys(("scaling", "softcap"), "fp32")
+
+
+def build(kernel: Any, numbers: str, constants: dict[str, Any], **options: int) -> None:
+    """Pointers are told to be aligned, as the launcher finds them to be."""
+    signature = {
+        name: "constexpr" if name in constants else TYPES.get(name, f"*{numbers}") for name in kernel.signature.parameters
+    }
+    pointers = [place for place, kind in enumerate(signature.values()) if kind.startswith("*")]
+    attributes = {(place,): [["tt.divisibility", 16]] for place in pointers}
+    built = compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=options)
+    found = {"kernel": kernel.__name__, "numbers": numbers, **constants, "shared": built.metadata.shared}
+    print(json.dumps(found | {"asynchronous": built.asm["ptx"].count("cp.async.cg"), "bytes": len(built.asm["cubin"])}))
+
+
+def main() -> None:
+    partial, merge, append = kernels._kernels()
+    for numbers, dim, stages in (("bf16", 128, 2), ("fp16", 80, 2), ("bf16", 256, 2), ("fp32", 128, 1), ("fp32", 256, 1)):
+        padded = kernels._power_of_two(dim)
+        sizes = {"D": dim, "DP": padded, "TILE": TILE, "BLOCK": BLOCK // 2 if padded > 128 else BLOCK}
+        for hides in (False, True):
+            how = {"CAP": hides, "MASKED": hides, "WINDOWED": hides, "WIDE": False}
+            build(partial, numbers, sizes | how, num_stages=stages)
+    build(merge, "bf16", {"D": 128, "DP": 128, "PARTS": kernels.PARTS})
+    for striped in (False, True):
+        build(append, "bf16", {"D": 128, "DP": 128, "STRIPED": striped}, num_warps=1)
+
+
+if __name__ == "__main__":
+    main()
