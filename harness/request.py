@@ -18,6 +18,7 @@ from benchmarks.data import BadData
 from benchmarks.haystack import Haystack
 from harness.averaging import first_tokens, perplexity_changes
 from harness.cache import Arena, Budget, Routing
+from harness.checkpoint import CannotTrain
 from harness.choices import UnknownChoice, choose, expand, split
 from harness.env import record_data, record_environment
 from harness.evidence import record_heads, record_metrics, record_routing
@@ -36,7 +37,7 @@ from harness.prompts import CannotPrompt, PromptProtocol, Protocol
 from harness.replay import replay
 from harness.suites import COST_SUITES, SUITES, Suite
 from harness.sweep import CELL_BYTES, Sweep
-from harness.train import CannotTrain, Recipe
+from harness.train import Recipe
 from harness.train_data import BadText
 from harness.variants import BadVariant
 from methods import METHODS

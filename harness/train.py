@@ -15,29 +15,21 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, kl_div
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from harness.checkpoint import CannotTrain, resume, save
 from harness.families import routers
 from harness.model import own_attention
 from methods.mixsga import Router, RouterLoss
@@ -119,10 +111,6 @@ class Progress:
     losses: list[dict[str, float]] = field(default_factory=list)  # means over ten steps
 
 
-class CannotTrain(ValueError):
-    """The loss is no number any more, or the checkpoint is another training's: in one line."""
-
-
 def heal(
     network: PreTrainedModel,
     batches: Batches,
@@ -163,7 +151,9 @@ def heal(
         wrapped, *optimizers = accelerator.prepare(network, *_optimizers(network, recipe))
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     plain = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # without accelerate's wrapper
-    progress, recent, begin = _resume(folder, recipe, about, network, plain)
+    training = json.dumps([asdict(recipe), about])
+    done = resume(folder, training, network, plain) or {"progress": {}, "recent": [], "step": 0}
+    progress, recent, begin = Progress(**done["progress"]), done["recent"], done["step"]
     steps = range(begin, recipe.steps)
     bar = tqdm(steps, initial=begin, total=recipe.steps, desc="train", file=sys.stderr, disable=rank > 0)
     started = time.perf_counter() - progress.seconds
@@ -197,7 +187,8 @@ def heal(
             recent = []
         progress.seconds = time.perf_counter() - started
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            _save(folder, (recipe, about), network, plain, (progress, recent), step + 1)
+            done = {"progress": asdict(progress), "recent": recent, "step": step + 1}
+            save(folder, training, network, plain, done)
             accelerator.wait_for_everyone()
     network.eval()
     return progress
@@ -210,24 +201,6 @@ def _shard(network: PreTrainedModel) -> None:
         if type(module).__name__ in layers:
             fully_shard(module)
     fully_shard(network)
-
-
-def sharded(network: torch.nn.Module) -> bool:
-    """Does each process hold a part of the weights (FSDP2)?"""
-    return any(isinstance(weight, DTensor) for weight in network.parameters())
-
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def whole_weights(network: PreTrainedModel) -> dict[str, Any]:
-    """All weights on the host, wherever they lie; of sharded ones only in the first process. Every process has to call it."""
-    return get_model_state_dict(network, options=WHOLE) if sharded(network) else network.state_dict()
-
-
-def forget(folder: Path) -> None:
-    """Removes the checkpoint of a training that is saved."""
-    (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def choose_trained(network: PreTrainedModel, recipe: Recipe) -> None:
@@ -303,68 +276,6 @@ def _task_loss(logits: Tensor, batch: Batch, recipe: Recipe, teacher: PreTrained
     if batch.weights is None:
         return losses.sum() / (batch.labels != IGNORED).sum().clamp(min=1)
     return (losses * batch.weights.flatten()).sum()
-
-
-CHECKPOINT = "checkpoint.pt"
-
-
-def _save(
-    folder: Path,
-    training: tuple[Recipe, str],
-    network: PreTrainedModel,
-    optimizers: Sequence[Any],
-    done: tuple[Progress, list[dict[str, float]]],
-    step: int,
-) -> None:
-    if sharded(network):
-        states = [get_optimizer_state_dict(network, optimizer, options=WHOLE) for optimizer in optimizers]
-    else:
-        states = [optimizer.state_dict() for optimizer in optimizers]
-    state = {
-        "training": json.dumps([asdict(training[0]), training[1]]),
-        "step": step,
-        "luck": torch.get_rng_state(),
-        "network": whole_weights(network),
-        "optimizers": states,
-        "progress": asdict(done[0]),
-        "recent": done[1],
-    }
-    if not PartialState().is_main_process:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{CHECKPOINT}.draft"
-    torch.save(state, draft)
-    draft.replace(folder / CHECKPOINT)
-
-
-def _resume(
-    folder: Path, recipe: Recipe, about: str, network: PreTrainedModel, optimizers: Sequence[Any]
-) -> tuple[Progress, list[dict[str, float]], int]:
-    """From the last checkpoint, if there is one.
-
-    Raises:
-        CannotTrain: it is another training's, or torn.
-    """
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return Progress(), [], 0
-    try:
-        state = torch.load(path, weights_only=True, map_location=network.device)
-        if state["training"] != json.dumps([asdict(recipe), about]):
-            raise CannotTrain(f"{path} is a checkpoint of another training: remove it, or choose another folder with --out")
-        if sharded(network):
-            set_model_state_dict(network, state["network"], options=WHOLE)
-            for optimizer, held in zip(optimizers, state["optimizers"], strict=True):
-                set_optimizer_state_dict(network, optimizer, held, options=WHOLE)
-        else:
-            network.load_state_dict(state["network"])
-            for optimizer, held in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(held)
-        torch.set_rng_state(state["luck"].cpu())
-        return Progress(**state["progress"]), state["recent"], state["step"]
-    except (OSError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise CannotTrain(f"{path} is torn ({reason}): remove it, or choose another folder with --out") from None
 
 
 @torch.no_grad()

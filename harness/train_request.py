@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from harness.checkpoint import forget, sharded, whole_weights
 from harness.families import routers
 from harness.load import check_name
 from harness.model import Model, own_attention
@@ -19,7 +20,7 @@ from harness.plan import BadRequest
 from harness.recipes import RECIPES, NamedRecipe, dolly, minipile
 from harness.reference_data import Documents, book_sentences
 from harness.request import device_of, load_model
-from harness.train import Batches, Recipe, forget, heal, routing_of, sharded, whole_weights
+from harness.train import Batches, Recipe, heal, routing_of
 from harness.train_data import HELD_OUT, ReferenceBatches, instruct_batches, text_batches
 from harness.variants import About, bytes_a_token, conversion_of, is_variant, save
 from methods import CONVERSIONS

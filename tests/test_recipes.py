@@ -230,7 +230,8 @@ from accelerate import PartialState
 
 sys.path[:0] = ["tests", "."]
 from test_train import FAST, batches, trainable
-from harness.train import heal, whole_weights
+from harness.checkpoint import whole_weights
+from harness.train import heal
 
 PartialState(cpu=True)
 kill, folder, out = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])

@@ -16,11 +16,12 @@ from test_cli import call
 from test_conversions import converted
 from torch.nn.functional import cross_entropy
 
+from harness.checkpoint import CannotTrain, forget
 from harness.families import routers
 from harness.load import load
 from harness.model import own_attention
 from harness.reference_data import Documents
-from harness.train import IGNORED, Batch, CannotTrain, Recipe, choose_trained, forget, heal, loss_of, routing_of
+from harness.train import IGNORED, Batch, Recipe, choose_trained, heal, loss_of, routing_of
 from harness.train_data import HELD_OUT, BadText, PackedBatches, ReferenceBatches, instruct_batches, text_batches
 from harness.variants import read_about
 
