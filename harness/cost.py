@@ -296,13 +296,29 @@ def _rows_of(cell: CostCell, subject: CacheSubject, device: torch.device) -> dic
         peaks = memory.measure(subject, meter, cell.new_tokens)
         assert subject.cache is not None
         end = sum(count.bytes_kept for count in subject.cache.counts())
-        return found | asdict(peaks) | _bytes(subject, model, cell) | {"bytes_end": end}
+        sizes = _bytes(subject, model, cell)
+        points = footprint(model, cell, sizes["bytes_kept"], end)
+        return found | asdict(peaks) | sizes | {"bytes_end": end, "footprint": points}
     lap = latency.measure(subject, DeviceClock(device), cell.new_tokens)
     found |= {"phases": lap.phases, "first_token": lap.first_token, "token": lap.median, "p10": lap.p10, "p90": lap.p90}
     sizes = _bytes(subject, model, cell)
     rate = {"bandwidth": copy_bandwidth(device), "flops": matmul_rate(device, model.network.dtype)}
     said = {"fell_back": subject.fell_back} if subject.fell_back else {}
     return found | said | sizes | rate | floors(sizes, rate, model, cell.context, cell.batch)
+
+
+READ_IN = 8  # points of a footprint's prompt
+
+
+def footprint(model: Model, cell: CostCell, kept: int, end: int) -> list[list[int]]:
+    """Tokens and bytes of keys and values over the time of an answer.
+
+    While the prompts are read, dense and a sequence at a time, whatever the layers project; compressed; and at the last token.
+    """
+    entry, last = model.shape.entry_bytes(), cell.context + cell.new_tokens
+    read = [number * cell.context // READ_IN for number in range(READ_IN + 1)]
+    dense = [[tokens, model.shape.full_entries(tokens) * entry] for tokens in read]
+    return [*dense, [cell.context, kept], [last, end]]
 
 
 def _bytes(subject: CacheSubject, model: Model, cell: CostCell) -> dict[str, int]:

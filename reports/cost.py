@@ -1,28 +1,23 @@
-"""What a cell costs: a table of phases and peaks beside their floors, and two pictures."""
+"""What a cell costs: tables of phases and peaks beside their floors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib.figure import Figure
 
 from reports.formats import Cell, Table
-from reports.style import order_of, style_of
-from results.store import slug
+from reports.style import order_of
 
 Where = tuple[str, ...]
 LATENCY: tuple[str, ...] = ("method", "budget", "context", "batch", "decode", "prefill s", "its floor", "observe", "column sums")
 LATENCY += ("score", "select", "compact", "capture")
 LATENCY += ("first token ms", "ms a token", "p10 to p90", "rounds", "floor ms", "over the floor", "tokens a second")
 DECODES = ("eager", "graph", "compiled")
-MEMORY = ("method", "budget", "context", "batch", "bytes kept", "allocated", "prefill peak", "decode peak", "kept at the end")
+MEMORY: tuple[str, ...] = ("method", "budget", "context", "batch", "bytes kept", "allocated", "a token more")
+MEMORY += ("prefill peak", "decode peak", "kept at the end")
 
 
 @dataclass(frozen=True)
@@ -172,8 +167,11 @@ def _latency(cost: Cost) -> tuple[Cell, ...]:
 
 def _memory(cost: Cost) -> tuple[Cell, ...]:
     memory = cost.memory or {}
-    shown = ("bytes_kept", "bytes_allocated", "prefill_peak", "decode_peak", "bytes_end")
-    return (*_asked(cost), *(_bytes(memory[name]) for name in shown))
+    more = (memory["bytes_end"] - memory["bytes_kept"]) / memory["cell"]["new_tokens"]
+    kept, allocated, *peaks = (
+        _bytes(memory[name]) for name in ("bytes_kept", "bytes_allocated", "prefill_peak", "decode_peak", "bytes_end")
+    )
+    return (*_asked(cost), kept, allocated, Cell(f"{more / 2**10:,.1f} KiB", more), *peaks)
 
 
 def _asked(cost: Cost) -> tuple[Cell, ...]:
@@ -190,84 +188,3 @@ def _number(value: float, form: str) -> Cell:
 
 def _bytes(value: float) -> Cell:
     return Cell(f"{value / 2**20:,.1f} MiB", value)
-
-
-def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
-    """Milliseconds a token and peaks against the context, a line a method and budget, the floor beneath each.
-
-    A picture a way of decoding, at the smallest batch.
-    """
-    paths: list[Path] = []
-    for panel, decode in dict.fromkeys((cost.panel, cost.decode) for cost in found):
-        alike = [cost for cost in found if (cost.panel, cost.decode) == (panel, decode)]
-        mine = [cost for cost in alike if cost.batch == min(cost.batch for cost in alike)]
-        figure = Figure(figsize=(13.2, 4.4), layout="constrained")
-        axes = figure.subplots(1, 3)
-        if len({cost.context for cost in mine}) > 1:
-            _against_context(axes, mine)
-        else:
-            _bars(axes, mine)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-        way = () if decode == "eager" else (f"decode {decode}",)
-        figure.suptitle(", ".join((*panel, *way)), fontsize=10)
-        name = f"cost_{slug('_'.join((*panel[:3], *way)))}"
-        path = folder / f"{name}.png"
-        if path in paths:  # another environment or number of threads
-            path = folder / f"{name}_{len(paths) + 1}.png"
-        figure.savefig(path, dpi=150)
-        paths.append(path)
-    return paths
-
-
-SHOWN = ("ms a token", "peak while decoding, MiB", "peak until the first token, MiB")
-
-
-def _bars(axes: Any, mine: Sequence[Cost]) -> None:
-    """Of one context: a bar a method and budget, the floor marked on it."""
-    labels = [f"{cost.method} {cost.budget}".strip() for cost in mine]
-    places = range(len(mine))
-    colours = ["#333333" if cost.method == "full" else style_of(cost.method).colour for cost in mine]
-    values = (
-        [cost.token_ms or 0.0 for cost in mine],
-        *([(cost.memory or {}).get(peak, 0) / 2**20 for cost in mine] for peak in ("decode_peak", "prefill_peak")),
-    )
-    for axis, what, value in zip(axes, SHOWN, values, strict=True):
-        axis.barh(places, value, color=colours, height=0.6)
-        axis.set_yticks(places, labels, fontsize=8)
-        axis.invert_yaxis()
-        axis.set_xlabel(f"{what}, at {mine[0].context:,} tokens")
-        axis.grid(axis="x", alpha=0.25, linewidth=0.5)
-    floors = [cost.floor_ms if cost.laps else 0.0 for cost in mine]
-    axes[0].plot(floors, list(places), linestyle="", marker="|", markersize=16, color="#D55E00", markeredgewidth=2, label=FLOOR)
-
-
-def _against_context(axes: Any, mine: Sequence[Cost]) -> None:
-    for cell in dict.fromkeys((cost.method, cost.budget) for cost in mine):
-        label = f"{cell[0]} {cell[1]}".strip()
-        line = sorted((cost for cost in mine if (cost.method, cost.budget) == cell), key=lambda cost: cost.context)
-        _lines(axes, line, label, cell[0])
-    for axis, what in zip(axes, SHOWN, strict=True):
-        axis.set(xlabel="tokens of the prompt", ylabel=what, ylim=(0, None))
-        axis.grid(alpha=0.25, linewidth=0.5)
-    axes[0].plot([], [], color="grey", linestyle=":", label=FLOOR)
-
-
-FLOOR = "floor: bytes over bandwidth"
-
-
-def _lines(axes: Any, line: Sequence[Cost], label: str, method: str) -> None:
-    style = style_of(method)
-    manner = {"color": "black" if method == "full" else style.colour, "marker": style.marker, "markersize": 4}
-    timed, watched = [cost for cost in line if cost.laps], [cost for cost in line if cost.memory]
-    contexts = [cost.context for cost in timed]
-    rounds = [[1000 * lap["token"] for lap in cost.laps] for cost in timed]
-    middle = [cost.token_ms or 0.0 for cost in timed]
-    spread = [
-        [m - min(r) for m, r in zip(middle, rounds, strict=True)],
-        [max(r) - m for m, r in zip(middle, rounds, strict=True)],
-    ]
-    axes[0].errorbar(contexts, middle, yerr=spread, label=label, linestyle=style.dash, linewidth=1.2, capsize=2, **manner)
-    axes[0].plot(contexts, [cost.floor_ms for cost in timed], color=manner["color"], linestyle=":", linewidth=1)
-    for axis, peak in ((axes[1], "decode_peak"), (axes[2], "prefill_peak")):
-        values = [(cost.memory or {})[peak] / 2**20 for cost in watched]
-        axis.plot([cost.context for cost in watched], values, linestyle=style.dash, linewidth=1.2, **manner)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from reports import plots
-from reports.cost import cost_pictures, cost_tables, costs
+from reports.cost import cost_tables, costs
+from reports.cost_plots import cost_pictures
 from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
 from reports.needles import needle_maps
@@ -85,7 +86,8 @@ ROUTING = "Where a mixSGA variant sends its tokens: the shares of its experts by
 
 COST = (
     "What an answer costs, measured cell by cell in processes of their own: milliseconds a token with their floor, and peaks of "
-    "memory while decoding and before the first token."
+    "memory while decoding and before the first token. Then, by arithmetic and counted rows, the bytes of keys and values over "
+    "the time of an answer."
 )
 
 

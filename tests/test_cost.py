@@ -168,6 +168,9 @@ def test_one_real_cell() -> None:
     assert lap["bytes_kept"] == int(0.1 * lap["bytes_full"]) // 128 * 128, "counted right after compaction"
     peaks = measure_cell(replace(CELL, what="memory", batch=2))
     assert peaks["status"] == "ok" and peaks["bytes_kept"] == 2 * lap["bytes_kept"]
+    read = [[tokens, peaks["bytes_full"] // 2 * tokens // 200] for tokens in range(0, 201, 25)]  # one sequence after the other
+    assert peaks["footprint"] == [*read, [200, peaks["bytes_kept"]], [204, peaks["bytes_end"]]]
+    assert peaks["bytes_end"] - peaks["bytes_kept"] == 2 * 4 * peaks["bytes_full"] // 400, "a token of each sequence a step"
     assert "over the model's 8192 positions" in measure_cell(replace(CELL, context=9000))["reason"]
     assert "cannot hold" in measure_cell(replace(CELL, budget="1"))["reason"]
     assert "head scores" in measure_cell(replace(CELL, method="headkv_r2"))["reason"]
@@ -232,7 +235,7 @@ def test_a_cost_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     assert call(*asked) == 0 and (tmp_path / "cost" / "rows.jsonl").read_bytes() == before, "a finished cell ran again"
     text = (tmp_path / "report" / "scores.md").read_text()
     assert "## Latency, random:tiny-llama, float32, cpu, " in text and "## Memory, random:tiny-llama" in text
-    assert list((tmp_path / "report" / "plots").glob("cost_*.png"))
+    assert list((tmp_path / "report" / "plots").glob("cost_*.png")) and list((tmp_path / "report" / "plots").glob("footprint_*"))
     for wrong, said in (
         (("--contexts", "x"), "--contexts 'x' must be whole numbers"),
         (("--methods", "nosuch"), "no method 'nosuch'"),

@@ -1,0 +1,132 @@
+"""What a cell costs, as pictures: against the context, and over the time of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure
+
+from reports.cost import Cost
+from reports.style import style_of
+from results.store import slug
+
+
+def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
+    """Milliseconds a token and peaks against the context, a line a method and budget, the floor beneath each.
+
+    A picture a way of decoding, at the smallest batch.
+    """
+    paths: list[Path] = []
+    for panel, decode in dict.fromkeys((cost.panel, cost.decode) for cost in found):
+        alike = [cost for cost in found if (cost.panel, cost.decode) == (panel, decode)]
+        mine = [cost for cost in alike if cost.batch == min(cost.batch for cost in alike)]
+        figure = Figure(figsize=(13.2, 4.4), layout="constrained")
+        axes = figure.subplots(1, 3)
+        if len({cost.context for cost in mine}) > 1:
+            _against_context(axes, mine)
+        else:
+            _bars(axes, mine)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+        way = () if decode == "eager" else (f"decode {decode}",)
+        figure.suptitle(", ".join((*panel, *way)), fontsize=10)
+        paths.append(_saved(figure, folder, f"cost_{slug('_'.join((*panel[:3], *way)))}", paths))
+    for panel in dict.fromkeys(cost.panel for cost in found):
+        held = {_cell(cost): cost for cost in found if cost.panel == panel and cost.memory and "footprint" in cost.memory}
+        if held:
+            figure = _footprints(list(held.values()), ", ".join(panel))
+            paths.append(_saved(figure, folder, f"footprint_{slug('_'.join(panel[:3]))}", paths))
+    return paths
+
+
+def _saved(figure: Figure, folder: Path, name: str, others: Sequence[Path]) -> Path:
+    path = folder / f"{name}.png"
+    if path in others:  # another environment or number of threads
+        path = folder / f"{name}_{len(others) + 1}.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _cell(cost: Cost) -> tuple[object, ...]:
+    return (cost.method, cost.budget, cost.context, cost.batch)
+
+
+def _footprints(held: Sequence[Cost], title: str) -> Figure:
+    """Bytes of keys and values over the time of an answer: read, compressed, then a token more each step."""
+    context, batch = max(cost.context for cost in held), min(cost.batch for cost in held)
+    figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+    reading, answering = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    for cost in held:
+        if (cost.context, cost.batch) != (context, batch):
+            continue
+        points = (cost.memory or {})["footprint"]
+        read, after = points[:-2], points[-2:]  # the last two: compressed, and at the last token
+        label, style = f"{cost.method} {cost.budget}".strip(), style_of(cost.method)
+        manner = {"color": "black" if cost.method == "full" else style.colour, "linestyle": style.dash, "linewidth": 1.4}
+        reading.plot([at for at, _ in [*read, after[0]]], [size / 2**20 for _, size in [*read, after[0]]], label=label, **manner)
+        answering.plot([at - context for at, _ in after], [size / 2**20 for _, size in after], marker=style.marker, **manner)
+    reading.set(xlabel="tokens read, then compressed", ylabel="keys and values, MiB", ylim=(0, None))
+    answering.set(xlabel="tokens answered")
+    for axis in (reading, answering):
+        axis.grid(alpha=0.25, linewidth=0.5)
+    figure.legend(*reading.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.suptitle(f"{title}, {context:,} tokens" + (f", batch {batch}" if batch > 1 else ""), fontsize=10)
+    return figure
+
+
+SHOWN = ("ms a token", "peak while decoding, MiB", "peak until the first token, MiB")
+
+
+def _bars(axes: Any, mine: Sequence[Cost]) -> None:
+    """Of one context: a bar a method and budget, the floor marked on it."""
+    labels = [f"{cost.method} {cost.budget}".strip() for cost in mine]
+    places = range(len(mine))
+    colours = ["#333333" if cost.method == "full" else style_of(cost.method).colour for cost in mine]
+    values = (
+        [cost.token_ms or 0.0 for cost in mine],
+        *([(cost.memory or {}).get(peak, 0) / 2**20 for cost in mine] for peak in ("decode_peak", "prefill_peak")),
+    )
+    for axis, what, value in zip(axes, SHOWN, values, strict=True):
+        axis.barh(places, value, color=colours, height=0.6)
+        axis.set_yticks(places, labels, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlabel(f"{what}, at {mine[0].context:,} tokens")
+        axis.grid(axis="x", alpha=0.25, linewidth=0.5)
+    floors = [cost.floor_ms if cost.laps else 0.0 for cost in mine]
+    axes[0].plot(floors, list(places), linestyle="", marker="|", markersize=16, color="#D55E00", markeredgewidth=2, label=FLOOR)
+
+
+def _against_context(axes: Any, mine: Sequence[Cost]) -> None:
+    for cell in dict.fromkeys((cost.method, cost.budget) for cost in mine):
+        label = f"{cell[0]} {cell[1]}".strip()
+        line = sorted((cost for cost in mine if (cost.method, cost.budget) == cell), key=lambda cost: cost.context)
+        _lines(axes, line, label, cell[0])
+    for axis, what in zip(axes, SHOWN, strict=True):
+        axis.set(xlabel="tokens of the prompt", ylabel=what, ylim=(0, None))
+        axis.grid(alpha=0.25, linewidth=0.5)
+    axes[0].plot([], [], color="grey", linestyle=":", label=FLOOR)
+
+
+FLOOR = "floor: bytes over bandwidth"
+
+
+def _lines(axes: Any, line: Sequence[Cost], label: str, method: str) -> None:
+    style = style_of(method)
+    manner = {"color": "black" if method == "full" else style.colour, "marker": style.marker, "markersize": 4}
+    timed, watched = [cost for cost in line if cost.laps], [cost for cost in line if cost.memory]
+    contexts = [cost.context for cost in timed]
+    rounds = [[1000 * lap["token"] for lap in cost.laps] for cost in timed]
+    middle = [cost.token_ms or 0.0 for cost in timed]
+    spread = [
+        [m - min(r) for m, r in zip(middle, rounds, strict=True)],
+        [max(r) - m for m, r in zip(middle, rounds, strict=True)],
+    ]
+    axes[0].errorbar(contexts, middle, yerr=spread, label=label, linestyle=style.dash, linewidth=1.2, capsize=2, **manner)
+    axes[0].plot(contexts, [cost.floor_ms for cost in timed], color=manner["color"], linestyle=":", linewidth=1)
+    for axis, peak in ((axes[1], "decode_peak"), (axes[2], "prefill_peak")):
+        values = [(cost.memory or {})[peak] / 2**20 for cost in watched]
+        axis.plot([cost.context for cost in watched], values, linestyle=style.dash, linewidth=1.2, **manner)
