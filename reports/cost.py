@@ -188,3 +188,54 @@ def _number(value: float, form: str) -> Cell:
 
 def _bytes(value: float) -> Cell:
     return Cell(f"{value / 2**20:,.1f} MiB", value)
+
+
+def cost_sentences(found: Sequence[Cost]) -> list[tuple[str, list[str]]]:
+    """In words, for a model and its variants on one device: a title, and a line for each way of decoding.
+
+    At the longest context and the smallest batch. A method is called faster only if its slowest round is faster than any of the
+    full cache's.
+    """
+    grouped: dict[Where, list[Cost]] = {}
+    for cost in found:
+        if cost.laps and not cost.fell_back:
+            grouped.setdefault((cost.model.split("+")[0], *cost.panel[1:]), []).append(cost)
+    made = []
+    for (parent, dtype, device, run), mine in grouped.items():
+        context = max(cost.context for cost in mine)
+        batch = min(cost.batch for cost in mine if cost.context == context)
+        at = [cost for cost in mine if (cost.context, cost.batch) == (context, batch)]
+        lines = [line for decode in DECODES if (line := _line([cost for cost in at if cost.decode == decode], parent))]
+        if lines:
+            together = f", {batch} at once" if batch > 1 else ""
+            made.append((f"{parent}, {dtype}, {device}, {run}: {context:,} tokens{together}", lines))
+    return made
+
+
+def _line(mine: Sequence[Cost], parent: str) -> str:
+    """Who is faster than the full cache, and who was not shown to be; empty if there is nothing to compare."""
+    full = next((cost for cost in mine if cost.method == "full" and cost.model == parent), None)
+    others = sorted((cost for cost in mine if cost is not full), key=lambda cost: cost.token_ms or 0.0)
+    if full is None or not others:
+        return ""
+    least = min(lap["token"] for lap in full.laps)
+    faster = [cost for cost in others if max(lap["token"] for lap in cost.laps) < least]
+    slower = [cost for cost in others if cost not in faster]
+    rounds = min(len(cost.laps) for cost in mine)
+    shown = "in every round" if rounds > 1 else "in the one round there was, which says nothing of the spread"
+    parts = [f"decode {full.decode}: full takes {_said(full)}, {(full.token_ms or 0.0) / full.floor_ms:.1f} times its floor."]
+    if faster:
+        parts.append(f"Faster {shown}: {'; '.join(map(_named, faster))}.")
+    if slower:
+        never = "Faster in some rounds at most" if rounds > 1 else "Not faster in it"
+        parts.append(f"{never}: {'; '.join(map(_named, slower))}.")
+    return " ".join(parts)
+
+
+def _named(cost: Cost) -> str:
+    variant = cost.model.partition("+")[2]
+    return f"{cost.method} {cost.budget}".strip() + (f" on {variant}" if variant else "") + f" ({_said(cost)})"
+
+
+def _said(cost: Cost) -> str:
+    return f"{cost.token_ms:.2f} ms a token with {cost.laps[0]['bytes_kept'] / 2**20:,.1f} MiB kept"

@@ -81,8 +81,9 @@ def page(
     pictures: Sequence[Pictures],
     tables: Sequence[Table],
     made: Made,
+    costs: Sequence[tuple[str, list[str]]] = (),
 ) -> str:
-    """The whole page as text."""
+    """The whole page as text. costs: what they come to, in words, with a title each."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     shown = plots.panels(found)
     several = [family for family in families if len(family.tasks) > 1]
@@ -92,6 +93,7 @@ def page(
         *([_section("Answers", answers, ANSWERS)] if (answers := answer_tables(records)) else []),
     ]
     pictured = [one for one in pictures if one.paths]
+    chosen = [summary for family in families if (summary := _summary(family))]
     contents = [("In short", "short"), *([("Means", "means")] if several else []), *([("Tasks", "tasks")] if shown else [])]
     contents += [(one.title, one.anchor) for one in pictured]
     contents += [(one["title"], one["anchor"]) for one in sections] + [("How it was made", "made")]
@@ -101,9 +103,12 @@ def page(
         contents=contents,
         css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
-        summary=[summary for family in families if (summary := _summary(family))],
+        summary=[
+            *chosen,
+            *({"title": title, "lines": lines, "note": ""} for title, lines in costs),
+        ],
         nothing=NOTHING,
-        how_chosen=HOW_CHOSEN,
+        how_chosen=HOW_CHOSEN if chosen else "",
         means=mean_tables(several),
         panels=[_panel(panel, number) for number, panel in enumerate(shown)],
         legend=_legend(shown),
@@ -125,6 +130,8 @@ def _subtitle(records: Sequence[Record]) -> str:
     models = sorted({record.key.model for record in records})
     benchmarks = {record.key.benchmark for record in records}
     methods = {record.key.method for record in records}
+    if not records:
+        return "Costs only: no answers are stored here."
     counts = f"{len(records):,} cells: {len(methods)} methods on {len(benchmarks)} tasks"
     return f"{', '.join(models)}. {counts}."
 

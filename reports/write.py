@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reports import plots
-from reports.cost import cost_tables, costs
+from reports.cost import cost_sentences, cost_tables, costs
 from reports.cost_plots import cost_pictures
 from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
@@ -44,6 +44,8 @@ def write_report(out: Path) -> list[Path]:
         rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval")), *missing_table(records)]
         frame(found).to_csv(table, index=False)
         short = [f"- {family.title}, {family.metric}: {sentence(one)}" for family in averaged for one in verdicts(family)]
+        said = cost_sentences(costs(measured))
+        short += [f"- {title}, {line}" for title, lines in said for line in lines]
         judged = _judged_by(ratings, read_verdicts(out))
         head = ["# Scores against bytes", "", *judged, *("\n\n".join(READING).splitlines()), "", *short, "", ""]
         text.write_text("\n".join(head) + markdown([*several, *score_tables(found), *cost, *rest]))
@@ -53,7 +55,7 @@ def write_report(out: Path) -> list[Path]:
         pictures = [*_pictures(out, records, plotted), Pictures("Cost", COST, cost_pictures(costs(measured), plotted))]
         made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"), judged[0] if judged else "")
         title = f"KV-cache methods: {out.name}"
-        html.write_text(page(title, found, averaged, records, pictures, [*cost, *rest], made), encoding="utf-8")
+        html.write_text(page(title, found, averaged, records, pictures, [*cost, *rest], made, said), encoding="utf-8")
     except OSError as error:
         raise StoreError(f"cannot write the report to {folder}: {error.strerror}") from None
     return [html, text, table, paper, plotted]

@@ -23,7 +23,8 @@ from harness.model import Model
 from harness.rows import compact, compact_and_free
 from harness.suites import COST_SUITES, SUITES
 from methods import METHODS
-from reports.cost import cost_tables, costs
+from reports.cost import cost_sentences, cost_tables, costs
+from reports.cost_plots import cost_pictures
 from results.store import read_costs
 
 CELL = CostCell("random:tiny-llama", "snapkv", "10%", 200, 1, 4, "float32", "cpu", 1)
@@ -265,6 +266,50 @@ def test_rounds_of_another_environment_or_length_are_no_rounds_of_this() -> None
     rows.append({"id": "4", "cell": asdict(replace(CELL, new_tokens=99)), "env": "e", **lap, "token": 9.0})
     rows.append({"id": "5", "cell": asdict(CELL), "env": "e", "sources": ["another text"], **lap, "token": 9.0})
     assert sorted(cost.token_ms for cost in costs(rows) if cost.token_ms) == [1000, 9000, 9000, 9000, 9000]
+
+
+LAP = {"phases": {"prefill": 1.0}, "first_token": 1.0, "p10": 1.0, "p90": 1.0, "token_floor": 0.005, "prefill_floor": 0.5}
+LAP |= {"bandwidth": 1e9, "flops": 1e9, "bytes_kept": 2**21, "status": "ok", "reason": None, "env": "e"}
+
+
+def timed(token: float, number: int = 0, **cell: Any) -> dict[str, Any]:
+    """A row of latency; `token` in seconds."""
+    return {"id": f"{token}", "cell": asdict(replace(CELL, round=number, **cell)), **LAP, "token": token}
+
+
+def test_faster_means_faster_in_every_round() -> None:
+    full = {"method": "full", "budget": ""}
+    rows = [timed(seconds, number, **full) for number, seconds in enumerate((0.010, 0.012, 0.020))]
+    rows += [timed(seconds, number) for number, seconds in enumerate((0.004, 0.009, 0.005))]
+    rows += [timed(seconds, number, method="h2o") for number, seconds in enumerate((0.004, 0.011, 0.004))]
+    rows += [timed(0.003, number, model="random:tiny-llama+gqa-2", **full) for number in range(3)]
+    rows += [timed(0.001, context=100), timed(0.001, batch=8)]
+    rows += [timed(0.004, decode="compiled", **full), timed(0.003, decode="compiled")]
+    rows += [timed(0.001, decode="graph", **full) | {"fell_back": "looks at a number"}]
+    ((title, (eager, compiled)),) = cost_sentences(costs(rows))
+    assert title.startswith("random:tiny-llama, float32, cpu, 1 threads") and title.endswith("200 tokens")
+    first, second = eager.split("Faster in some rounds at most: ")
+    assert (
+        "full takes 12.00 ms a token with 2.0 MiB kept, 2.4 times its floor. Faster in every round: full on gqa-2 (3.00 ms"
+        in first
+    )
+    assert "snapkv 10% (5.00 ms" in first and "h2o" not in first and second.startswith("h2o 10% (4.00 ms")
+    assert compiled.startswith("decode compiled: full takes 4.00") and "says nothing of the spread: snapkv 10% (3.00" in compiled
+    assert cost_sentences(costs(rows[3:5])) == [], "nothing to compare with"
+
+
+def test_ways_of_decoding_are_told_apart(tmp_path: Path) -> None:
+    rows = [timed(0.010), timed(0.008, decode="compiled"), timed(0.009, decode="graph") | {"fell_back": "looks at a number"}]
+    old = timed(0.010, 1)
+    del old["cell"]["decode"]  # as rows were before there was a choice
+    found = costs([*rows, old])
+    assert [(cost.decode, len(cost.laps)) for cost in found] == [("eager", 2), ("graph", 1), ("compiled", 1)]
+    (table,) = cost_tables(found, rows)
+    assert [row[table.header.index("decode")].text for row in table.rows] == ["eager", "eager, not graph", "compiled"]
+    assert any("graph fell back to eager: looks at a number" in note for note in table.notes)
+    (plain,) = cost_tables(costs([timed(0.010)]), rows[:1])
+    assert "decode" not in plain.header and "capture" not in plain.header, "where nothing else was measured"
+    assert len(cost_pictures(found, tmp_path)) == 3
 
 
 def test_tables_say_what_was_not_measured() -> None:
