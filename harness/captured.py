@@ -11,7 +11,7 @@ and replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from harness import kernels
 from harness.layer_sharing import Place
+from harness.measure import OutOfMemory
 from harness.model import Model
 from harness.observe import AttentionSettings
 from harness.pieces import plan, split_for
@@ -31,6 +32,17 @@ WARM_UP = 3  # steps before a capture: kernels are built, libraries take their w
 
 class CannotCapture(Exception):
     """This model's step cannot be held so, or not on this device: says why in one line."""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what led to it, back to the first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class StaticLayer:
@@ -97,13 +109,13 @@ class StaticLayer:
         return kernels.attend_pieces(queries, *pool, self.work, scaling, softcap, *hide)
 
     def _plain(self, queries: Tensor, asking: Tensor, scaling: float, softcap: float | None) -> Tensor:
-        asked, asking = queries[self.query], asking[self.query]  # [M, D], [M]
+        asked, asking = (queries * scaling)[self.query], asking[self.query]  # [M, D], [M]
         outs, weights, done = [], [], 0
         for group in self.groups:
             mine = slice(done, done + group.count * group.width)
             done = mine.stop
             keys, values = (group.whole(pool) for pool in (self.layer.keys, self.layer.values))  # [rows, capacity, D]
-            logits = (asked[mine].view(group.count, group.width, -1) @ keys.transpose(1, 2)).float() * scaling
+            logits = (asked[mine].view(group.count, group.width, -1) @ keys.transpose(1, 2)).float()
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             there = torch.arange(group.capacity, device=logits.device) < self.length[group.rows, None, None]
@@ -112,7 +124,8 @@ class StaticLayer:
                 there = there & (held > asking[mine].view(group.count, group.width, 1) - self.window)
             logits = logits.masked_fill(~there, float("-inf"))
             weights.append(torch.logsumexp(logits, -1).flatten())
-            outs.append((logits.softmax(-1).nan_to_num(0.0).to(values.dtype) @ values).flatten(0, 1))
+            shares = logits.softmax(-1).masked_fill(~there.any(-1, keepdim=True), 0.0)  # of a row without entries nothing
+            outs.append((shares.to(values.dtype) @ values).flatten(0, 1))
         out = torch.cat(outs)[self.parts]  # [N, stripes, D]
         if not self.striped:
             return out[:, 0]
@@ -130,7 +143,8 @@ class StaticDecode:
         mode: None: a step runs as it is.
 
     Raises:
-        CannotCapture: see there.
+        CannotCapture: see there. Where a capture failed, the process may be unfit for another.
+        OutOfMemory: while the step was compiled or captured.
         ValueError: no room for so many tokens.
     """
 
@@ -173,19 +187,20 @@ class StaticDecode:
     def _made(self, mode: Mode) -> Callable[[], None]:
         """The step as it will be run. What it does while it is made is taken back."""
         self._taken_back(self._once)  # what is wrong with the step itself is said by itself
-        run = self._once
+        run, stage = self._once, "compiled"
         try:
             if mode == "compiled":
                 run = torch.compile(self._once, fullgraph=True, dynamic=False)
                 self._taken_back(run)
+            stage = "captured"
             return self._captured(run) if self.model.device.type == "cuda" else run
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # compilers and drivers fail in many ways
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise CannotCapture(
-                f"a decode step could not be {'compiled' if mode == 'compiled' else 'captured'}: {lines[0]}"
-            ) from error
+            chain = list(_chain(error))
+            for one in chain:
+                if isinstance(one, torch.OutOfMemoryError) or "out of memory" in _line(one):
+                    raise OutOfMemory(f"out of memory: {_line(one)}") from error
+            said = error if stage == "compiled" else chain[-1]  # a capture that fails ends with a complaint about its end
+            raise CannotCapture(f"a decode step could not be {stage}: {_line(said)}") from error
 
     def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
         device = self.model.device

@@ -72,7 +72,6 @@ class CacheSubject:
     reads: int | None = None  # prompts really read, if not one a sequence: they are alike
     decode: str = "eager"
     static: StaticDecode | None = None
-    fell_back: str | None = None  # why decoding is eager though it was to be captured
     observed: dict[str, float] = field(default_factory=dict)
     counts: list[Counts] = field(default_factory=list)  # right after compaction
 
@@ -127,11 +126,7 @@ class CacheSubject:
     def _capture(self) -> None:
         assert self.cache is not None and self.next is not None
         mode: Mode = "compiled" if self.decode == "compiled" else "graph"
-        self.fell_back = None
-        try:
-            self.static = StaticDecode(self.model, self.cache, self.next[:, 0], self.new_tokens, mode)
-        except CannotCapture as why:
-            self.fell_back = str(why)
+        self.static = StaticDecode(self.model, self.cache, self.next[:, 0], self.new_tokens, mode)
 
     def step(self) -> None:
         assert self.cache is not None and self.next is not None
@@ -219,6 +214,8 @@ def measure_cell(cell: CostCell) -> dict[str, Any]:
             return _measured(cell, model, method, device)
     except CannotRun as reason:
         return {"status": "skipped", "reason": str(reason)}
+    except CannotCapture as reason:  # to be measured eagerly, in another process: this one may be unfit for it
+        return {"status": "fell back", "reason": str(reason)}
     except OutOfMemory as error:
         return {"status": "failed", "reason": str(error)}
 
@@ -303,8 +300,7 @@ def _rows_of(cell: CostCell, subject: CacheSubject, device: torch.device) -> dic
     found |= {"phases": lap.phases, "first_token": lap.first_token, "token": lap.median, "p10": lap.p10, "p90": lap.p90}
     sizes = _bytes(subject, model, cell)
     rate = {"bandwidth": copy_bandwidth(device), "flops": matmul_rate(device, model.network.dtype)}
-    said = {"fell_back": subject.fell_back} if subject.fell_back else {}
-    return found | said | sizes | rate | floors(sizes, rate, model, cell.context, cell.batch)
+    return found | sizes | rate | floors(sizes, rate, model, cell.context, cell.batch)
 
 
 READ_IN = 8  # points of a footprint's prompt

@@ -149,7 +149,15 @@ def sources_of(cell: CostCell) -> list[str]:
 
 
 def run_cell(cell: CostCell) -> dict[str, Any]:
-    """What the cell's own process printed, or why it printed nothing."""
+    """What the cell's own process printed. Where it could not capture its step: what an eager one's printed, and why."""
+    found = _in_a_process(cell)
+    if found["status"] == "fell back":
+        return _in_a_process(replace(cell, decode="eager")) | {"fell_back": found["reason"]}
+    return found
+
+
+def _in_a_process(cell: CostCell) -> dict[str, Any]:
+    """What it printed, or why it printed nothing."""
     command = [sys.executable, "-m", "harness.cost", json.dumps(asdict(cell))]
     try:
         ran = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=HOUR, check=False)

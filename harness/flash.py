@@ -33,7 +33,9 @@ def installed() -> bool:
 
 
 def can_run(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    return device.type == "cuda" and dtype in TYPES and dim <= LARGEST_HEAD and installed()
+    if device.type != "cuda" or dtype not in TYPES or dim > LARGEST_HEAD:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and installed()
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:

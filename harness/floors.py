@@ -1,4 +1,8 @@
-"""What no implementation can go below: bytes over a bandwidth, products over a rate, both measured in the same process."""
+"""Floors: bytes over the bandwidth of a copy, products over the rate of a large matrix product, measured in the same process.
+
+A copy reads and writes. What only reads may be a little faster on some devices, and weights that fit a processor's cache are
+not read from memory at all: a small model's time can be below its floor.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from harness.model import Model
 
 # bytes of the buffer that is copied to know the bandwidth; rows and columns of the matrices that are multiplied to know the rate.
 # On a GPU so much that a launch and a wait are nothing beside it.
-COPIED = {"cpu": 2**28, "cuda": 2**32}
+COPIED = {"cpu": 2**28, "cuda": 2**30}
 MULTIPLIED = {"cpu": 2048, "cuda": 8192}
 
 
@@ -23,7 +27,7 @@ def weight_bytes(model: Model) -> int:
 
 
 def floors(sizes: dict[str, int], rate: dict[str, float], model: Model, context: int, batch: int) -> dict[str, float]:
-    """Seconds that no implementation can go below: a token's bytes over the bandwidth, a prompt's products over their rate."""
+    """Seconds: a token's bytes over the bandwidth, a prompt's products over their rate."""
     token = (sizes["weights"] + sizes["bytes_kept"]) / rate["bandwidth"]
     head = model.network.get_output_embeddings().weight.numel()  # only the last token's logits are made
     parameters = sizes["weights"] / model.network.dtype.itemsize - head
@@ -51,6 +55,6 @@ def copy_bandwidth(device: torch.device, laps: int = 5) -> float:
 def matmul_rate(device: torch.device, dtype: torch.dtype, laps: int = 3) -> float:
     """Floating-point operations a second of a large product, the best of a few."""
     size = MULTIPLIED[device.type]
-    left = torch.randn(size, size, device=device, dtype=dtype)
+    left = torch.rand(size, size, device=device, dtype=dtype)
     out = torch.empty_like(left)
     return 2 * size**3 / min(seconds_of(lambda: torch.mm(left, left, out=out), device) for _ in range(laps + 1))

@@ -160,7 +160,8 @@ class Model:
             scored: what follows each of the last so many tokens is to be scored: their logits are kept.
         """
         checksum = zlib.crc32(ids.to(device="cpu", dtype=torch.int64).numpy().tobytes())
-        observer = Observer(self.shape, needs, arena or Arena(), checksum, self.depth, all_outputs=scored > 0)
+        by_flash = flash.can_run(self.device, self.network.dtype, self.shape.head_dim)
+        observer = Observer(self.shape, needs, arena or Arena(), checksum, self.depth, scored > 0, by_flash)
         self._route(routing)
         logits = self._forward(ids[None], torch.arange(len(ids), device=ids.device)[None], observer, max(1, scored))
         if observer.reached != list(range(self.depth)) or len(observer.layers) != self.shape.layers:
@@ -210,8 +211,7 @@ class Model:
     def _forward(self, ids: Tensor, positions: Tensor, work: Observer | Decoding, keep: int | Tensor) -> Tensor:
         # a mask of four dimensions is passed through as it is, so that none is made: of cells that stand side by side it would be
         # wrong, and where a prefill's attention is our own a T x T for nothing
-        own = self.softcapped or flash.can_run(self.device, self.network.dtype, self.shape.head_dim)
-        made = isinstance(work, Observer) and not own
+        made = isinstance(work, Observer) and not (self.softcapped or work.by_flash)
         mask = None if made else torch.empty(1, 1, 1, 1, device=ids.device)
         return self.network(
             input_ids=ids,
@@ -274,8 +274,9 @@ def register(base: str) -> str:
         if rows_pass is None:
             return official(module, query, key, value, mask, **settings)
         rows_pass.see(index, place, query[0], key[0], value[0], seen)
-        own = _own_prefill(query, seen)
-        if own is not None:
+        # attention that needs no mask, where transformers' own would make one of T x T
+        own = flash.causal_attention if rows_pass.by_flash else softcapped_attention
+        if rows_pass.by_flash or seen.softcap is not None:
             mask = None
 
             def official(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Tensor, None]:
@@ -291,13 +292,6 @@ def register(base: str) -> str:
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
-
-
-def _own_prefill(query: Tensor, seen: AttentionSettings) -> Callable[..., Tensor] | None:
-    """Attention that needs no mask, where transformers' own would make one of T x T; None: transformers' own."""
-    if flash.can_run(query.device, query.dtype, query.shape[3]):
-        return flash.causal_attention
-    return softcapped_attention if seen.softcap is not None else None
 
 
 def _last(query: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Observer:
     prompt: int = 0  # checksum of the ids
     depth: int = 0  # layers that attend; `shape` counts those that store
     all_outputs: bool = False  # every token's logits are wanted, not the last one's alone
+    by_flash: bool = False  # attention of this pass by flash-attn
     reached: list[int] = field(default_factory=list)  # layers that attended so far
     layers: list[LayerKV] = field(default_factory=list)
     stripes: list[tuple[Stripe, ...]] = field(default_factory=list)  # of each layer

@@ -22,8 +22,9 @@ def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
     A picture a way of decoding, at the smallest batch.
     """
     paths: list[Path] = []
-    for panel, decode in dict.fromkeys((cost.panel, cost.decode) for cost in found):
-        alike = [cost for cost in found if (cost.panel, cost.decode) == (panel, decode)]
+    drawn = [cost for cost in found if not cost.fell_back]  # those are eager times
+    for panel, decode in dict.fromkeys((cost.panel, cost.decode) for cost in drawn):
+        alike = [cost for cost in drawn if (cost.panel, cost.decode) == (panel, decode)]
         mine = [cost for cost in alike if cost.batch == min(cost.batch for cost in alike)]
         figure = Figure(figsize=(13.2, 4.4), layout="constrained")
         axes = figure.subplots(1, 3)

@@ -137,6 +137,10 @@ FAULTS = (
         "torch.arange(group.capacity)",
         "tests/test_captured.py",
     ),
+    Fault("lengths are lost", "harness/kernels.py", '"positions", "length")', '"positions")', "tests/test_captured.py"),
+    Fault(
+        "positions of another cell", "harness/captured.py", "seen.repeat_interleave(", "seen.repeat(", "tests/test_captured.py"
+    ),
     Fault("room is read", "harness/captured.py", "group.room(pool).zero_()", "pass", "tests/test_captured.py"),
     Fault(
         "stripes merged alike",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -52,19 +53,34 @@ def test_a_prefill_by_flash_attn_is_the_same_and_makes_no_mask(family: str, monk
             assert torch.allclose(mine.keys, other.keys, atol=1e-4) and torch.allclose(mine.values, other.values, atol=1e-4)
 
 
-def test_it_is_used_on_a_gpu_for_half_types_where_it_loads(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_used_on_a_gpu_for_half_types(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(flash, "installed", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
     assert flash.can_run(gpu, torch.bfloat16, 128)
     assert not flash.can_run(torch.device("cpu"), torch.bfloat16, 128)
     assert not flash.can_run(gpu, torch.float32, 128) and not flash.can_run(gpu, torch.float16, 512)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
+    assert not flash.can_run(gpu, torch.float16, 128)
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("text", "said"), [("", ""), ("raise ImportError('undefined symbol')", "undefined symbol"), (None, "")])
+def test_what_does_not_load_is_not_used(
+    text: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is None:
+        monkeypatch.setitem(sys.modules, "flash_attn", None)
+    else:
+        (tmp_path / "flash_attn.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     flash.installed.cache_clear()
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # an import of it fails
-    assert not flash.installed()
+    assert flash.installed() == (text == "") and flash.installed() == (text == "")
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("does not load") == bool(said)
     flash.installed.cache_clear()
+    sys.modules.pop("flash_attn", None)
 
 
 def test_the_kernel_is_timed_on_rows_of_a_given_size() -> None:
