@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def varlen_peers(queries: Tensor, keys: Tensor, values: Tensor, length: np.ndarr
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        found["torch_varlen"] = lambda: varlen_attn(*rows, enable_gqa=True)  # type: ignore[assignment]
+        found["torch_varlen"] = lambda: cast(Tensor, varlen_attn(*rows, enable_gqa=True))
     except ImportError:
         pass
     if flash.installed():
