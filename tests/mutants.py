@@ -127,9 +127,7 @@ FAULTS = (
     Fault("every stripe grows", "harness/captured.py", "if self.striped else 1)", "if False else 1)", "tests/test_captured.py"),
     Fault("every row grows", "harness/kernels.py", "length + taken.to(tl.int64)", "length + 1", "tests/test_captured.py"),
     Fault("a capture counts", "harness/captured.py", "part.copy_(was)", "pass", "tests/test_captured.py"),
-    Fault(
-        "a static window forgotten", "harness/captured.py", "there = there & (held", "_ = there & (held", "tests/test_captured.py"
-    ),
+    Fault("static window dropped", "harness/captured.py", "there = there & (held", "_ = there & (held", "tests/test_captured.py"),
     Fault(
         "a step brings numbers",
         "harness/captured.py",
@@ -137,7 +135,13 @@ FAULTS = (
         "torch.arange(group.capacity)",
         "tests/test_captured.py",
     ),
-    Fault("lengths are lost", "harness/kernels.py", '"positions", "length")', '"positions")', "tests/test_captured.py"),
+    Fault(
+        "an append that changes nothing",
+        "harness/kernels.py",
+        'mutates_args=("keys", "values", "positions", "length")',
+        "mutates_args=()",
+        "tests/test_captured.py",
+    ),
     Fault(
         "positions of another cell", "harness/captured.py", "seen.repeat_interleave(", "seen.repeat(", "tests/test_captured.py"
     ),
