@@ -21,7 +21,7 @@ from harness.cost_request import cells_of, identity, run_cell
 from harness.floors import floors, pairs_of, weight_bytes
 from harness.model import Model
 from harness.rows import compact, compact_and_free
-from harness.suites import COST_SUITES, SUITES
+from harness.suites import COST_SUITES, DECODES, SUITES
 from methods import METHODS
 from reports.cost import cost_sentences, cost_tables, costs
 from reports.cost_plots import cost_pictures
@@ -242,10 +242,18 @@ def test_a_cost_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
         (("--methods", "nosuch"), "no method 'nosuch'"),
         (("--budgets", "200%"), "over 100 %"),
         (("--rounds", "0"), "at least one round"),
+        (("--decode", "eager,fast"), "--decode 'eager,fast' must be some of eager, graph, compiled"),
         (("--model", "random:nosuch"), "no shape 'nosuch'"),
     ):
         assert call("run", "--suite", "cost-default", *wrong, "--out", str(tmp_path / "wrong")) == 2
         assert said in capsys.readouterr().err
+
+
+def test_memory_is_watched_once_whatever_the_ways_of_decoding() -> None:
+    cells = list(cells_of(replace(COST_SUITES["cost-small"], decodes=DECODES, rounds=1), "float32", "cpu"))
+    assert [cell.decode for cell in cells if cell.what == "memory"] == ["eager"] * 8
+    assert [cell.decode for cell in cells if cell.what == "latency"] == list(DECODES) * 8
+    assert len({identity(cell, "e") for cell in cells}) == 8 * (1 + 3)
 
 
 def test_every_round_runs_every_cell_once() -> None:
