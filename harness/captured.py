@@ -99,17 +99,18 @@ class StaticLayer:
     def attend(self, queries: Tensor, seen: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """queries: [Hq, C, D] of the tokens just written. Gives [Hq, C, D]."""
         flat = queries.transpose(0, 1).reshape(-1, queries.shape[2]).contiguous()  # [C * Hq, D]; of fused projections a view
-        asking = seen.repeat_interleave(self.heads)
+        asking = None if self.window is None else seen.repeat_interleave(self.heads)  # without a window a new token sees all
         out = self._kernel(flat, asking, scaling, softcap) if self.by_kernel else self._plain(flat, asking, scaling, softcap)
         return out.view(-1, *queries.shape[::2]).transpose(0, 1)
 
-    def _kernel(self, queries: Tensor, asking: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    def _kernel(self, queries: Tensor, asking: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
         pool = (self.layer.keys, self.layer.values, self.length)
-        hide = () if self.window is None else (self.layer.positions, asking, self.window)
+        hide = () if asking is None else (self.layer.positions, asking, self.window)
         return kernels.attend_pieces(queries, *pool, self.work, scaling, softcap, *hide)
 
-    def _plain(self, queries: Tensor, asking: Tensor, scaling: float, softcap: float | None) -> Tensor:
-        asked, asking = (queries * scaling)[self.query], asking[self.query]  # [M, D], [M]
+    def _plain(self, queries: Tensor, asking: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+        asked = (queries * scaling)[self.query]  # [M, D]
+        at = None if asking is None else asking[self.query]  # [M]
         outs, weights, done = [], [], 0
         for group in self.groups:
             mine = slice(done, done + group.count * group.width)
@@ -119,9 +120,9 @@ class StaticLayer:
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             there = torch.arange(group.capacity, device=logits.device) < self.length[group.rows, None, None]
-            if self.window is not None:
+            if at is not None and self.window is not None:
                 held = group.whole(self.layer.positions[:, None])[:, None, :, 0]  # [rows, 1, capacity]
-                there = there & (held > asking[mine].view(group.count, group.width, 1) - self.window)
+                there = there & (held > at[mine].view(group.count, group.width, 1) - self.window)
             logits = logits.masked_fill(~there, float("-inf"))
             weights.append(torch.logsumexp(logits, -1).flatten())
             shares = logits.softmax(-1).masked_fill(~there.any(-1, keepdim=True), 0.0)  # of a row without entries nothing
