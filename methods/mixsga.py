@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -111,9 +112,9 @@ class Router(nn.Module):
     def _lot(self, logits: Tensor) -> Tensor:
         """Scores by lot: of each token alone, so that decoding needs no state. Their argmax follows the ratios."""
         luck = (logits * 37.0).frac().abs().mean(-1, keepdim=True).mul(53.0).frac()  # [B, T, 1], spread over 0..1
-        share = torch.tensor(self.ratios, device=logits.device).cumsum(0) / sum(self.ratios)
-        inside = (luck < share) & (luck >= share - share.diff(prepend=share.new_zeros(1)))
-        return torch.where(inside, 1.0 + luck, luck)
+        ends = [sum(self.ratios[: number + 1]) / sum(self.ratios) for number in range(len(self.ratios))]
+        inside = [(luck >= begin) & (luck < end) for begin, end in pairwise([0.0, *ends])]
+        return torch.where(torch.cat(inside, -1), 1.0 + luck, luck)
 
     def loss(self, form: RouterLoss) -> Tensor:
         """Cross-entropy between the last pass's scores and the experts that it assigned, over real tokens (section 3.3)."""
