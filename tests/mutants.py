@@ -124,6 +124,7 @@ FAULTS = (
         "weights = tl.where(there, 1.0, 0.0)",
         "tests/test_kernels.py",
     ),
+    Fault("an index on the host", "harness/rows.py", "(numbers, device=self.keys.device)", "(numbers)", "tests/test_devices.py"),
     Fault("every stripe grows", "harness/captured.py", "if self.striped else 1)", "if False else 1)", "tests/test_captured.py"),
     Fault("every row grows", "harness/kernels.py", "length + taken.to(tl.int64)", "length + 1", "tests/test_captured.py"),
     Fault("a capture counts", "harness/captured.py", "part.copy_(was)", "pass", "tests/test_captured.py"),

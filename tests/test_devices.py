@@ -1,0 +1,64 @@
+"""Tensors of the host and of the device never meet in one operation. There is no GPU here: `meta` plays the device."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, SCORED, tiny
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from harness.attention import attend, attend_by_kernel
+from harness.cache import Needs, keep_all
+from harness.model import Model
+from harness.rows import compact
+from methods.base import Eviction
+
+
+class Apart(TorchDispatchMode):
+    """Refuses what a GPU would: tensors of two devices, but for copies and single numbers."""
+
+    copies = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+        assert func in self.copies or len({tensor.device.type for tensor in tensors}) < 2, f"{func} was given both devices"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=FAMILIES)
+def there(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """A model on the device, whose prompt's checksum is not taken, and for whose prefill transformers makes no mask."""
+    model = Model(copy.deepcopy(tiny(request.param).network).to("meta"), None, "meta", "0")
+    model.softcapped = True
+    plain = Tensor.to
+
+    def stays(tensor: Tensor, *given: Any, **named: Any) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64) if named.get("device") == "cpu" else plain(tensor, *given, **named)
+
+    monkeypatch.setattr(Tensor, "to", stays)
+    return model
+
+
+@pytest.mark.parametrize("path", [attend, attend_by_kernel])
+def test_a_prefill_its_scores_and_decoding_stay_on_the_device(there: Model, path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path is attend_by_kernel:
+        pytest.importorskip("triton")
+    monkeypatch.setattr("harness.model.attend", lambda *given: path(*given))
+    with Apart():
+        prefill = there.prefill(torch.zeros(60, dtype=torch.int64, device="meta"), Needs(16, column_sums=True))[0]
+        for method in SCORED.values():
+            if isinstance(method, Eviction):
+                scores = [method.scorer.score(layer) for layer in prefill.layers]
+                assert all(score.device.type == "meta" for score in scores)
+        cache = compact(prefill, [keep_all(prefill)] * 2, 16)
+        assert there.decode(cache, torch.zeros(2, 1, dtype=torch.int64, device="meta")).device.type == "meta"
+        assert there.decode(cache, torch.zeros(2, 3, dtype=torch.int64, device="meta"), keep=2).device.type == "meta"
+        assert there.decode_ragged(cache, [[1, 2], [3]]).shape[0] == 3
+        cache.crop([1, 0])
+        cache.keep([1])
+        assert there.decode(cache, torch.zeros(1, 1, dtype=torch.int64, device="meta")).device.type == "meta"
