@@ -87,14 +87,24 @@ def _run(options: argparse.Namespace) -> int:
 def _kernel_speed(options: argparse.Namespace) -> int:
     import torch
 
-    from harness.kernel_speed import kernel_speed
+    from harness.kernel_speed import DIM, kernel_speed
+    from harness.kernels import unsupported
+    from harness.measure import OutOfMemory, memory_errors
     from harness.plan import BadRequest
     from harness.request import device_of
 
     device = device_of(options.device)
+    dtype = getattr(torch, options.dtype or "bfloat16")
     if device.type != "cuda":
         raise BadRequest("the suite kernel-speed measures a GPU, and there is none here")
-    print(json.dumps(kernel_speed(device, getattr(torch, options.dtype or "bfloat16"))))
+    if reason := unsupported(dtype, DIM):
+        raise BadRequest(f"the suite kernel-speed has nothing to measure: {reason}")
+    try:
+        with memory_errors():
+            line = kernel_speed(device, dtype)
+    except OutOfMemory as error:
+        raise BadRequest(f"the suite kernel-speed needs about 4 GB of the GPU's memory: {error}") from None
+    print(json.dumps(line))
     return 0
 
 

@@ -106,7 +106,7 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add("--cell-bytes", type=int, help="rows of the cells decoded together, at most this many bytes")
     add("--contexts", help="cost suites: tokens of the prompts, with commas")
     add("--batches", help="cost suites: sequences decoded together, with commas; largest: as many as fit")
-    add("--decode", help="cost suites: eager, graph (CUDA), compiled (and captured on a GPU), with commas")
+    add("--decode", help="cost suites: eager, graph (CUDA), compiled (and captured on a GPU), with commas (default: the suite's)")
     add("--rounds", type=int, help="cost suites: how often each latency is measured")
     add("--shard", default="1/1", help="i/n: the i-th of n shares of the examples (default: %(default)s)")
     add("--data-dir", type=Path, help="folder with data sets and published head scores; looked into before the hub")

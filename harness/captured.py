@@ -34,6 +34,11 @@ class CannotCapture(Exception):
     """This model's step cannot be held so, or not on this device: says why in one line."""
 
 
+def captures(device: torch.device) -> bool:
+    """Can steps be captured there?"""
+    return device.type == "cuda"
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """The error, and what led to it, back to the first."""
     while error is not None:
@@ -61,24 +66,24 @@ class StaticLayer:
         self.length = torch.as_tensor(layer.length.copy()).to(device)  # [R]
         source = layer.cell * layer.shape.kv_heads + layer.first // layer.shape.group
         self.row = torch.as_tensor(np.stack([layer.start, source, layer.cell, layer.stripe])).to(device)  # [4, R]
-        rows = np.repeat(np.arange(len(layer.table)), layer.width)
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(layer.width) - layer.width, layer.width)
-        query = (layer.cell * self.heads + layer.first)[rows] + within  # [M] cell by cell, its heads side by side
+        step = Step(np.ones(cells, np.int64), np.zeros(cells, np.int64))
+        head, cell = np.divmod(layer.readers(step), cells)
+        query = cell * self.heads + head  # [M] cell by cell, its heads side by side
         if by_kernel:
             longest = layer.length + steps
             split = split_for(longest, layer.width, device)
             self.work = plan(layer.start, longest, layer.width, query, cells * self.heads, split).on(device)
         else:
-            self._without_kernel(query, cells)
+            self._without_kernel(query, step)
 
-    def _without_kernel(self, query: np.ndarray, cells: int) -> None:
+    def _without_kernel(self, query: np.ndarray, step: Step) -> None:
         device = self.layer.keys.device
-        self.groups: list[Group] = self.layer.groups(Step(np.ones(cells, np.int64), np.zeros(cells, np.int64)))
+        self.groups: list[Group] = self.layer.groups(step)
         for group in self.groups:  # weights of 0 must not meet what is no number
             for pool in (self.layer.keys, self.layer.values):
                 group.room(pool).zero_()
         self.query = torch.as_tensor(query).to(device)  # [M]
-        order = np.argsort(query, kind="stable").reshape(cells * self.heads, -1)
+        order = np.argsort(query, kind="stable").reshape(len(step.counts) * self.heads, -1)
         self.parts = torch.as_tensor(order).to(device)  # [N, stripes], where in M
 
     def append(self, keys: Tensor, values: Tensor, seen: Tensor, experts: Tensor | None) -> None:
@@ -151,7 +156,7 @@ class StaticDecode:
 
     def __init__(self, model: Model, cache: RowCache, first: Tensor, steps: int, mode: Mode | None = None) -> None:
         device = model.device
-        if mode == "graph" and device.type != "cuda":
+        if mode == "graph" and not captures(device):
             raise CannotCapture("a CUDA graph needs a GPU")
         if any((layer.length + steps > layer.capacity).any() for layer in cache.layers):
             raise ValueError(f"no room for {steps} more tokens: make the cache with more room")
@@ -194,7 +199,7 @@ class StaticDecode:
                 run = torch.compile(self._once, fullgraph=True, dynamic=False)
                 self._taken_back(run)
             stage = "captured"
-            return self._captured(run) if self.model.device.type == "cuda" else run
+            return self._captured(run) if captures(self.model.device) else run
         except Exception as error:  # compilers and drivers fail in many ways
             chain = list(_chain(error))
             for one in chain:

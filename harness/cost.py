@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import latency, memory
 from harness.cache import Arena, Budget, LayerKV, Prefill, Selection, keep_all
-from harness.captured import CannotCapture, Mode, StaticDecode
+from harness.captured import CannotCapture, Mode, StaticDecode, captures
 from harness.choices import choose
 from harness.floors import copy_bandwidth, floors, matmul_rate, weight_bytes
 from harness.load import load
@@ -204,6 +204,8 @@ def measure_cell(cell: CostCell) -> dict[str, Any]:
     device = torch.device(cell.device)
     torch.set_num_threads(cell.threads)
     dtype = getattr(torch, cell.dtype)
+    if cell.decode == "graph" and not captures(device):
+        return {"status": "skipped", "reason": "a CUDA graph needs a GPU; without one there are --decode eager and compiled"}
     _, method = choose("method", cell.method, METHODS)
     try:
         with memory_errors():
@@ -222,8 +224,6 @@ def measure_cell(cell: CostCell) -> dict[str, Any]:
 
 def _measured(cell: CostCell, model: Model, method: Method, device: torch.device) -> dict[str, Any]:
     budget = Budget.parse(cell.budget) if cell.budget else None
-    if cell.decode == "graph" and device.type != "cuda":
-        return {"status": "skipped", "reason": "a CUDA graph needs a GPU; without one there are --decode eager and compiled"}
     if isinstance(method, Eviction) and budget is not None:
         why = method.cannot_run(model.least_shape, budget, cell.context, "kv", model.parent_shape)
         if why:

@@ -23,8 +23,9 @@ from harness.env import environment, environment_id, record_environment
 from harness.load import check_name
 from harness.plan import BadRequest
 from harness.request import device_of
-from harness.suites import COST_SUITES, DECODES, SUITES, CostSuite
+from harness.suites import COST_SUITES, SUITES, CostSuite
 from methods import METHODS
+from results.record import DECODES
 from results.store import append_line, read_costs
 
 HOUR = 3600.0

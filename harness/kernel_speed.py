@@ -20,6 +20,7 @@ from harness.floors import copy_bandwidth
 from harness.measure import seconds_of
 from harness.pieces import plan, split_for
 
+DIM = 128  # of a head
 LAPS = 20  # launches between two looks at the clock
 Varlen = Callable[[], Tensor]
 
@@ -32,20 +33,19 @@ def kernel_speed(
     Args:
         size: bytes of all rows' keys and values. rows: as of a layer with 8 KV heads and 32 sequences. width: queries on each.
     """
-    dim = 128
     generator = torch.Generator(device).manual_seed(0)
     weight = np.random.default_rng(0).permutation(1 / np.arange(1, rows + 1) ** 0.5)  # far from equal, as of HeadKV
-    length = np.maximum(1, (weight / weight.sum() * size / (2 * dim * dtype.itemsize)).astype(np.int64))
+    length = np.maximum(1, (weight / weight.sum() * size / (2 * DIM * dtype.itemsize)).astype(np.int64))
     start = np.cumsum(length) - length
-    keys, values = (torch.randn(int(length.sum()), dim, generator=generator, device=device, dtype=dtype) for _ in range(2))
-    queries = torch.randn(rows * width, dim, generator=generator, device=device, dtype=dtype)
+    keys, values = (torch.randn(int(length.sum()), DIM, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    queries = torch.randn(rows * width, DIM, generator=generator, device=device, dtype=dtype)
     widths = np.full(rows, width)
     split = split_for(length, widths, device)
     work = plan(start, length, widths, np.arange(rows * width), rows * width, split).on(device)
     held = torch.as_tensor(length).to(device)
 
     def ours() -> Tensor:
-        return kernels.attend_pieces(queries, keys, values, held, work, dim**-0.5)
+        return kernels.attend_pieces(queries, keys, values, held, work, DIM**-0.5)
 
     copied, read = copy_bandwidth(device), 2 * keys.numel() * dtype.itemsize
     found = {"rows_gb": read / 1e9, "copy_gb_s": copied / 1e9, "kernel_ms": 1000 * _lap(ours, device)}
@@ -58,7 +58,7 @@ def kernel_speed(
             print(f"{name} does not run here: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         found[f"{name}_ms"] = 1000 * _lap(peer, device)
-    return {name: round(number, 4) for name, number in found.items()}
+    return {name: float(f"{number:.4g}") for name, number in found.items()}
 
 
 def varlen_peers(queries: Tensor, keys: Tensor, values: Tensor, length: np.ndarray, width: int) -> dict[str, Varlen]:

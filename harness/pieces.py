@@ -56,22 +56,22 @@ def plan(start: np.ndarray, length: np.ndarray, readers: np.ndarray, query: np.n
     tiles = np.maximum(1, -(-readers // TILE))
     count = splits * tiles
     row = np.repeat(np.arange(len(start)), count)
-    part, tile = np.divmod(_within(count), tiles[row])  # the tiles of one split lie side by side
+    part, tile = np.divmod(within_runs(count), tiles[row])  # the tiles of one split lie side by side
     begin = part * split
     item = np.stack([row, tile, begin, np.minimum(begin + split, length[row])])
     mine = np.repeat(np.arange(len(start)), readers)  # [M] the row of each reader
-    place, line = np.divmod(_within(readers), TILE)
+    place, line = np.divmod(within_runs(readers), TILE)
     first = ((np.cumsum(count) - count)[mine] + place) * TILE + line  # [M] line of its first partial result
     order = np.argsort(query, kind="stable")
     many = splits[mine][order]
-    parts = np.repeat(first[order], many) + _within(many) * np.repeat(tiles[mine][order] * TILE, many)
+    parts = np.repeat(first[order], many) + within_runs(many) * np.repeat(tiles[mine][order] * TILE, many)
     per_query = np.bincount(query, weights=splits[mine], minlength=queries).astype(np.int64)
     span = np.concatenate([[0], np.cumsum(per_query)])
     return Work(np.stack([start, np.cumsum(readers) - readers, readers]), item, query.astype(np.int64), parts, span)
 
 
-def _within(counts: np.ndarray) -> np.ndarray:
-    """0, 1, ... of each run of `counts[i]`."""
+def within_runs(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... of each run of `counts[i]`, side by side."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 

@@ -35,7 +35,7 @@ from harness.plan import cannot_run as cells_that_cannot
 from harness.plugins import BadPlugin
 from harness.prompts import CannotPrompt, PromptProtocol, Protocol
 from harness.replay import replay
-from harness.suites import COST_SUITES, SUITES, Suite
+from harness.suites import COST_SUITES, SPEED_SUITES, SUITES, Suite
 from harness.sweep import CELL_BYTES, Sweep
 from harness.train import Recipe
 from harness.train_data import BadText
@@ -66,6 +66,8 @@ def suite_of(options: argparse.Namespace) -> Suite:
     """The suite, with what the command line changes of it."""
     if options.suite in COST_SUITES:
         raise BadRequest(f"suite {options.suite} measures cost: `run` and `plan` take it, this command needs a suite of scores")
+    if options.suite in SPEED_SUITES:
+        raise BadRequest(f"suite {options.suite} measures the harness itself: only `run` takes it")
     if options.suite not in SUITES:
         raise BadRequest(f"no suite {options.suite!r}; known: {', '.join((*SUITES, *COST_SUITES))}")
     changes: dict[str, Any] = {

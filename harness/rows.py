@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from harness.cache import Arena, LayerKV, ModelShape, Prefill, Row, Selection, Stripe
-from harness.pieces import Tables, plan, split_for
+from harness.pieces import Tables, plan, split_for, within_runs
 
 ROOM_STEP = 64  # the room behind a row is a multiple of this
 KEPT_PLANS = 8  # of steps that bring other numbers of tokens
@@ -125,7 +125,7 @@ class RowLayer:
         added = np.bincount(row, minlength=len(self.table))
         if (self.length + added > self.capacity).any():
             raise ValueError(f"no room for {int(added.max())} more tokens: make the cache with more room")
-        behind = np.arange(len(row)) - np.repeat(np.cumsum(added) - added, added)  # the how-manieth new entry of its row
+        behind = within_runs(added)  # the how-manieth new entry of its row
         where = self._index((self.start + self.length)[row] + behind)
         source = self._index((self.first // self.shape.group)[row] * keys.shape[1] + token)
         self.keys.index_copy_(0, where, keys.reshape(-1, keys.shape[2])[source])
@@ -137,7 +137,7 @@ class RowLayer:
         """Every row with every new token of its cell, as (row, token), row by row."""
         counts = step.counts[self.cell]
         row = np.repeat(np.arange(len(self.table)), counts)
-        within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        within = within_runs(counts)
         return row, step.starts[self.cell[row]] + within
 
     def groups(self, step: Step) -> list[Group]:
@@ -159,7 +159,7 @@ class RowLayer:
         news = step.counts[self.cell]
         sizes = self.width * news
         row = np.repeat(np.arange(len(self.table)), sizes)
-        within = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        within = within_runs(sizes)
         head, token = np.divmod(within, news[row])
         return (self.first[row] + head) * len(step.positions) + step.starts[self.cell[row]] + token
 
@@ -213,7 +213,7 @@ class RowCache:
     def step(self, counts: Sequence[int]) -> Step:
         """The next `counts[cell]` tokens of each cell, not yet read."""
         many = np.asarray(counts, dtype=np.int64)
-        within = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
+        within = within_runs(many)
         return Step(many, np.repeat(self.seen, many) + within)
 
     def crop(self, drop: Sequence[int] | np.ndarray) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from benchmarks import GROUPS
 from benchmarks.longbench import CATEGORIES
 from harness.prompts import PromptProtocol
+from results.record import DECODES
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class CostSuite:
     decodes: tuple[str, ...] = ("eager",)  # eager | graph | compiled
 
 
-DECODES = ("eager", "graph", "compiled")
 EVICTING = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
 BY_HEAD = ("headkv_r", "headkv_er", "headkv_r2")
 VARIANTS = ("reference+gqa-2", "reference+mqa", "reference+mixsga-3:1:6", "reference+none")
@@ -166,6 +166,8 @@ SUITES: dict[str, Suite] = {
         models=(),
     ),
 }
+
+SPEED_SUITES = ("sweep-speed", "attention-speed", "kernel-speed")  # of the harness itself: `run` prints a line and stores nothing
 
 COST_SUITES: dict[str, CostSuite] = {
     "cost-default": CostSuite(

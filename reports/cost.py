@@ -10,12 +10,12 @@ import numpy as np
 
 from reports.formats import Cell, Table
 from reports.style import order_of
+from results.record import DECODES
 
 Where = tuple[str, ...]
 LATENCY: tuple[str, ...] = ("method", "budget", "context", "batch", "decode", "prefill s", "its floor", "observe", "column sums")
 LATENCY += ("score", "select", "compact", "capture")
 LATENCY += ("first token ms", "ms a token", "p10 to p90", "rounds", "floor ms", "over the floor", "tokens a second")
-DECODES = ("eager", "graph", "compiled")
 MEMORY: tuple[str, ...] = ("method", "budget", "context", "batch", "bytes kept", "allocated", "a token more")
 MEMORY += ("prefill peak", "decode peak", "kept at the end")
 
@@ -42,6 +42,10 @@ class Cost:
     @property
     def panel(self) -> Where:
         return (self.model, self.dtype, self.device, self.run)
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} {self.budget}".strip()
 
     @property
     def token_ms(self) -> float | None:
@@ -83,9 +87,9 @@ def _decode(row: Mapping[str, Any]) -> tuple[str, str]:
     return row["cell"].get("decode", "eager"), row.get("fell_back") or ""
 
 
-def _way(way: tuple[int, tuple[str, str]]) -> tuple[int, bool, str]:
-    steps, (decode, _) = way
-    return steps, decode != "eager", decode
+def _way(way: tuple[int, tuple[str, str]]) -> tuple[int, int, str]:
+    steps, (decode, fell_back) = way
+    return steps, DECODES.index(decode), fell_back
 
 
 def _order(cost: Cost) -> tuple[object, ...]:
@@ -234,7 +238,7 @@ def _line(mine: Sequence[Cost], parent: str) -> str:
 
 def _named(cost: Cost) -> str:
     variant = cost.model.partition("+")[2]
-    return f"{cost.method} {cost.budget}".strip() + (f" on {variant}" if variant else "") + f" ({_said(cost)})"
+    return cost.label + (f" on {variant}" if variant else "") + f" ({_said(cost)})"
 
 
 def _said(cost: Cost) -> str:

@@ -56,6 +56,14 @@ def _cell(cost: Cost) -> tuple[object, ...]:
     return (cost.method, cost.budget, cost.context, cost.batch)
 
 
+def _colour(method: str) -> str:
+    return "black" if method == "full" else style_of(method).colour
+
+
+def _mib(points: Sequence[Sequence[int]]) -> tuple[list[int], list[float]]:
+    return [at for at, _ in points], [size / 2**20 for _, size in points]
+
+
 def _footprints(held: Sequence[Cost], title: str) -> Figure:
     """Bytes of keys and values over the time of an answer: read, compressed, then a token more each step."""
     context, batch = max(cost.context for cost in held), min(cost.batch for cost in held)
@@ -66,15 +74,16 @@ def _footprints(held: Sequence[Cost], title: str) -> Figure:
             continue
         points = (cost.memory or {})["footprint"]
         read, after = points[:-2], points[-2:]  # the last two: compressed, and at the last token
-        label, style = f"{cost.method} {cost.budget}".strip(), style_of(cost.method)
-        manner = {"color": "black" if cost.method == "full" else style.colour, "linestyle": style.dash, "linewidth": 1.4}
-        reading.plot([at for at, _ in [*read, after[0]]], [size / 2**20 for _, size in [*read, after[0]]], label=label, **manner)
-        answering.plot([at - context for at, _ in after], [size / 2**20 for _, size in after], marker=style.marker, **manner)
-    reading.set(xlabel="tokens read, then compressed", ylabel="keys and values, MiB", ylim=(0, None))
-    answering.set(xlabel="tokens answered")
+        if not reading.lines:  # the same for all: nothing is dropped before the prompt is read
+            reading.plot(*_mib(read), color="grey", linewidth=1.4, label="every method, while it reads")
+        style = style_of(cost.method)
+        manner = {"color": _colour(cost.method), "linestyle": style.dash, "marker": style.marker, "linewidth": 1.4}
+        answering.plot(*_mib([(at - context, size) for at, size in after]), label=cost.label, **manner)
+    reading.set(xlabel="tokens read", ylabel="keys and values, MiB", ylim=(0, None))
+    answering.set(xlabel="tokens answered, from the compressed cache on")
     for axis in (reading, answering):
         axis.grid(alpha=0.25, linewidth=0.5)
-    figure.legend(*reading.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.suptitle(f"{title}, {context:,} tokens" + (f", batch {batch}" if batch > 1 else ""), fontsize=10)
     return figure
 
@@ -84,9 +93,9 @@ SHOWN = ("ms a token", "peak while decoding, MiB", "peak until the first token, 
 
 def _bars(axes: Any, mine: Sequence[Cost]) -> None:
     """Of one context: a bar a method and budget, the floor marked on it."""
-    labels = [f"{cost.method} {cost.budget}".strip() for cost in mine]
+    labels = [cost.label for cost in mine]
     places = range(len(mine))
-    colours = ["#333333" if cost.method == "full" else style_of(cost.method).colour for cost in mine]
+    colours = [_colour(cost.method) for cost in mine]
     values = (
         [cost.token_ms or 0.0 for cost in mine],
         *([(cost.memory or {}).get(peak, 0) / 2**20 for cost in mine] for peak in ("decode_peak", "prefill_peak")),
@@ -102,10 +111,9 @@ def _bars(axes: Any, mine: Sequence[Cost]) -> None:
 
 
 def _against_context(axes: Any, mine: Sequence[Cost]) -> None:
-    for cell in dict.fromkeys((cost.method, cost.budget) for cost in mine):
-        label = f"{cell[0]} {cell[1]}".strip()
-        line = sorted((cost for cost in mine if (cost.method, cost.budget) == cell), key=lambda cost: cost.context)
-        _lines(axes, line, label, cell[0])
+    for label in dict.fromkeys(cost.label for cost in mine):
+        line = sorted((cost for cost in mine if cost.label == label), key=lambda cost: cost.context)
+        _lines(axes, line, label, line[0].method)
     for axis, what in zip(axes, SHOWN, strict=True):
         axis.set(xlabel="tokens of the prompt", ylabel=what, ylim=(0, None))
         axis.grid(alpha=0.25, linewidth=0.5)
@@ -117,7 +125,7 @@ FLOOR = "floor: bytes over bandwidth"
 
 def _lines(axes: Any, line: Sequence[Cost], label: str, method: str) -> None:
     style = style_of(method)
-    manner = {"color": "black" if method == "full" else style.colour, "marker": style.marker, "markersize": 4}
+    manner = {"color": _colour(method), "marker": style.marker, "markersize": 4}
     timed, watched = [cost for cost in line if cost.laps], [cost for cost in line if cost.memory]
     contexts = [cost.context for cost in timed]
     rounds = [[1000 * lap["token"] for lap in cost.laps] for cost in timed]

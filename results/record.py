@@ -11,6 +11,7 @@ SCHEMA = 3
 MIGRATED = (2,)  # older schemas whose rows mean the same: 2 lacks `kept`
 
 Status = Literal["ok", "skipped", "failed"]
+DECODES = ("eager", "graph", "compiled")  # ways of decoding of a cost row
 Column = str | int | float
 
 

@@ -6,14 +6,20 @@ A process of its own: where TRITON_INTERPRET is set, as in the tests, nothing is
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from harness import kernels
 from harness.pieces import BLOCK, TILE
 
+READER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGET = GPUTarget("cuda", 90, 32)
 INTEGERS = ("LENGTH", "ASKING", "ROW", "ITEM", "READER", "PARTS_OF", "SPAN", "SEEN", "EXPERTS")
 TYPES = dict.fromkeys(INTEGERS, "*i64") | {"POSITIONS": "*i32", "PART": "*fp32", "WEIGHT": "*fp32"}
@@ -28,8 +34,18 @@ def build(kernel: Any, numbers: str, constants: dict[str, Any], **options: int) 
     pointers = [place for place, kind in enumerate(signature.values()) if kind.startswith("*")]
     attributes = {(place,): [["tt.divisibility", 16]] for place in pointers}
     built = compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=options)
-    found = {"kernel": kernel.__name__, "numbers": numbers, **constants, "shared": built.metadata.shared}
+    found = {"kernel": kernel.__name__, "numbers": numbers, **constants, "shared": built.metadata.shared, **usage(built)}
     print(json.dumps(found | {"asynchronous": built.asm["ptx"].count("cp.async.cg"), "bytes": len(built.asm["cubin"])}))
+
+
+def usage(built: Any) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack, where what does not fit them is spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(built.asm["cubin"])
+        said = subprocess.run([READER, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout + said.stderr)
+    assert found, "cuobjdump says it otherwise now"
+    return {"registers": int(found.group(1)), "stack": int(found.group(2))}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -254,8 +255,80 @@ def test_what_making_a_step_does_is_taken_back(monkeypatch: pytest.MonkeyPatch) 
     model, ids = model_of("llama+mixsga-3:1:6"), tokens(60)
     cache, token = cache_of(model, ids)
     decode = StaticDecode(model, cache, token, STEPS, "compiled")
-    assert len(made) == 1 and decode.next.tolist() == token.tolist() and decode.seen.tolist() == [62, 61, 60]
+    assert (
+        len(made) == 1
+        and decode.left == STEPS
+        and decode.next.tolist() == token.tolist()
+        and decode.seen.tolist() == [62, 61, 60]
+    )
     assert [layer.length.tolist() for layer in decode.layers] == [layer.length.tolist() for layer in cache.layers]
+
+
+class PlayedGpu:
+    """torch.cuda as a capture needs it: what is recorded is not run, and a replay runs it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[str] = []
+        self.fails = False
+        given = inspect.signature(torch.cuda.graph.__init__)
+        played = self
+
+        class Stream:
+            def __init__(self, *_: Any) -> None: ...
+
+            def wait_stream(self, other: Stream) -> None:
+                played.said.append("wait")
+
+        class Graph:
+            def replay(self) -> None:
+                played.said.append("replay")
+                self.decode._once()
+
+        class Recording:
+            def __init__(self, *args: Any, **named: Any) -> None:
+                self.graph = given.bind(self, *args, **named).arguments["cuda_graph"]
+
+            def __enter__(self) -> None:
+                played.said.append("record")
+                self.graph.decode = decode = played.decode
+                self.state = [decode.seen, decode.next, *(layer.length for layer in decode.layers)]
+                self.before = [part.clone() for part in self.state]
+
+            def __exit__(self, *_: Any) -> None:
+                for part, was in zip(self.state, self.before, strict=True):
+                    part.copy_(was)
+                if played.fails:
+                    try:
+                        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+                    except RuntimeError as error:
+                        raise RuntimeError("failed because of an earlier error") from error
+
+        for name, part in (("Stream", Stream), ("CUDAGraph", Graph), ("graph", Recording), ("current_stream", Stream)):
+            monkeypatch.setattr(torch.cuda, name, part)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr("harness.captured.captures", lambda _: True)
+        plain = StaticDecode._captured
+
+        def known(decode: StaticDecode, run: Any) -> Any:
+            self.decode = decode
+            return plain(decode, run)
+
+        monkeypatch.setattr(StaticDecode, "_captured", known)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama+mixsga-3:1:6"])
+def test_a_captured_step_is_warmed_up_recorded_once_and_replayed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of(name), tokens(60)
+    wanted = eager(model, ids)
+    gpu = PlayedGpu(monkeypatch)
+    assert static(model, ids, "graph") == wanted
+    assert gpu.said == ["wait", "wait", "record", *["replay"] * STEPS]
+
+
+def test_a_capture_that_fails_says_what_went_wrong_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    PlayedGpu(monkeypatch).fails = True
+    with pytest.raises(CannotCapture, match=r"could not be captured: operation not permitted when stream is capturing$"):
+        static(tiny("llama"), tokens(60), "graph")
 
 
 def test_more_steps_than_there_is_room_for_are_refused() -> None:

@@ -21,10 +21,11 @@ from harness.cost_request import cells_of, identity, run_cell
 from harness.floors import floors, pairs_of, weight_bytes
 from harness.model import Model
 from harness.rows import compact, compact_and_free
-from harness.suites import COST_SUITES, DECODES, SUITES
+from harness.suites import COST_SUITES, SPEED_SUITES, SUITES
 from methods import METHODS
 from reports.cost import cost_sentences, cost_tables, costs
 from reports.cost_plots import cost_pictures
+from results.record import DECODES
 from results.store import read_costs
 
 CELL = CostCell("random:tiny-llama", "snapkv", "10%", 200, 1, 4, "float32", "cpu", 1)
@@ -217,6 +218,11 @@ def test_a_cost_suite_is_planned_and_refused_where_it_makes_no_sense(tmp_path: P
     assert json.loads(capsys.readouterr().out)["finished"] == 0 and not list(tmp_path.iterdir()), "a plan writes nothing"
     assert call("beta", "--suite", "cost-small", "--out", str(tmp_path)) == 2
     assert "measures cost" in capsys.readouterr().err
+    for name in SPEED_SUITES:
+        assert call("plan", "--suite", name, "--out", str(tmp_path)) == 2
+        assert f"suite {name} measures the harness itself: only `run` takes it" in capsys.readouterr().err
+    assert call("run", "--suite", "kernel-speed", "--device", "cpu") == 2
+    assert "measures a GPU, and there is none here" in capsys.readouterr().err
 
 
 def test_a_cost_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,17 +271,6 @@ def test_every_round_runs_every_cell_once() -> None:
     assert not set(COST_SUITES) & set(SUITES)
 
 
-def test_rounds_of_another_environment_or_length_are_no_rounds_of_this() -> None:
-    lap = {"phases": {"prefill": 1.0}, "first_token": 1.0, "token": 1.0, "p10": 1.0, "p90": 1.0}
-    lap |= {"token_floor": 0.5, "prefill_floor": 0.5, "bandwidth": 1e9, "flops": 1e9, "status": "ok", "reason": None}
-    rows = [{"id": str(n), "cell": asdict(CELL), "env": "e", **lap} for n in range(2)]
-    rows.append({"id": "2", "cell": asdict(CELL), "env": "other", **lap, "token": 9.0})
-    rows.append({"id": "3", "cell": asdict(replace(CELL, threads=16)), "env": "e", **lap, "token": 9.0})
-    rows.append({"id": "4", "cell": asdict(replace(CELL, new_tokens=99)), "env": "e", **lap, "token": 9.0})
-    rows.append({"id": "5", "cell": asdict(CELL), "env": "e", "sources": ["another text"], **lap, "token": 9.0})
-    assert sorted(cost.token_ms for cost in costs(rows) if cost.token_ms) == [1000, 9000, 9000, 9000, 9000]
-
-
 LAP = {"phases": {"prefill": 1.0}, "first_token": 1.0, "p10": 1.0, "p90": 1.0, "token_floor": 0.005, "prefill_floor": 0.5}
 LAP |= {"bandwidth": 1e9, "flops": 1e9, "bytes_kept": 2**21, "status": "ok", "reason": None, "env": "e"}
 
@@ -283,6 +278,12 @@ LAP |= {"bandwidth": 1e9, "flops": 1e9, "bytes_kept": 2**21, "status": "ok", "re
 def timed(token: float, number: int = 0, **cell: Any) -> dict[str, Any]:
     """A row of latency; `token` in seconds."""
     return {"id": f"{token}", "cell": asdict(replace(CELL, round=number, **cell)), **LAP, "token": token}
+
+
+def test_rounds_of_another_environment_or_length_are_no_rounds_of_this() -> None:
+    rows = [timed(1.0), timed(1.0, 1), timed(9.0) | {"env": "other"}, timed(9.0, threads=16), timed(9.0, new_tokens=99)]
+    rows.append(timed(9.0) | {"sources": ["another text"]})
+    assert sorted(cost.token_ms for cost in costs(rows) if cost.token_ms) == [1000, 9000, 9000, 9000, 9000]
 
 
 def test_faster_means_faster_in_every_round() -> None:
