@@ -80,7 +80,7 @@ def _footprints(held: Sequence[Cost], title: str) -> Figure:
         manner = {"color": _colour(cost.method), "linestyle": style.dash, "marker": style.marker, "linewidth": 1.4}
         answering.plot(*_mib([(at - context, size) for at, size in after]), label=cost.label, **manner)
     reading.set(xlabel="tokens read", ylabel="keys and values, MiB", ylim=(0, None))
-    answering.set(xlabel="tokens answered, from the compressed cache on")
+    answering.set(xlabel="tokens answered")
     for axis in (reading, answering):
         axis.grid(alpha=0.25, linewidth=0.5)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
