@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.arguments import OUT, parser
+from harness.cli.arguments import OUT, parser
 from results.store import StoreError
 
 
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     except StoreError as error:
         return _refuse(error)
     except ValueError as error:
-        from harness.request import REFUSED
+        from harness.evaluation.request import REFUSED
 
         if isinstance(error, REFUSED):
             return _refuse(error)
@@ -41,7 +41,7 @@ def _with_plugins(options: argparse.Namespace) -> int:
     """Runs the command; what a plugin brings is tried before it is run."""
     if not getattr(options, "plugin", None):
         return COMMANDS[options.command](options)
-    from harness.contract import first_fault
+    from harness.evaluation.conformance import first_fault
     from harness.plugins import BadPlugin, plugged
 
     with plugged(options.plugin) as plugins:
@@ -59,7 +59,7 @@ def _refuse(error: Exception) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.suite in ("sweep-speed", "attention-speed"):
-        from harness.speed import attention_speed, sweep_speed
+        from harness.cost.microbench import attention_speed, sweep_speed
         from methods import METHODS
 
         line = sweep_speed(METHODS, options.verify) if options.suite == "sweep-speed" else attention_speed()
@@ -67,9 +67,9 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.suite == "kernel-speed":
         return _kernel_speed(options)
-    from harness.cost_request import cost_behind
-    from harness.evidence import record_command
-    from harness.request import judge_request, run_request
+    from harness.cost.request import cost_behind
+    from harness.evaluation.artifacts import record_command
+    from harness.evaluation.request import judge_request, run_request
     from harness.suites import COST_SUITES
 
     if options.suite in COST_SUITES:
@@ -87,11 +87,11 @@ def _run(options: argparse.Namespace) -> int:
 def _kernel_speed(options: argparse.Namespace) -> int:
     import torch
 
-    from harness.kernel_speed import DIM, kernel_speed
-    from harness.kernels import unsupported
-    from harness.measure import OutOfMemory, memory_errors
-    from harness.plan import BadRequest
-    from harness.request import device_of
+    from harness.cost.kernel_speed import DIM, kernel_speed
+    from harness.engine.kernels import unsupported
+    from harness.engine.measure import OutOfMemory, memory_errors
+    from harness.evaluation.plan import BadRequest
+    from harness.evaluation.request import device_of
 
     device = device_of(options.device)
     dtype = getattr(torch, options.dtype or "bfloat16")
@@ -109,8 +109,8 @@ def _kernel_speed(options: argparse.Namespace) -> int:
 
 
 def _cost(options: argparse.Namespace) -> int:
-    from harness.cost_request import cost_request
-    from harness.evidence import record_command
+    from harness.cost.request import cost_request
+    from harness.evaluation.artifacts import record_command
 
     failed = cost_request(options)
     record_command(options.out, options.arguments)
@@ -118,8 +118,8 @@ def _cost(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from harness.cost_request import cost_plan
-    from harness.request import plan_request
+    from harness.cost.request import cost_plan
+    from harness.evaluation.request import plan_request
     from harness.suites import COST_SUITES
 
     if options.suite in COST_SUITES:
@@ -142,7 +142,7 @@ def _cost_line(plan: dict[str, Any]) -> str:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from harness.listing import listing
+    from harness.cli.listing import listing
 
     found = listing(options.what, options.data_dir)
     wide = max(len(name) for name in found)
@@ -167,7 +167,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _importance(options: argparse.Namespace) -> int:
-    from harness.request import importance_request
+    from harness.evaluation.request import importance_request
     from reports.heads import head_map
 
     scores, out = importance_request(options)
@@ -182,7 +182,7 @@ def _importance(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from harness.train_request import train_request
+    from harness.training.request import train_request
     from reports.training import loss_picture
 
     done = train_request(options)
@@ -200,7 +200,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _tokens(options: argparse.Namespace) -> int:
-    from harness.request import tokens_request
+    from harness.evaluation.request import tokens_request
     from reports.tokens import token_picture
 
     name, words, changes, plain = tokens_request(options)
@@ -229,9 +229,9 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from harness.evidence import record_command
-    from harness.papers import HUB, table_of
-    from harness.reproduce import reproduce_request
+    from harness.evaluation.artifacts import record_command
+    from harness.papers.reproduce import reproduce_request
+    from harness.papers.tables import HUB, table_of
     from reports.paper import PaperRow, Side, write_side_by_side
 
     table = table_of(options.table)
@@ -289,7 +289,7 @@ EXAMPLES = {"method": "large_values", "allocator": "middle_layers", "benchmark":
 
 
 def _check(options: argparse.Namespace) -> int:
-    from harness.contract import check_plugin
+    from harness.evaluation.conformance import check_plugin
 
     broken = 0
     for finding in check_plugin(options.plugins[0]):
@@ -299,7 +299,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _beta(options: argparse.Namespace) -> int:
-    from harness.beta import beta_request
+    from harness.papers.beta import beta_request
 
     choices, path = beta_request(options)
     for choice in choices:

@@ -1,6 +1,6 @@
 """The key and value projections of every family, as handles: read, averaged and replaced in place, one layer at a time.
 
-Beside harness/model.py the only file that knows transformers' modules.
+Beside harness/engine/model.py the only file that knows transformers' modules.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks import GROUPS
 from benchmarks.longbench import CATEGORIES
-from harness.prompts import PromptProtocol
+from harness.evaluation.prompts import PromptProtocol
 from results.record import DECODES
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.cache import ModelShape
+from harness.engine.model import shape_of
 from harness.layer_sharing import Initial, share_layers
-from harness.model import shape_of
 
 
 @dataclass(frozen=True)

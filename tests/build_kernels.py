@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from harness import kernels
-from harness.pieces import BLOCK, TILE
+from harness.engine import kernels
+from harness.engine.split_plan import BLOCK, TILE
 
 READER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGET = GPUTarget("cuda", 90, 32)

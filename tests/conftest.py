@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness.cache import Needs, Prefill
-from harness.model import Model
+from harness.engine.model import Model
 from methods import METHODS
 from methods.base import Eviction, Method
 from methods.headkv import HeadScores

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import network, read, tiny, tokens
 
-import harness.answer
-from harness.answer import Answer, Chooser, Drafts, FullAnswer, Stop, forced, generate, propose
+import harness.engine.generate
 from harness.cache import keep_all
-from harness.rows import compact
+from harness.engine.generate import Answer, Chooser, Drafts, FullAnswer, Stop, forced, generate, propose
+from harness.engine.rows import compact
 from methods import METHODS
 from methods.base import Eviction, score_prefill
 
@@ -26,7 +26,7 @@ def plain_greedy(family: str, ids: torch.Tensor, count: int) -> list[int]:
 
 @pytest.mark.parametrize("most_drafts", [0, 1, 15])
 def test_answers_are_the_models_own_whatever_is_drafted(family: str, most_drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.answer, "MOST_DRAFTS", most_drafts)
+    monkeypatch.setattr(harness.engine.generate, "MOST_DRAFTS", most_drafts)
     ids = tokens(30, seed=6)
     prefill = read(family, ids)
     first = int(prefill.logits.argmax())
@@ -69,7 +69,7 @@ def test_a_cell_ends_at_its_end_token_and_keeps_its_counts(monkeypatch: pytest.M
     known = Drafts()
     known.learn(said)
     for drafts, width in ((Drafts(), 0), (known, 7)):  # drafts that go on behind the end are no part of the answer
-        monkeypatch.setattr(harness.answer, "Answer", lambda tokens, width=width: Answer(tokens, width=width))
+        monkeypatch.setattr(harness.engine.generate, "Answer", lambda tokens, width=width: Answer(tokens, width=width))
         cache = compact(prefill, [keep_all(prefill)], 40)
         answer = generate(tiny("llama"), cache, [said[0]], drafts, Stop(frozenset({stop}), 20))[0]
         assert answer.tokens == said[: said.index(stop) + 1]
@@ -109,7 +109,7 @@ def test_a_cell_repeats_itself_rather_than_others() -> None:
 
 @pytest.mark.parametrize("numbers", [2**26, 97 * 2 * 3, 1])
 def test_fidelity_is_its_definition(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.answer, "FORCED_NUMBERS", numbers)
+    monkeypatch.setattr(harness.engine.generate, "FORCED_NUMBERS", numbers)
     model, prefill = tiny("llama"), read("llama", tokens(40))
     snap = METHODS["snapkv"]
     kept = snap.compress(prefill, 6 * 10, score_prefill(snap.scorer, prefill))  # type: ignore[union-attr]

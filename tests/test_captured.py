@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness.attention import attend
 from harness.cache import Needs, Selection, keep_all
-from harness.captured import CannotCapture, StaticDecode, StaticLayer
-from harness.cost import CacheSubject, CostCell, measure_cell
-from harness.cost_request import run_cell
-from harness.measure import OutOfMemory
-from harness.model import Model
-from harness.rows import RowCache, Step, compact
+from harness.cost.cell import CacheSubject, CostCell, measure_cell
+from harness.cost.request import run_cell
+from harness.engine.attention import attend
+from harness.engine.measure import OutOfMemory
+from harness.engine.model import Model
+from harness.engine.rows import RowCache, Step, compact
+from harness.engine.static_decode import CannotCapture, StaticDecode, StaticLayer
 from methods import METHODS
 
 VARIANTS = (
@@ -96,7 +96,7 @@ def static(model: Model, ids: Tensor, mode: Any = None, steps: int = STEPS) -> l
 def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Static layers take the kernels, as on a GPU; here they are interpreted."""
     pytest.importorskip("triton")
-    monkeypatch.setattr("harness.captured.StaticLayer", lambda *given: StaticLayer(*given[:3], by_kernel=True))
+    monkeypatch.setattr("harness.engine.static_decode.StaticLayer", lambda *given: StaticLayer(*given[:3], by_kernel=True))
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_token_makes_only_its_experts_rows_longer() -> None:
 @pytest.fixture
 def without_its_last_stage(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> None:
     """The compiler traces the step and takes its changes in place apart, but makes no code of its own."""
-    monkeypatch.setattr("harness.captured.torch.compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("harness.engine.static_decode.torch.compile", partial(torch.compile, backend="aot_eager"))
 
 
 COMPILED = (*MAIN, "phi3", "llama+mixsga-3:1:6", "opt+gqa-2", "qwen3+cla-50")
@@ -178,7 +178,7 @@ def test_so_is_one_with_the_kernels(
     model, ids = model_of(name), tokens(60)
     wanted = eager(model, ids)[:INTERPRETED]
     cache, token = cache_of(model, ids)
-    monkeypatch.setattr("harness.flash.can_run", None)
+    monkeypatch.setattr("harness.engine.flash.can_run", None)
     decode = StaticDecode(model, cache, token, STEPS, "compiled")
     assert [decode.step().tolist() for _ in range(INTERPRETED)] == wanted
 
@@ -251,7 +251,7 @@ def test_what_making_a_step_does_is_taken_back(monkeypatch: pytest.MonkeyPatch) 
         made.append(run)
         return run
 
-    monkeypatch.setattr("harness.captured.torch.compile", compile_by_running)
+    monkeypatch.setattr("harness.engine.static_decode.torch.compile", compile_by_running)
     model, ids = model_of("llama+mixsga-3:1:6"), tokens(60)
     cache, token = cache_of(model, ids)
     decode = StaticDecode(model, cache, token, STEPS, "compiled")
@@ -306,7 +306,7 @@ class PlayedGpu:
         for name, part in (("Stream", Stream), ("CUDAGraph", Graph), ("graph", Recording), ("current_stream", Stream)):
             monkeypatch.setattr(torch.cuda, name, part)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-        monkeypatch.setattr("harness.captured.captures", lambda _: True)
+        monkeypatch.setattr("harness.engine.static_decode.captures", lambda _: True)
         plain = StaticDecode._captured
 
         def known(decode: StaticDecode, run: Any) -> Any:
@@ -371,7 +371,7 @@ def test_too_little_memory_for_a_capture_is_no_fall_back(monkeypatch: pytest.Mon
         except torch.OutOfMemoryError as error:
             raise RuntimeError("backend failed") from error
 
-    monkeypatch.setattr("harness.captured.torch.compile", full)
+    monkeypatch.setattr("harness.engine.static_decode.torch.compile", full)
     with pytest.raises(OutOfMemory, match="3 GiB"):
         static(tiny("llama"), tokens(60), "compiled")
 
@@ -384,9 +384,9 @@ def test_a_cell_that_cannot_be_captured_is_measured_eagerly_in_another_process(m
         asked.append(one.decode)
         return {"status": "ok", "token": 1.0} if one.decode == "eager" else {"status": "fell back", "reason": "a look"}
 
-    monkeypatch.setattr("harness.cost_request._in_a_process", played)
+    monkeypatch.setattr("harness.cost.request._in_a_process", played)
     assert run_cell(cell) == {"status": "ok", "token": 1.0, "fell_back": "a look"} and asked == ["compiled", "eager"]
-    monkeypatch.setattr("harness.captured.torch.compile", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("harness.engine.static_decode.torch.compile", lambda *_, **__: 1 / 0)
     assert measure_cell(cell) == {"status": "fell back", "reason": "a decode step could not be compiled: division by zero"}
 
 

@@ -13,11 +13,11 @@ from test_conversions import WIDE, dense, wide
 from torch import Tensor
 
 from harness.cache import Budget, ModelShape, Needs, keep_all
+from harness.engine.model import Model, shape_of
+from harness.engine.rows import compact
 from harness.families import CannotConvert, handles
 from harness.layer_sharing import places
-from harness.model import Model, shape_of
-from harness.rows import compact
-from harness.variants import About, BadVariant, bytes_a_token, conversion_of, convert, open_variant, save
+from harness.models.variants import About, BadVariant, bytes_a_token, conversion_of, convert, open_variant, save
 from methods import METHODS
 from methods.base import Eviction, score_prefill
 from methods.cla import SharedLayers

@@ -12,8 +12,8 @@ import pytest
 
 import run_all
 from harness.choices import UnknownChoice, choose, split
-from harness.measure import OutOfMemory, memory_errors
-from harness.plan import BadRequest, Shard
+from harness.engine.measure import OutOfMemory, memory_errors
+from harness.evaluation.plan import BadRequest, Shard
 from methods import METHODS
 from results.store import Store, StoreError, read_rows
 
@@ -163,9 +163,9 @@ def test_a_failing_method_is_a_row_and_exit_code_1(tmp_path: Path, monkeypatch: 
 
 
 def test_out_of_memory_is_tried_in_halves_and_then_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import harness.sweep
+    import harness.evaluation.sweep
 
-    plain, sizes = harness.sweep.compact, []
+    plain, sizes = harness.evaluation.sweep.compact, []
 
     def little_memory(prefill, selections, *rest):
         sizes.append(len(selections))
@@ -174,7 +174,7 @@ def test_out_of_memory_is_tried_in_halves_and_then_a_row(tmp_path: Path, monkeyp
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return plain(prefill, selections, *rest)
 
-    monkeypatch.setattr(harness.sweep, "compact", little_memory)
+    monkeypatch.setattr(harness.evaluation.sweep, "compact", little_memory)
     arguments = ("--methods", "full,snapkv,tova,knorm", "--budgets", "10,16,60", "--prompt", "question_in", "--limit", "1")
     command = (*small(tmp_path)[:-4], *arguments, "--benchmarks", "random_tokens(length=100,max_new_tokens=4)")
     assert call(*command) == 1

@@ -13,14 +13,14 @@ import torch
 from conftest import FAMILIES, network, read, tiny, tokens
 from test_cli import call
 
-import harness.cost
+import harness.cost.cell
 from benchmarks import latency, memory
 from harness.cache import Budget, Needs, keep_all
-from harness.cost import CacheSubject, CostCell, CpuMeter, measure_cell
-from harness.cost_request import cells_of, identity, run_cell
-from harness.floors import floors, pairs_of, weight_bytes
-from harness.model import Model
-from harness.rows import compact, compact_and_free
+from harness.cost.cell import CacheSubject, CostCell, CpuMeter, measure_cell
+from harness.cost.request import cells_of, identity, run_cell
+from harness.cost.roofline import floors, pairs_of, weight_bytes
+from harness.engine.model import Model
+from harness.engine.rows import compact, compact_and_free
 from harness.suites import COST_SUITES, SPEED_SUITES, SUITES
 from methods import METHODS
 from reports.cost import cost_sentences, cost_tables, costs
@@ -181,20 +181,20 @@ def test_one_real_cell() -> None:
 def test_a_process_that_dies_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_cell(replace(CELL, model="random:absent"))["status"] == "failed"
     assert "no shape 'absent'" in run_cell(replace(CELL, model="random:absent"))["reason"]
-    monkeypatch.setattr("harness.cost_request.sys.executable", "/bin/false")
+    monkeypatch.setattr("harness.cost.request.sys.executable", "/bin/false")
     assert run_cell(CELL) == {"status": "failed", "reason": "its process ended with code 1"}
 
 
 @pytest.mark.parametrize("method", ["full", "snapkv"])
 def test_the_largest_batch_that_fits_is_found(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By bytes first; where that is too many, a tenth fewer at a time."""
-    monkeypatch.setattr(harness.cost, "free_bytes", lambda _: 3_000_000)
+    monkeypatch.setattr(harness.cost.cell, "free_bytes", lambda _: 3_000_000)
     cell = CostCell("random:tiny-llama", method, "25%" if method == "snapkv" else "", 200, 0, 4, "float32", "cpu", 1)
     found = measure_cell(cell)
     each = found["bytes_allocated"] / found["batch"] + 12 * 320
     prefill = 2 * found["bytes_full"] / found["batch"]
     assert found["batch"] == int((3_000_000 - prefill) // each) > 1
-    plain, tried = harness.cost._rows_of, []
+    plain, tried = harness.cost.cell._rows_of, []
 
     def too_large(cell: CostCell, subject: CacheSubject, device: torch.device) -> dict[str, Any]:
         tried.append(cell.batch)
@@ -202,7 +202,7 @@ def test_the_largest_batch_that_fits_is_found(method: str, monkeypatch: pytest.M
             raise MemoryError
         return plain(cell, subject, device)
 
-    monkeypatch.setattr(harness.cost, "_rows_of", too_large)
+    monkeypatch.setattr(harness.cost.cell, "_rows_of", too_large)
     assert measure_cell(cell)["batch"] <= 3
     assert tried == sorted(tried, reverse=True) and tried[0] == found["batch"]
     row = {"env": "e" * 12, "cell": asdict(cell), **found}

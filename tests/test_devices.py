@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness.attention import attend, attend_by_kernel
 from harness.cache import Needs, keep_all
-from harness.model import Model
-from harness.rows import compact
+from harness.engine.attention import attend, attend_by_kernel
+from harness.engine.model import Model
+from harness.engine.rows import compact
 from methods.base import Eviction
 
 
@@ -48,7 +48,7 @@ def there(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mo
 def test_a_prefill_its_scores_and_decoding_stay_on_the_device(there: Model, path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if path is attend_by_kernel:
         pytest.importorskip("triton")
-    monkeypatch.setattr("harness.model.attend", lambda *given: path(*given))
+    monkeypatch.setattr("harness.engine.model.attend", lambda *given: path(*given))
     with Apart():
         prefill = there.prefill(torch.zeros(60, dtype=torch.int64, device="meta"), Needs(16, column_sums=True))[0]
         for method in SCORED.values():

@@ -17,8 +17,8 @@ from benchmarks.base import Example
 from benchmarks.facts import NAMES, Facts, Recall, RecallMany, TwoHop, World, words
 from benchmarks.perplexity import PerplexityOwn
 from benchmarks.prose import sentences
-from harness.load import byte_tokenizer
-from harness.reference_data import (
+from harness.models.load import byte_tokenizer
+from harness.training.reference_data import (
     ANSWER,
     ANSWER_OF_MANY,
     REPEAT,
@@ -29,7 +29,7 @@ from harness.reference_data import (
     book_sentences,
     build_tokenizer,
 )
-from harness.train_reference import Phase, main, train
+from harness.training.reference_model import Phase, main, train
 
 BOOKS = Path(__file__).parent.parent.parent / "shared" / "data" / "lm" / "books"
 TASKS = [task for task in BENCHMARKS.values() if isinstance(task, Facts)]

@@ -22,10 +22,10 @@ from benchmarks.needle import NeedleInHaystack
 from benchmarks.perplexity import Perplexity, PerplexityWindows
 from benchmarks.ruler import RulerMultiKey, RulerSingle, RulerVariables
 from harness.choices import expand
-from harness.load import load
-from harness.model import Model
-from harness.plan import token_counter
-from harness.prompts import CannotPrompt, Protocol, has_example, tokenize
+from harness.engine.model import Model
+from harness.evaluation.plan import token_counter
+from harness.evaluation.prompts import CannotPrompt, Protocol, has_example, tokenize
+from harness.models.load import load
 from results.store import read_rows
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data folder is not here")

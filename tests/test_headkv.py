@@ -16,10 +16,10 @@ from test_cli import call
 from benchmarks.haystack import Haystack
 from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, TEXTS
 from harness.cache import Arena, Needs, keep_all
-from harness.importance import Estimate, Journal, attempt, estimate_scores, observe, succeeded
-from harness.load import REFERENCE, load
-from harness.plan import BadRequest
-from harness.rows import compact
+from harness.engine.rows import compact
+from harness.evaluation.plan import BadRequest
+from harness.models.load import REFERENCE, load
+from harness.papers.importance import Estimate, Journal, attempt, estimate_scores, observe, succeeded
 from methods import METHODS
 from methods.base import Eviction, Rows, score_prefill
 from methods.headkv import BadScores, HeadScores, HeadShares, PaperHeadShares, attended, copied

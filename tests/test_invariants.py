@@ -14,11 +14,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, FalconConfi
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from harness.cache import Budget, Prefill, Selection, keep_all
-from harness.model import Model, UnsupportedModel, shape_of
-from harness.observe import AttentionSettings, softcapped_attention
-from harness.prompts import Prompt, Protocol
-from harness.rows import ROOM_STEP, compact
-from harness.sweep import Cell, Sweep
+from harness.engine.model import Model, UnsupportedModel, shape_of
+from harness.engine.observe import AttentionSettings, softcapped_attention
+from harness.engine.rows import ROOM_STEP, compact
+from harness.evaluation.prompts import Prompt, Protocol
+from harness.evaluation.sweep import Cell, Sweep
 from methods.ada_snapkv import AdaptiveHeads
 from methods.allocators import Uniform
 from methods.base import Eviction, score_prefill
@@ -351,7 +351,7 @@ def test_uniform_scores_are_not_mistaken_for_nothing() -> None:
 @pytest.mark.parametrize("window", [None, 24])
 def test_softcapped_prefill_attention_is_its_definition(window: int | None, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of any size, for all queries or the last ones."""
-    monkeypatch.setattr("harness.observe.BLOCK_LOGITS", block)
+    monkeypatch.setattr("harness.engine.observe.BLOCK_LOGITS", block)
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(4, 50, 16, generator=generator) * 3
     keys, values = torch.randn(2, 2, 50, 16, generator=generator).unbind(0)
@@ -368,7 +368,7 @@ def test_softcapped_prefill_attention_is_its_definition(window: int | None, bloc
 
 def test_a_softcapped_prefill_makes_no_square_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither logits nor a mask: no tensor of T x T numbers is ever made."""
-    monkeypatch.setattr("harness.observe.BLOCK_LOGITS", 2000)
+    monkeypatch.setattr("harness.engine.observe.BLOCK_LOGITS", 2000)
     squares: list[str] = []
 
     class Watch(TorchDispatchMode):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_cli import call
 
-from harness.judge import Case, Judge, judge_rows
+from harness.evaluation.judge import Case, Judge, judge_rows
 from results.store import StoreError, judge_lines, read_ratings, read_rows
 
 

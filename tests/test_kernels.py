@@ -14,11 +14,11 @@ import torch
 from conftest import read, tokens
 from torch import Tensor
 
-from harness import kernels
-from harness.attention import attend, attend_by_kernel
 from harness.cache import Needs, keep_all
-from harness.pieces import LONGEST, TILE, plan
-from harness.rows import compact
+from harness.engine import kernels
+from harness.engine.attention import attend, attend_by_kernel
+from harness.engine.rows import compact
+from harness.engine.split_plan import LONGEST, TILE, plan
 
 pytest.importorskip("triton")
 

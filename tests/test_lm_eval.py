@@ -16,11 +16,11 @@ from test_invariants import masked_logits, selection, total_of
 from benchmarks.base import Example, Request
 from benchmarks.lm_eval_tasks import LmEval, _open, aggregate
 from harness.cache import Budget
-from harness.likelihood import likelihood_prompts
-from harness.load import load
-from harness.model import Model
-from harness.prompts import Branch, CannotPrompt, Prompt, Protocol
-from harness.sweep import Cell, Sweep
+from harness.engine.model import Model
+from harness.evaluation.loglikelihood import likelihood_prompts
+from harness.evaluation.prompts import Branch, CannotPrompt, Prompt, Protocol
+from harness.evaluation.sweep import Cell, Sweep
+from harness.models.load import load
 from results.store import read_rows
 
 pytest.importorskip("lm_eval")

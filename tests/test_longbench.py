@@ -16,8 +16,8 @@ from benchmarks.data import BadData, Source, load
 from benchmarks.instruct import SETS, Instruct
 from benchmarks.longbench import CHINESE, ENGLISH, HEADKV, KINDS, LongBench, official_prompt, score, score_files
 from benchmarks.wording import english_f1, rouge
-from harness.load import load as load_model
-from harness.prompts import Protocol, tokenize
+from harness.evaluation.prompts import Protocol, tokenize
+from harness.models.load import load as load_model
 from results.store import read_rows
 
 PREDICTIONS = DATA / "longbench_scored_predictions" / "llama2-7b-chat"
@@ -134,7 +134,7 @@ def test_both_protocols_read_the_same_ids_and_truncation_keeps_the_two_ends() ->
 
 @needs_data
 def test_a_chat_template_is_never_put_around_few_shot_and_code_tasks() -> None:
-    from harness.plan import Work, protocols_of
+    from harness.evaluation.plan import Work, protocols_of
 
     work = Work({}, {}, (), (Protocol(chat="template"), Protocol()), 1, (0,))
     assert len(protocols_of(LongBench("qasper"), work)) == 2

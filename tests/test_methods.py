@@ -8,7 +8,7 @@ import torch
 from conftest import read, tokens
 
 from harness.cache import Budget, LayerKV, ModelShape
-from harness.observe import AttentionSettings, column_sums
+from harness.engine.observe import AttentionSettings, column_sums
 from methods import METHODS
 from methods.ada_snapkv import AdaptiveHeads
 from methods.allocators import Uniform
@@ -73,7 +73,7 @@ def test_column_sums(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
                 slow[head, first : place + 1] += logits.softmax(0)
         for block in (2**25, 4 * 23 * 5, 1):
-            monkeypatch.setattr("harness.observe.BLOCK_LOGITS", block)
+            monkeypatch.setattr("harness.engine.observe.BLOCK_LOGITS", block)
             assert torch.allclose(column_sums(queries, keys, settings), slow, atol=1e-5)
 
 

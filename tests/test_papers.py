@@ -17,13 +17,13 @@ from transformers import AutoTokenizer
 from benchmarks import BENCHMARKS
 from harness.cache import ModelShape
 from harness.choices import choose
-from harness.cost import CostCell
-from harness.load import REFERENCE
-from harness.paper_needs import FLOPS, needs
-from harness.papers import HUB, TABLES, asked_for, paper, paper_models, rows_of, table_of
-from harness.plan import BadRequest
-from harness.shapes import SHAPES
-from harness.variants import bytes_a_token
+from harness.cost.cell import CostCell
+from harness.evaluation.plan import BadRequest
+from harness.models.load import REFERENCE
+from harness.models.shapes import SHAPES
+from harness.models.variants import bytes_a_token
+from harness.papers.needs import FLOPS, needs
+from harness.papers.tables import HUB, TABLES, asked_for, paper, paper_models, rows_of, table_of
 from methods import METHODS
 from methods.headkv import HeadScores
 from reports.paper import PaperRow, Side, side_by_side
@@ -231,7 +231,7 @@ def test_times_of_the_papers_come_from_cost_cells(tmp_path: Path, monkeypatch: p
             "token": token + 0.01 * cell.round,
         }
 
-    monkeypatch.setattr("harness.cost_request.run_cell", measured)
+    monkeypatch.setattr("harness.cost.request.run_cell", measured)
     asked = ("--model", "random:tiny-llama", "--context", "96", "--out", str(tmp_path))
     assert call("reproduce", "mixsga:table10", *asked) == 0
     text = (tmp_path / "report" / "paper_mixsga_table10.md").read_text()
@@ -291,8 +291,8 @@ def test_the_costs_in_the_guide_are_those_of_the_arithmetic(tmp_path: Path) -> N
 def test_a_gpu_that_is_too_small_is_told_by_how_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("harness.paper_needs._gpu", lambda: ("a small one", 16.0))
-    monkeypatch.setattr("harness.reproduce.device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("harness.papers.needs._gpu", lambda: ("a small one", 16.0))
+    monkeypatch.setattr("harness.papers.reproduce.device_of", lambda _: torch.device("cuda"))
     assert call("reproduce", "headkv:table2", "--out", str(tmp_path)) == 2
     error = capsys.readouterr().err
     assert "needs about 23 GB, a small one has 16 GB: 7 GB too small" in error

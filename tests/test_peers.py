@@ -11,8 +11,8 @@ from conftest import tiny
 
 from benchmarks.peers.compare import cells_of, markdown, ours, shared, table
 from benchmarks.random_tokens import RandomTokens
-from harness.prompts import Protocol, tokenize
-from harness.sweep import Sweep
+from harness.evaluation.prompts import Protocol, tokenize
+from harness.evaluation.sweep import Sweep
 
 
 @pytest.fixture(scope="module")

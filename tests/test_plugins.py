@@ -8,7 +8,7 @@ import pytest
 from test_cli import call
 
 from benchmarks import BENCHMARKS
-from harness.contract import check_plugin
+from harness.evaluation.conformance import check_plugin
 from harness.plugins import BadPlugin, Plugin, load_plugin, plugged
 from methods import CONVERSIONS, METHODS
 from methods.base import Eviction

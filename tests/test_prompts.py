@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.base import Example
-from harness.load import byte_tokenizer
-from harness.prompts import CannotPrompt, Protocol, tokenize
+from harness.evaluation.prompts import CannotPrompt, Protocol, tokenize
+from harness.models.load import byte_tokenizer
 
 BYTES = byte_tokenizer()
 

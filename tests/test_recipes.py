@@ -18,11 +18,11 @@ from test_cli import call
 from test_train import trainable
 from transformers import AutoTokenizer
 
-from harness.load import REFERENCE
-from harness.recipes import RECIPES, dolly, minipile, template_of
-from harness.train import IGNORED, Recipe, loss_of
-from harness.train_data import HELD_OUT, BadText, ExampleBatches
-from harness.variants import read_about
+from harness.models.load import REFERENCE
+from harness.models.variants import read_about
+from harness.training.data import HELD_OUT, BadText, ExampleBatches
+from harness.training.loop import IGNORED, Recipe, loss_of
+from harness.training.recipes import RECIPES, dolly, minipile, template_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -230,8 +230,8 @@ from accelerate import PartialState
 
 sys.path[:0] = ["tests", "."]
 from test_train import FAST, batches, trainable
-from harness.checkpoint import whole_weights
-from harness.train import heal
+from harness.training.checkpoint import whole_weights
+from harness.training.loop import heal
 
 PartialState(cpu=True)
 kill, folder, out = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])

@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import BENCHMARKS
 from benchmarks.facts import Facts, Recall
 from harness.cache import Budget, keep_all
-from harness.load import REFERENCE, load
-from harness.model import Model
-from harness.plan import token_counter
-from harness.prompts import Protocol, tokenize
-from harness.reference_data import Documents
-from harness.rows import compact
-from harness.sweep import Cell, Sweep
-from harness.train import routing_of
-from harness.train_data import HELD_OUT, ReferenceBatches
+from harness.engine.model import Model
+from harness.engine.rows import compact
+from harness.evaluation.plan import token_counter
+from harness.evaluation.prompts import Protocol, tokenize
+from harness.evaluation.sweep import Cell, Sweep
+from harness.models.load import REFERENCE, load
+from harness.training.data import HELD_OUT, ReferenceBatches
+from harness.training.loop import routing_of
+from harness.training.reference_data import Documents
 from methods import METHODS
 
 CELLS = (Cell("full", METHODS["full"], None), Cell("streaming_llm", METHODS["streaming_llm"], Budget.parse("64")))

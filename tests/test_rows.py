@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import read, tiny, tokens
 
-from harness.attention import attend, attend_reference
 from harness.cache import LayerKV, ModelShape, Prefill, Row, Stripe, keep_all
-from harness.rows import RowCache, compact
+from harness.engine.attention import attend, attend_reference
+from harness.engine.rows import RowCache, compact
 
 HEADS, KV_HEADS, DIM = 8, 4, 16
 

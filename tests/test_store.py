@@ -17,9 +17,9 @@ from conftest import tiny
 
 from benchmarks.random_tokens import RandomTokens
 from harness.cache import Budget
-from harness.plan import Work, run
-from harness.prompts import Protocol
-from harness.sweep import Sweep
+from harness.evaluation.plan import Work, run
+from harness.evaluation.prompts import Protocol
+from harness.evaluation.sweep import Sweep
 from methods import METHODS
 from reports.tables import lines
 from results.record import Key, Record

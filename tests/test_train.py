@@ -16,14 +16,14 @@ from test_cli import call
 from test_conversions import converted
 from torch.nn.functional import cross_entropy
 
-from harness.checkpoint import CannotTrain, forget
+from harness.engine.model import own_attention
 from harness.families import routers
-from harness.load import load
-from harness.model import own_attention
-from harness.reference_data import Documents
-from harness.train import IGNORED, Batch, Recipe, choose_trained, heal, loss_of, routing_of
-from harness.train_data import HELD_OUT, BadText, PackedBatches, ReferenceBatches, instruct_batches, text_batches
-from harness.variants import read_about
+from harness.models.load import load
+from harness.models.variants import read_about
+from harness.training.checkpoint import CannotTrain, forget
+from harness.training.data import HELD_OUT, BadText, PackedBatches, ReferenceBatches, instruct_batches, text_batches
+from harness.training.loop import IGNORED, Batch, Recipe, choose_trained, heal, loss_of, routing_of
+from harness.training.reference_data import Documents
 
 FAST = Recipe(steps=6, bf16=False, save_every=2, lr=1e-2)
 

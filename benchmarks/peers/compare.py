@@ -24,10 +24,10 @@ import torch
 
 from benchmarks.random_tokens import RandomTokens
 from harness.cache import Budget
-from harness.measure import keep_freed_memory
-from harness.prompts import Prompt, Protocol, tokenize
-from harness.speed import BUDGETS, METHODS, speed_model
-from harness.sweep import Cell, Sweep
+from harness.cost.microbench import BUDGETS, METHODS, speed_model
+from harness.engine.measure import keep_freed_memory
+from harness.evaluation.prompts import Prompt, Protocol, tokenize
+from harness.evaluation.sweep import Cell, Sweep
 from methods import METHODS as ALL
 from methods.base import Eviction, score_prefill
 from methods.snapkv import WindowAttention

@@ -1,0 +1,339 @@
+"""Cost cells: latency and memory of one model, method, budget, context and batch, each in a process of its own.
+
+A cost cell never shares anything: it pays for its own prefill, which is consumed layer by layer, so that no more than the full
+cache and one layer lie in memory. A batch of B sequences is read one after the other and decoded together; its sequences are of
+equal length, so one prompt stands for all of them (each has rows of its own).
+
+`python -m harness.cost '<cell as JSON>'` measures one cell and prints a JSON line: that is what `run --suite cost-small` starts.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import latency, memory
+from harness.cache import Arena, Budget, LayerKV, Prefill, Selection, keep_all
+from harness.choices import choose
+from harness.cost.roofline import copy_bandwidth, floors, matmul_rate, weight_bytes
+from harness.engine.measure import OutOfMemory, give_back_freed_memory, memory_errors, peak_resident_bytes, wait_for
+from harness.engine.model import Model
+from harness.engine.rows import Counts, RowCache, compact_and_free
+from harness.engine.static_decode import CannotCapture, Mode, StaticDecode, captures
+from harness.models.load import load
+from harness.plugins import plugged
+from methods import METHODS
+from methods.base import CannotRun, Eviction, Method, Scores, score_prefill
+
+
+@dataclass(frozen=True)
+class CostCell:
+    """What is measured. Its JSON is the row's identity, beside the environment."""
+
+    model: str
+    method: str
+    budget: str  # "" for full
+    context: int  # tokens
+    batch: int  # 0: the largest that fits
+    new_tokens: int
+    dtype: str
+    device: str
+    threads: int  # of the CPU
+    what: str = "latency"  # latency | memory
+    decode: str = "eager"  # eager | graph | compiled, see harness/engine/static_decode.py
+    round: int = 0
+    plugins: tuple[str, ...] = ()  # files that the method or model comes from
+
+
+@dataclass
+class CacheSubject:
+    """A cell as `benchmarks.latency` wants it: phases, then tokens."""
+
+    model: Model
+    method: Method
+    budget: Budget | None
+    ids: Tensor
+    batch: int
+    new_tokens: int
+    prefill: Prefill | None = None
+    scores: Scores | None = None
+    selection: Selection | None = None
+    cache: RowCache | None = None
+    next: Tensor | None = None
+    reads: int | None = None  # prompts really read, if not one a sequence: they are alike
+    decode: str = "eager"
+    static: StaticDecode | None = None
+    observed: dict[str, float] = field(default_factory=dict)
+    counts: list[Counts] = field(default_factory=list)  # right after compaction
+
+    @property
+    def phases(self) -> tuple[tuple[str, Callable[[], None]], ...]:
+        return self.to_a_cache if self.decode == "eager" else (*self.to_a_cache, ("capture", self._capture))
+
+    @property
+    def to_a_cache(self) -> tuple[tuple[str, Callable[[], None]], ...]:
+        return (("prefill", self._read), ("score", self._score), ("select", self._select), ("compact", self._compact))
+
+    @property
+    def within(self) -> dict[str, float]:
+        return self.observed
+
+    def _read(self) -> None:
+        """Every sequence's prefill; the last one's stays."""
+        self.observed = {"observe": 0.0, "column sums": 0.0}
+        for _ in range(self.reads or self.batch):
+            self.prefill = None
+            self.prefill, seen = self.model.prefill(self.ids, self.method.needs, Arena())
+            self.observed["observe"] += seen.seconds - seen.column_sums
+            self.observed["column sums"] += seen.column_sums
+
+    def _score(self) -> None:
+        if isinstance(self.method, Eviction):
+            assert self.prefill is not None
+            for _ in range(self.reads or self.batch):
+                self.scores = score_prefill(self.method.scorer, self.prefill)
+
+    def _select(self) -> None:
+        assert self.prefill is not None
+        if not isinstance(self.method, Eviction) or self.budget is None:
+            self.selection = keep_all(self.prefill)
+            return
+        assert self.scores is not None
+        total = self.budget.entries(self.model.parent_shape, len(self.ids), "kv")
+        for _ in range(self.reads or self.batch):
+            self.selection = self.method.compress(self.prefill, total, self.scores)
+        self.scores = None
+
+    def _compact(self) -> None:
+        assert self.prefill is not None and self.selection is not None
+        selections = [self.selection] * self.batch
+        self.next = self.prefill.logits.argmax().expand(self.batch)[:, None]
+        held: list[LayerKV | None] = list(self.prefill.layers)
+        stripes, shape = self.prefill.stripes, self.prefill.shape
+        self.prefill = self.selection = None
+        self.cache = compact_and_free(held, stripes, shape, selections, self.new_tokens)
+        self.counts = self.cache.counts()
+
+    def _capture(self) -> None:
+        assert self.cache is not None and self.next is not None
+        mode: Mode = "compiled" if self.decode == "compiled" else "graph"
+        self.static = StaticDecode(self.model, self.cache, self.next[:, 0], self.new_tokens, mode)
+
+    def step(self) -> None:
+        assert self.cache is not None and self.next is not None
+        if self.static is not None:
+            self.static.step()
+            return
+        self.next = self.model.decode(self.cache, self.next)[:, -1].argmax(-1, keepdim=True)
+
+    def reset(self) -> None:
+        self.prefill = self.scores = self.selection = self.cache = self.next = self.static = None
+        gc.collect()
+
+
+class DeviceClock:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> float:
+        wait_for(self.device)
+        return time.perf_counter()
+
+
+class CpuMeter:
+    """The process's resident memory, from Linux; elsewhere only its peak since the start is known, and peaks stay as they are."""
+
+    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def held(self) -> int:
+        give_back_freed_memory()
+        return self._field("VmRSS") or peak_resident_bytes()
+
+    def forget_peak(self) -> None:
+        give_back_freed_memory()
+        try:
+            self.refs.write_text("5")
+        except OSError:
+            return
+
+    def peak(self) -> int:
+        return self._field("VmHWM") or peak_resident_bytes()
+
+    def _field(self, name: str) -> int:
+        try:
+            lines = self.status.read_text().splitlines()
+        except OSError:
+            return 0
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
+
+
+class CudaMeter:
+    """What torch's allocator has given out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def held(self) -> int:
+        wait_for(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def forget_peak(self) -> None:
+        wait_for(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        wait_for(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def measure_cell(cell: CostCell) -> dict[str, Any]:
+    """What a row holds beside the cell itself; `reason` where nothing could be measured.
+
+    Raises:
+        UnknownModel, UnknownChoice, UnsupportedModel: the cell makes no sense.
+    """
+    device = torch.device(cell.device)
+    torch.set_num_threads(cell.threads)
+    dtype = getattr(torch, cell.dtype)
+    if cell.decode == "graph" and not captures(device):
+        return {"status": "skipped", "reason": "a CUDA graph needs a GPU; without one there are --decode eager and compiled"}
+    _, method = choose("method", cell.method, METHODS)
+    try:
+        with memory_errors():
+            model = load(cell.model, dtype, device)
+            if cell.context + cell.new_tokens > model.max_tokens:
+                asked = f"{cell.context} tokens and {cell.new_tokens} more"
+                return {"status": "skipped", "reason": f"{asked} are over the model's {model.max_tokens} positions"}
+            return _measured(cell, model, method, device)
+    except CannotRun as reason:
+        return {"status": "skipped", "reason": str(reason)}
+    except CannotCapture as reason:  # to be measured eagerly, in another process: this one may be unfit for it
+        return {"status": "fell back", "reason": str(reason)}
+    except OutOfMemory as error:
+        return {"status": "failed", "reason": str(error)}
+
+
+def _measured(cell: CostCell, model: Model, method: Method, device: torch.device) -> dict[str, Any]:
+    budget = Budget.parse(cell.budget) if cell.budget else None
+    if isinstance(method, Eviction) and budget is not None:
+        why = method.cannot_run(model.least_shape, budget, cell.context, "kv", model.parent_shape)
+        if why:
+            return {"status": "skipped", "reason": why}
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.network.config.vocab_size, (cell.context,), generator=generator).to(device)
+    if cell.batch == 0:
+        return _largest(cell, CacheSubject(model, method, budget, ids, 1, cell.new_tokens, reads=1, decode=cell.decode), device)
+    return _rows_of(cell, CacheSubject(model, method, budget, ids, cell.batch, cell.new_tokens, decode=cell.decode), device)
+
+
+KEPT_FREE = 0.05  # of a device's memory, for what an allocator cannot use
+SMALLER = 0.9  # of a batch that did not fit after all
+TRIES = 8
+ONCE = ("compact", "capture")  # phases that are no sequence's own
+
+
+def _largest(cell: CostCell, subject: CacheSubject, device: torch.device) -> dict[str, Any]:
+    """The cell at the largest batch that fits: by the bytes of one sequence, then smaller ones until it really does.
+
+    One prompt is read, since all are alike; phases before the first token are told as if each sequence had read its own.
+    """
+    free = free_bytes(device)
+    for _, work in subject.to_a_cache:
+        work()
+    logits = 3 * 4 * subject.model.network.config.vocab_size
+    each = sum(count.bytes_allocated for count in subject.counts) + logits
+    prefill = 2 * subject.model.shape.full_entries(cell.context) * subject.model.shape.entry_bytes()  # with what a layer needs
+    subject.reset()
+    batch = max(1, int((free - prefill) // each))
+    for _ in range(TRIES):
+        subject.batch = batch
+        try:
+            with memory_errors():
+                found = _rows_of(replace(cell, batch=batch), subject, device)
+        except OutOfMemory:
+            subject.reset()
+            if batch == 1:
+                raise
+            batch = max(1, int(SMALLER * batch))
+            continue
+        if "phases" in found:
+            found["phases"] = {name: lap if name in ONCE else lap * batch for name, lap in found["phases"].items()}
+        return found | {"batch": batch}
+    raise OutOfMemory(f"out of memory: not even {batch} sequences fit")
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a cell may take: of a GPU nearly all that is free, of a machine's memory half."""
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        return int(free - KEPT_FREE * whole)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        raise CannotRun("how much memory is free is not known here: name --batches") from None
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return available // 2
+
+
+def _rows_of(cell: CostCell, subject: CacheSubject, device: torch.device) -> dict[str, Any]:
+    """What one measurement says."""
+    model = subject.model
+    found: dict[str, Any] = {"status": "ok", "reason": None, "revision": model.revision}
+    if cell.what == "memory":
+        meter: memory.Meter = CudaMeter(device) if device.type == "cuda" else CpuMeter()
+        peaks = memory.measure(subject, meter, cell.new_tokens)
+        assert subject.cache is not None
+        end = sum(count.bytes_kept for count in subject.cache.counts())
+        sizes = _bytes(subject, model, cell)
+        points = footprint(model, cell, sizes["bytes_kept"], end)
+        return found | asdict(peaks) | sizes | {"bytes_end": end, "footprint": points}
+    lap = latency.measure(subject, DeviceClock(device), cell.new_tokens)
+    found |= {"phases": lap.phases, "first_token": lap.first_token, "token": lap.median, "p10": lap.p10, "p90": lap.p90}
+    sizes = _bytes(subject, model, cell)
+    rate = {"bandwidth": copy_bandwidth(device), "flops": matmul_rate(device, model.network.dtype)}
+    return found | sizes | rate | floors(sizes, rate, model, cell.context, cell.batch)
+
+
+READ_IN = 8  # points of a footprint's prompt
+
+
+def footprint(model: Model, cell: CostCell, kept: int, end: int) -> list[list[int]]:
+    """Tokens and bytes of keys and values over the time of an answer.
+
+    While the prompts are read, dense and a sequence at a time, whatever the layers project; compressed; and at the last token.
+    """
+    entry, last = model.shape.entry_bytes(), cell.context + cell.new_tokens
+    read = [number * cell.context // READ_IN for number in range(READ_IN + 1)]
+    dense = [[tokens, model.shape.full_entries(tokens) * entry] for tokens in read]
+    return [*dense, [cell.context, kept], [last, end]]
+
+
+def _bytes(subject: CacheSubject, model: Model, cell: CostCell) -> dict[str, int]:
+    counts = subject.counts
+    full = model.parent_shape.full_entries(cell.context) * model.parent_shape.entry_bytes() * cell.batch
+    return {
+        "bytes_kept": sum(count.bytes_kept for count in counts),
+        "bytes_allocated": sum(count.bytes_allocated for count in counts),
+        "bytes_full": full,
+        "weights": weight_bytes(model),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    cell = CostCell(**json.loads(arguments[0]))
+    with plugged(cell.plugins):
+        print(json.dumps(measure_cell(cell)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,182 @@
+"""Attention of new queries over the rows of a cache layer: one function, one reference, one fast path.
+
+A query head attends to the union of the rows that it reads. Rows are disjoint, so their softmaxes merge exactly by their
+log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.engine import kernels
+from harness.engine.rows import Group, RowLayer, Step
+
+
+def attend(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
+    """Attention over the rows of `layer`, into which the new tokens' keys have been written already.
+
+    A query sees no later position than its own, and none that has left the layer's window.
+
+    Args:
+        queries: [Hq, N, D], of the tokens of `step`.
+
+    Returns:
+        [Hq, N, D]
+    """
+    heads, tokens, dim = queries.shape
+    if queries.is_cuda and kernels.can_run(queries.dtype, dim):
+        return attend_by_kernel(layer, queries, step, scaling, softcap)
+    where = torch.as_tensor(layer.readers(step), device=queries.device)
+    asked = (queries * scaling).reshape(heads * tokens, dim)[where]  # [M, D], in the order of rows
+    out = torch.empty_like(asked)
+    lse = asked.new_empty(len(asked), dtype=torch.float32) if layer.striped else None
+    done = 0
+    for group in layer.groups(step):
+        mine = slice(done, done + group.count * group.width * group.tokens)
+        done = mine.stop
+        if mine.stop > mine.start:
+            _attend_group(layer, group, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
+    placed = torch.empty_like(out).index_copy_(0, where, out) if lse is None else _merge(out, lse, where, heads * tokens)
+    return placed.view(heads, tokens, dim)
+
+
+def attend_by_kernel(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None) -> Tensor:
+    """All rows of the layer in one launch. queries: [Hq, N, D]. Gives [Hq, N, D]."""
+    heads, tokens, dim = queries.shape
+    device = queries.device
+    flat = queries.reshape(heads * tokens, dim).contiguous()  # a view where queries, keys and values came in one
+    pool = (layer.keys, layer.values, torch.as_tensor(layer.length.copy()).to(device))  # a column of the table
+    work = layer.pieces(step, heads * tokens)
+    if layer.window is None and (step.counts <= 1).all():  # a lone new token lies behind all others
+        return kernels.attend_pieces(flat, *pool, work, scaling, softcap).view(heads, tokens, dim)
+    asking = torch.as_tensor(step.positions).to(device).repeat(heads)
+    hide = (layer.positions, asking, layer.window)
+    return kernels.attend_pieces(flat, *pool, work, scaling, softcap, *hide).view(heads, tokens, dim)
+
+
+def _attend_group(
+    layer: RowLayer,
+    group: Group,
+    step: Step,
+    queries: Tensor,
+    softcap: float | None,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Rows of equal length as one strided batch. queries: [rows * width * Q, D]. Writes `out` and, if asked, `lse`."""
+    if group.length == 0:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
+        return
+    keys, values = group.block(layer.keys), group.block(layer.values)  # [rows, length, D]
+    asked = queries.view(group.count, group.width * group.tokens, -1)
+    logits = torch.bmm(asked, keys.transpose(1, 2))  # [rows, width * Q, length]
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    _hide(layer, group, step, logits.view(group.count, group.width, group.tokens, group.length))
+    if lse is not None:
+        lse.copy_(torch.logsumexp(logits.float(), -1).view(lse.shape))
+    if logits.dtype == torch.float32:
+        weights = torch.softmax(logits, -1, out=logits)  # in place: a second buffer would be traffic
+    else:
+        weights = logits.float().softmax(-1).to(logits.dtype)
+    if lse is not None:
+        weights = weights.nan_to_num_()  # a row whose entries are all hidden weighs nothing: its lse is -inf
+    torch.bmm(weights, values, out=out.view(asked.shape))
+
+
+def _hide(layer: RowLayer, group: Group, step: Step, logits: Tensor) -> None:
+    """Masks what a query must not see, in place. logits: [rows, width, Q, length]."""
+    tokens = group.tokens
+    if layer.window is None and (tokens == 1 or not layer.striped):  # a lone new token lies behind all others
+        if tokens > 1:  # the new tokens are the last entries of every row
+            logits[..., -tokens:].masked_fill_(_later(tokens, logits.device), float("-inf"))
+        return
+    held = group.block(layer.positions[:, None])[:, None, None, :, 0]  # [rows, 1, 1, length]
+    new = step.starts[layer.cell[group.rows]][:, None] + np.arange(tokens)
+    asking = torch.as_tensor(step.positions[new], device=logits.device)[:, None, :, None]  # [rows, 1, Q, 1]
+    hidden = held > asking
+    if layer.window is not None:
+        hidden |= held <= asking - layer.window
+    logits.masked_fill_(hidden, float("-inf"))
+
+
+@lru_cache(maxsize=64)
+def _later(tokens: int, device: torch.device) -> Tensor:
+    """Which of the new tokens lie behind which, [Q, Q]. Nobody writes to it."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
+
+
+def probabilities(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
+    """Attention probabilities over the full cache of a single cell, by original position: what an observer of decoding sees.
+
+    Args:
+        queries: [Hq, N, D], as for `attend`.
+
+    Returns:
+        [Hq, N, n] float32, n positions so far; 0 for those that have left the window.
+    """
+    (group,) = layer.groups(step)  # every head holds the same positions
+    keys = group.block(layer.keys)  # [H, length, D]
+    asked = (queries.float() * scaling).unflatten(0, (group.count, -1)).flatten(1, 2)  # [H, G * N, D]
+    logits = (asked @ keys.float().transpose(1, 2)).view(queries.shape[0], queries.shape[1], -1)  # [Hq, N, length]
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    held = layer.positions[group.start : group.start + group.length].long()
+    asking = torch.as_tensor(step.positions, device=held.device)[:, None]
+    hidden = held > asking
+    if layer.window is not None:
+        hidden |= held <= asking - layer.window
+    weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+    if layer.window is None:
+        return weights
+    return weights.new_zeros(*weights.shape[:2], int(held[-1]) + 1).index_copy_(2, held, weights)
+
+
+def _merge(out: Tensor, lse: Tensor, reader: Tensor, queries: int) -> Tensor:
+    """The partial softmaxes of each query as one.
+
+    Args:
+        out: [M, D], lse: [M], reader: [M], the query of each part.
+
+    Returns:
+        [queries, D]
+    """
+    top = lse.new_full((queries,), float("-inf")).scatter_reduce_(0, reader, lse, "amax")
+    weight = torch.exp(lse - top[reader])  # [M]
+    total = lse.new_zeros(queries).index_add_(0, reader, weight)
+    merged = lse.new_zeros((queries, out.shape[1])).index_add_(0, reader, out.float() * weight[:, None])
+    return (merged / total[:, None]).to(out.dtype)
+
+
+def attend_reference(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
+    """The same, the obvious way: one query at a time, over the entries of the rows that its head reads."""
+    out = torch.zeros_like(queries)
+    cells = np.repeat(np.arange(len(step.counts)), step.counts).tolist()
+    for token, (cell, position) in enumerate(zip(cells, step.positions.tolist(), strict=True)):
+        for head in range(queries.shape[0]):
+            keys, values, held = _entries_of(layer, cell, head)
+            seen = held <= position
+            if layer.window is not None:
+                seen &= held > position - layer.window
+            logits = keys[seen].float() @ queries[head, token].float() * scaling
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            out[head, token] = (logits.softmax(0) @ values[seen].float()).to(out.dtype)
+    return out
+
+
+def _entries_of(layer: RowLayer, cell: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys [k, D], values [k, D] and positions [k] that one query head of one cell reads."""
+    rows = [
+        torch.arange(row[4], row[4] + row[6], device=layer.keys.device)
+        for row in layer.table.tolist()
+        if row[0] == cell and row[2] <= head < row[2] + row[3]
+    ]
+    where = torch.cat(rows)
+    return layer.keys[where], layer.values[where], layer.positions[where]

@@ -1,0 +1,304 @@
+"""transformers behind two calls: `prefill` reads a prompt densely, `decode` continues over rows.
+
+The models run unchanged. Their attention calls the function registered here under transformers' AttentionInterface. In a
+prefill it delegates to transformers' own attention and shows keys, values and queries to an observer; in decoding it writes
+the new keys and values into the rows and attends to them. What the function has to do travels as a keyword argument of the
+model's call. No transformers cache is involved.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from harness.cache import Arena, ModelShape, Needs, Prefill, Routing
+from harness.engine import flash
+from harness.engine.attention import attend, probabilities
+from harness.engine.observe import AttentionSettings, Observer, softcapped_attention
+from harness.engine.rows import RowCache, Step
+from harness.families import groupings, routers
+from harness.layer_sharing import Place, places
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox")
+UNDERSTOOD = {"dropout", "scaling", "position_ids", "sliding_window", "softcap", "use_cache", "is_causal", "rows_pass"}
+LENGTH_DEPENDENT = ("longrope", "dynamic")
+MATTERS_NOT = {"output_attentions", "output_hidden_states", "return_dict"}
+
+Watch = Callable[[int, Tensor], None]  # given a layer's index and the attention of its new queries, [Hq, N, n]
+
+
+class UnsupportedModel(ValueError):
+    """The harness cannot reach this model's attention, so it would run uncompressed."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Seconds of a prefill that were spent on watching it."""
+
+    seconds: float
+    column_sums: float  # of these
+
+
+class Decoding(Protocol):
+    """Answers for the attention of new tokens."""
+
+    def attention(
+        self, index: int, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        """query: [Hq, N, D]; key, value: [H, N, D]. Gives [Hq, N, D]."""
+        ...
+
+
+@dataclass
+class DecodePass:
+    """New tokens of the cells of a cache, side by side in one sequence."""
+
+    cache: RowCache
+    step: Step
+    watch: Watch | None = None
+    layers_run: int = 0
+
+    def attention(
+        self, index: int, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        """query: [Hq, N, D]; key, value: [H, N, D]. Gives [Hq, N, D]."""
+        layer = self.cache.layers[place.cache_layer]
+        if place.writes:
+            experts = None if settings.experts is None else settings.experts.cpu().numpy()
+            layer.append(key, value, self.step, experts)
+        self.layers_run += 1
+        if self.watch:
+            self.watch(index, probabilities(layer, query, self.step, settings.scaling, settings.softcap))
+        return attend(layer, query, self.step, settings.scaling, settings.softcap)
+
+
+class Model:
+    """A causal language model of transformers, evaluated without gradients.
+
+    Args:
+        network: any model of `FAMILIES`; its attention implementation is set here.
+        tokenizer: None for machinery that feeds token ids.
+        name: what the user asked for; `revision`: what came (a commit, or the hash of the weights).
+        parent_shape: of the unconverted model, if this is a variant: budgets and full caches are counted in it.
+
+    Raises:
+        UnsupportedModel: the family, or an attention feature of this checkpoint, is not one the harness reaches.
+    """
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        revision: str,
+        parent_shape: ModelShape | None = None,
+    ) -> None:
+        self.network, self.tokenizer, self.name, self.revision = network.eval(), tokenizer, name, revision
+        config = network.config
+        if config.model_type not in FAMILIES or not getattr(network, "_supports_attention_backend", False):
+            raise UnsupportedModel(
+                f"model {name!r} is of the family {config.model_type!r}, which the harness does not reach; "
+                f"reached: {', '.join(FAMILIES)}"
+            )
+        if any(kind in str(getattr(config, "rope_parameters", "")) for kind in LENGTH_DEPENDENT):
+            raise UnsupportedModel(
+                f"model {name!r} turns its keys by an angle that depends on the prompt's length ({' or '.join(LENGTH_DEPENDENT)} "
+                "RoPE): keys kept from before would not match those that come later"
+            )
+        whole = shape_of(network)
+        self.depth = whole.layers  # that attend; those that store may be fewer
+        self.shape = stored_shape(network, whole)
+        self.parent_shape = parent_shape or whole
+        self.softcapped = bool(getattr(config, "attn_logit_softcapping", None))
+        self.routers = routers(network)
+        widest = max((max(grouping.groups) for grouping in groupings(network)), default=1)
+        self.least_shape = replace(self.shape, kv_heads=self.shape.kv_heads // widest)  # rows that no token has fewer of
+        network.set_attn_implementation(register(own_attention(network)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions that the model was made for."""
+        return int(self.network.config.max_position_embeddings)
+
+    def words(self, tokens: list[int]) -> str:
+        """Tokens as text, without special ones; as numbers where there is no tokenizer."""
+        if self.tokenizer is None:
+            return " ".join(map(str, tokens))
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every end token that the generation config or the tokenizer names."""
+        found: set[int] = set()
+        sources = (getattr(self.network, "generation_config", None), self.network.config, self.tokenizer)
+        for ids in (getattr(source, "eos_token_id", None) for source in sources):
+            found |= set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
+        return frozenset(found)
+
+    @torch.inference_mode()
+    def prefill(
+        self, ids: Tensor, needs: Needs, arena: Arena | None = None, routing: Routing = "expert_choice", scored: int = 0
+    ) -> tuple[Prefill, Observed]:
+        """Reads `ids` [T] densely, and says how much of that was observation. `routing` is for mixSGA variants.
+
+        The prefill lives in the memory of `arena`, until the next one in the same arena.
+
+        Args:
+            scored: what follows each of the last so many tokens is to be scored: their logits are kept.
+        """
+        checksum = zlib.crc32(ids.to(device="cpu", dtype=torch.int64).numpy().tobytes())
+        by_flash = flash.can_run(self.device, self.network.dtype, self.shape.head_dim)
+        observer = Observer(self.shape, needs, arena or Arena(), checksum, self.depth, scored > 0, by_flash)
+        self._route(routing)
+        logits = self._forward(ids[None], torch.arange(len(ids), device=ids.device)[None], observer, max(1, scored))
+        if observer.reached != list(range(self.depth)) or len(observer.layers) != self.shape.layers:
+            raise UnsupportedModel(
+                f"attention of model {self.name!r} was reached in {len(observer.reached)} of {self.depth} layers"
+            )
+        tail = logits[0] if scored else None
+        prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), tuple(observer.stripes), self.shape, tail)
+        return prefill, Observed(observer.lap.seconds, observer.sums.seconds)
+
+    @torch.inference_mode()
+    def decode(self, cache: RowCache, ids: Tensor, keep: int = 1, watch: Watch | None = None) -> Tensor:
+        """Appends the tokens `ids` [C, Q] to the cells, and gives the logits of the last `keep` of them, [C, keep, V].
+
+        Args:
+            watch: sees the attention of every layer; for the full cache of one cell only.
+        """
+        cells, tokens = ids.shape
+        last = (torch.arange(cells)[:, None] * tokens + torch.arange(tokens - keep, tokens)).view(-1)
+        return self._extend(cache, ids.reshape(-1), [tokens] * cells, last.to(ids.device), watch).view(cells, keep, -1)
+
+    @torch.inference_mode()
+    def decode_ragged(self, cache: RowCache, pieces: Sequence[Sequence[int]]) -> Tensor:
+        """Appends each cell's own tokens, and gives the logits of all of them side by side, [N, V]."""
+        ids = torch.tensor([token for piece in pieces for token in piece], device=self.device)
+        return self._extend(cache, ids, [len(piece) for piece in pieces], torch.arange(len(ids), device=self.device))
+
+    def _extend(self, cache: RowCache, ids: Tensor, counts: Sequence[int], keep: Tensor, watch: Watch | None = None) -> Tensor:
+        self._route("argmax")
+        work = DecodePass(cache, cache.step(counts), watch)
+        positions = torch.as_tensor(work.step.positions, device=ids.device)[None]
+        logits = self._forward(ids[None], positions, work, keep)
+        if work.layers_run != self.depth:
+            raise UnsupportedModel(f"attention of model {self.name!r} ran in {work.layers_run} layers while decoding")
+        cache.seen = cache.seen + work.step.counts
+        return logits[0]
+
+    def extend(self, ids: Tensor, positions: Tensor, work: Decoding) -> Tensor:
+        """One token of each cell, [C], at `positions` [C]. Gives [C, V]. `work` answers for the attention."""
+        self._route("argmax")
+        return self._forward(ids[None], positions[None], work, 0)[0]
+
+    def _route(self, mode: Routing) -> None:
+        for router in self.routers:
+            router.mode, router.segments = mode, None
+
+    def _forward(self, ids: Tensor, positions: Tensor, work: Observer | Decoding, keep: int | Tensor) -> Tensor:
+        # a mask of four dimensions is passed through as it is, so that none is made: of cells that stand side by side it would be
+        # wrong, and where a prefill's attention is our own a T x T for nothing
+        made = isinstance(work, Observer) and not (self.softcapped or work.by_flash)
+        mask = None if made else torch.empty(1, 1, 1, 1, device=ids.device)
+        return self.network(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=False,
+            logits_to_keep=keep,
+            rows_pass=work,
+        ).logits
+
+
+def own_attention(network: PreTrainedModel) -> str:
+    """transformers' attention for dense passes: sdpa, but for a softcap, which sdpa cannot do."""
+    return "eager" if getattr(network.config, "attn_logit_softcapping", None) else "sdpa"
+
+
+def shape_of(network: PreTrainedModel) -> ModelShape:
+    config = network.config
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    sliding = [kinds is None or kind == "sliding_attention" for kind in kinds or range(layers)]
+    return ModelShape(
+        layers=layers,
+        query_heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        windows=tuple(window if slides else None for slides in sliding),
+        itemsize=network.dtype.itemsize,
+    )
+
+
+def stored_shape(network: PreTrainedModel, whole: ModelShape) -> ModelShape:
+    """The shape of what is cached: a layer for each that writes."""
+    writers = [layer for layer, place in enumerate(places(network)) if place.writes]
+    if not writers:
+        return whole
+    return replace(whole, layers=len(writers), windows=tuple(whole.windows[layer] for layer in writers))
+
+
+def register(base: str) -> str:
+    """The attention over rows, with `base` of transformers for prefills. Its masks are `base`'s."""
+    name = f"rows_over_{base}"
+
+    def attention(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+    ) -> tuple[Tensor, None]:
+        unknown = {k for k, v in settings.items() if v is not None} - UNDERSTOOD - MATTERS_NOT
+        if unknown:
+            raise UnsupportedModel(f"{type(module).__name__} uses attention features not known here: {sorted(unknown)}")
+        rows_pass = settings.pop("rows_pass", None)
+        grouping = getattr(module, "kv_grouping", None)
+        grouped = (grouping.groups, None if grouping.assigned is None else grouping.assigned[0]) if grouping else ((1,), None)
+        seen = AttentionSettings(settings["scaling"], settings.get("softcap"), settings.get("sliding_window"), *grouped)
+        index: int = module.layer_idx  # type: ignore[assignment]
+        place: Place = getattr(module, "kv_place", None) or Place(index, writes=True)
+        if hasattr(rows_pass, "attention"):
+            return rows_pass.attention(index, place, query[0], key[0], value[0], seen).transpose(0, 1).contiguous()[None], None
+        official = _official(base, module)
+        if rows_pass is None:
+            return official(module, query, key, value, mask, **settings)
+        rows_pass.see(index, place, query[0], key[0], value[0], seen)
+        # attention that needs no mask, where transformers' own would make one of T x T
+        own = flash.causal_attention if rows_pass.by_flash else softcapped_attention
+        if rows_pass.by_flash or seen.softcap is not None:
+            mask = None
+
+            def official(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Tensor, None]:
+                return own(query[0], key[0], value[0], seen).transpose(0, 1)[None], None
+
+        if index < rows_pass.depth - 1 or rows_pass.all_outputs:
+            return official(module, query, key, value, mask, **settings)
+        # of the last layer nobody reads more than the last token's output
+        last_mask = None if mask is None else mask[..., -1:, :]
+        last = official(module, query[:, :, -1:], key, value, last_mask, **settings)[0]  # [1, 1, Hq, D]
+        return last.new_zeros(1, query.shape[2], *last.shape[2:]).index_copy_(1, _last(query), last), None
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def _last(query: Tensor) -> Tensor:
+    return torch.tensor([query.shape[2] - 1], device=query.device)
+
+
+def _official(base: str, module: torch.nn.Module) -> Any:
+    if base == "eager":  # not in the registry: every family has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]

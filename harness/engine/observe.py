@@ -1,0 +1,173 @@
+"""What a prefill leaves for the scorers: keys, values, last queries, column sums.
+
+Observing is a pass of its own over tensors that attention was given: it never changes what attention returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from harness.cache import Arena, LayerKV, ModelShape, Needs, Stripe
+from harness.engine.measure import Lap, stopwatch
+from harness.layer_sharing import Place
+
+# Numbers of one block of logits: bounds the memory of the column sums. On a CPU a block that stays in its cache is nine times
+# faster than one whose memory the system hands out and takes back each time (8 heads, 2,048 tokens: 20 and 181 ms).
+BLOCK_LOGITS = 2**20
+GPU_BLOCK_LOGITS = 2**25
+
+
+@dataclass
+class Observer:
+    """Collects one `LayerKV` a stored layer, in the order in which the model runs them."""
+
+    shape: ModelShape
+    needs: Needs
+    arena: Arena = field(default_factory=Arena)
+    prompt: int = 0  # checksum of the ids
+    depth: int = 0  # layers that attend; `shape` counts those that store
+    all_outputs: bool = False  # every token's logits are wanted, not the last one's alone
+    by_flash: bool = False  # attention of this pass by flash-attn
+    reached: list[int] = field(default_factory=list)  # layers that attended so far
+    layers: list[LayerKV] = field(default_factory=list)
+    stripes: list[tuple[Stripe, ...]] = field(default_factory=list)  # of each layer
+    lap: Lap = field(default_factory=Lap)
+    sums: Lap = field(default_factory=Lap)  # of `lap`, the column sums
+
+    def see(self, index: int, place: Place, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> None:
+        """queries: [Hq, T, D]; keys, values: [H, T, D], after RoPE. Heads that are averaged come repeated."""
+        expected = (self.shape.query_heads, self.shape.kv_heads, self.shape.head_dim)
+        if (queries.shape[0], keys.shape[0], keys.shape[2]) != expected:
+            raise ValueError(
+                f"layer {index} has heads {queries.shape[0]}/{keys.shape[0]} of size {keys.shape[2]}, "
+                f"its configuration says {expected[0]}/{expected[1]} of {expected[2]}"
+            )
+        tokens, stored = keys.shape[1], place.cache_layer
+        self.reached.append(index)
+        with stopwatch(keys.device, self.lap):
+            candidates = self.shape.candidates(stored, tokens)
+            with stopwatch(keys.device, self.sums):
+                sums = column_sums(queries, keys, settings)[:, -candidates:] if self.needs.column_sums else None
+            last = queries[:, tokens - min(self.needs.window, tokens) :].clone() if self.needs.window else None
+            if not place.writes:
+                self.layers[stored] = _read_again(self.layers[stored], last, sums)
+                return
+            self.stripes.append(_stripes(settings, self.shape.group, candidates))
+            self.layers.append(
+                LayerKV(
+                    index=stored,
+                    tokens=tokens,
+                    keys=self._own(f"prefill keys {stored}", keys[:, -candidates:]),
+                    values=self._own(f"prefill values {stored}", values[:, -candidates:]),
+                    scaling=settings.scaling,
+                    width=self.shape.group,
+                    queries=last,
+                    column_sums=sums,
+                    softcap=settings.softcap,
+                    window=settings.window,
+                    query_heads=self.shape.query_heads,
+                    prompt=self.prompt,
+                )
+            )
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy in memory of its own, [H, n, D] in that order: a view would keep more alive, and gather slowly."""
+        heads, candidates, dim = tensor.shape
+        return self.arena.take(name, heads * candidates, tensor[0]).view(heads, candidates, dim).copy_(tensor)
+
+
+def _read_again(layer: LayerKV, queries: Tensor | None, sums: Tensor | None) -> LayerKV:
+    """The stored layer as another layer's query heads see it too: beside those that read the same stored head."""
+
+    def joined(before: Tensor | None, new: Tensor | None) -> Tensor | None:
+        if before is None or new is None:
+            return None
+        heads = layer.keys.shape[0]
+        return torch.cat([before.unflatten(0, (heads, -1)), new.unflatten(0, (heads, -1))], 1).flatten(0, 1)
+
+    readers, group = layer.readers + 1, layer.width // layer.readers
+    return replace(
+        layer,
+        queries=joined(layer.queries, queries),
+        column_sums=joined(layer.column_sums, sums),
+        readers=readers,
+        width=group * readers,
+        query_heads=layer.query_heads // layer.readers * readers,
+    )
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+    groups: tuple[int, ...] = (1,)  # KV heads averaged, by each of the layer's experts
+    experts: Tensor | None = None  # [N] the expert of each new token; None where there is only one
+
+
+def _stripes(settings: AttentionSettings, width: int, candidates: int) -> tuple[Stripe, ...]:
+    if settings.experts is None:
+        return (Stripe(width * settings.groups[0]),)
+    mine = settings.experts[-candidates:]
+    return tuple(Stripe(width * group, (mine == number).nonzero()[:, 0]) for number, group in enumerate(settings.groups))
+
+
+def column_sums(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> Tensor:
+    """Causal attention that each key received, summed over all queries, blockwise: no T x T tensor is made.
+
+    Args:
+        queries: [Hq, T, D], keys: [H, T, D].
+
+    Returns:
+        [Hq, T], float32
+    """
+    sums = torch.zeros(queries.shape[:2], device=keys.device)
+    for _, seen, weights in _exponentials(queries, keys, settings):
+        sums[:, seen] += (weights.sum(-1).reciprocal_()[:, None] @ weights)[:, 0]
+    return sums
+
+
+def softcapped_attention(queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:
+    """Causal attention with a softcap, which sdpa cannot do, without transformers' T x T of logits and masks.
+
+    Args:
+        queries: [Hq, N, D], the last N of the T tokens; keys, values: [H, T, D].
+
+    Returns:
+        [Hq, N, D]
+    """
+    out = torch.empty_like(queries)
+    heads = keys.shape[0]
+    for asking, seen, weights in _exponentials(queries, keys, settings):
+        shares = weights.div_(weights.sum(-1, keepdim=True)).to(values.dtype)
+        grouped = shares.unflatten(0, (heads, -1)).flatten(1, 2)  # [H, G * q, k]
+        out[:, asking] = (grouped @ values[:, seen]).unflatten(1, (-1, weights.shape[1])).flatten(0, 1)
+    return out
+
+
+def _exponentials(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Softmax's numerators in blocks of queries [Hq, N, D], the last N of T: which queries, which keys, [Hq, q, k] in float32."""
+    heads, asked, _ = queries.shape
+    tokens, group = keys.shape[1], heads // keys.shape[0]
+    numbers = BLOCK_LOGITS if keys.device.type == "cpu" else GPU_BLOCK_LOGITS
+    step = max(1, numbers // (heads * tokens))
+    positions = torch.arange(tokens, device=keys.device)
+    before = tokens - asked
+    for start in range(before, tokens, step):
+        stop = min(start + step, tokens)
+        first = 0 if settings.window is None else max(0, start - settings.window + 1)
+        block = queries[:, start - before : stop - before].float().unflatten(0, (-1, group)).flatten(1, 2) * settings.scaling
+        logits = block @ keys[:, first:stop].float().transpose(1, 2)  # [H, G * q, k]
+        logits = logits.unflatten(1, (group, stop - start)).flatten(0, 1)  # [Hq, q, k]
+        if settings.softcap is not None:
+            logits = settings.softcap * torch.tanh(logits / settings.softcap)
+        asking = positions[start:stop, None]
+        logits[..., start - first :].masked_fill_(positions[start:stop] > asking, float("-inf"))  # older keys are seen by all
+        if settings.window is not None:
+            logits.masked_fill_(positions[first:stop] <= asking - settings.window, float("-inf"))
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # in place: a second buffer would be traffic
+        yield slice(start - before, stop - before), slice(first, stop), weights

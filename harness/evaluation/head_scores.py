@@ -1,0 +1,64 @@
+"""Which head scores belong to a model: named by the user, shipped with the embedded model, or published and at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from harness.engine.model import Model
+from harness.evaluation.plan import Work
+from harness.models.load import REFERENCE
+from methods.base import Eviction
+from methods.headkv import BadScores, HeadScores
+
+
+def with_head_scores(work: Work, model: Model, given: Sequence[Path], data_dir: Path | None) -> Work:
+    """The same work, its methods given the model's own scores. A method without any stays, and says why it cannot run.
+
+    Raises:
+        BadScores: a file cannot be read, or the only one given for a kind is another model's.
+    """
+    kinds = {method.head_scores for method in work.methods.values() if isinstance(method, Eviction)} - {None}
+    found = {kind: _scores(str(kind), model, given, data_dir) for kind in kinds}
+    methods = {
+        name: method.with_head_scores(scores)
+        if isinstance(method, Eviction) and (scores := found.get(method.head_scores)) is not None
+        else method
+        for name, method in work.methods.items()
+    }
+    return replace(work, methods=methods)
+
+
+def _scores(kind: str, model: Model, given: Sequence[Path], data_dir: Path | None) -> HeadScores | None:
+    shape = (model.shape.layers, model.shape.query_heads)
+    refusal: BadScores | None = None
+    for scores in map(HeadScores.load, _files(given)):
+        if scores.kind != kind:
+            continue
+        try:
+            scores.check(model.name, model.revision, *shape)
+            return scores
+        except BadScores as error:
+            refusal = refusal or error
+    at_hand = [REFERENCE / "head_scores"] if model.name == "reference" else []
+    at_hand += [] if data_dir is None else [data_dir / "headkv" / "head_score"]
+    name = model.name.rsplit("/", 1)[-1]
+    for path in _files([place for place in at_hand if place.is_dir()]):
+        if not path.name.startswith((f"{name}_", f"{name}.")):
+            continue
+        scores = HeadScores.load(path)
+        if scores.kind == kind:
+            scores.check(model.name, model.revision, *shape)
+            return scores
+    if refusal is not None:  # what was given is another model's, and there is nothing else
+        raise refusal
+    return None
+
+
+def _files(places: Sequence[Path]) -> list[Path]:
+    """The files, and those of the folders."""
+    found: list[Path] = []
+    for place in places:
+        found += sorted([*place.glob("*.json"), *place.glob("*.json.xz")]) if place.is_dir() else [place]
+    return found

@@ -1,0 +1,49 @@
+"""Stored answers of lm-eval's tasks given back to lm-eval, once a cell: its own filters, metrics and aggregation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.base import Task
+from benchmarks.lm_eval_tasks import LmEval, aggregate
+from harness.evaluation.plan import benchmark_name
+from results.record import Key, Record
+from results.store import read_rows, write_json
+
+
+def replay(out: Path, tasks: Mapping[str, Task]) -> list[Path]:
+    """Writes `<out>/lm_eval/<id>.json` for every cell of these tasks that has answers, and gives the paths.
+
+    Raises:
+        StoreError: the folder cannot be written to.
+    """
+    mine = {benchmark_name(name, task): task for name, task in tasks.items() if isinstance(task, LmEval)}
+    cells: dict[str, list[Record]] = {}
+    for row in read_rows(out) if mine else ():
+        task = mine.get(row.key.benchmark)
+        if task is not None and row.status == "ok" and (row.key.benchmark_params, row.key.data) == (repr(task), task.data):
+            cells.setdefault(_cell(row.key), []).append(row)
+    return [_write(out, cell, mine[found[0].key.benchmark], found) for cell, found in cells.items()]
+
+
+def _cell(key: Key) -> str:
+    """All of the key but the example."""
+    return json.dumps({name: value for name, value in asdict(key).items() if name != "example"}, sort_keys=True)
+
+
+def _write(out: Path, cell: str, task: LmEval, rows: list[Record]) -> Path:
+    asked = json.loads(cell)
+    shown = ("model", "benchmark", "method", "budget", "prompt", "chat", "routing")
+    about = {
+        **{name: asked[name] for name in shown},
+        "examples": len(rows),
+        "compressed": sum(bool(row.compressed) for row in rows) / len(rows),
+        "results": aggregate(task, {row.key.example: row.answer or "" for row in rows}),
+    }
+    path = out / "lm_eval" / f"{hashlib.sha256(cell.encode()).hexdigest()[:16]}.json"
+    write_json(path, about)
+    return path

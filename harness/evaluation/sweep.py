@@ -1,0 +1,293 @@
+"""One prefill, many cells: every method and budget of an example from one dense pass, decoded together.
+
+`Sweep.example` does the work for one prompt; `run` goes through tasks and examples and stores a record a cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from harness.cache import Arena, Budget, Needs, Prefill, Selection, keep_all
+from harness.engine.generate import MOST_DRAFTS, Answer, Chooser, Drafts, FullAnswer, Likelihood, Stop, branch, generate
+from harness.engine.measure import Lap, OutOfMemory, memory_errors, stopwatch
+from harness.engine.model import Model
+from harness.engine.rows import ROOM_STEP, Counts, RowCache, compact
+from harness.evaluation.prompts import Prompt, Protocol
+from methods.base import CannotRun, Eviction, Method, Scorer, Scores, score_prefill
+
+CELL_BYTES = 600_000_000  # rows of the cells decoded together, unless asked otherwise
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget; None where a method takes none."""
+
+    name: str
+    method: Method
+    budget: Budget | None
+
+
+@dataclass
+class Outcome:
+    """What came out of one cell, or why nothing did."""
+
+    answer: Answer | None = None
+    fidelity: dict[str, float] = field(default_factory=dict)
+    counts: Counts | None = None  # right after compaction
+    entries_asked: int | None = None
+    compressed: bool | None = None
+    kept: list[list[int]] | None = None  # [L][Hq] entries that each query head reads, right after compaction
+    skipped: str | None = None
+    failed: str | None = None
+
+    def joined(self, other: Outcome) -> Outcome:
+        """One example's outcome over two prompts: likelihoods side by side, counts summed. Whatever stopped one stops both."""
+        if self.answer is None or other.answer is None or self.counts is None or other.counts is None:
+            return self if self.answer is None else other
+        both = dict(self.answer.likelihoods)
+        for number, likelihood in other.answer.likelihoods.items():
+            both[number] = both[number] + likelihood if number in both else likelihood
+        return Outcome(
+            Answer([], self.answer.stop_reason, likelihoods=both),
+            {},
+            self.counts + other.counts,
+            (self.entries_asked or 0) + (other.entries_asked or 0),
+            bool(self.compressed and other.compressed),
+            self.kept,
+        )
+
+
+@dataclass
+class Laps:
+    """Seconds of a sweep's phases."""
+
+    prefill: Lap = field(default_factory=Lap)
+    observe: Lap = field(default_factory=Lap)
+    score: Lap = field(default_factory=Lap)
+    compact: Lap = field(default_factory=Lap)
+    append: Lap = field(default_factory=Lap)
+    decode: Lap = field(default_factory=Lap)
+    fidelity: Lap = field(default_factory=Lap)
+
+
+@dataclass
+class Sweep:
+    """Settings and memory that the examples of one model share."""
+
+    model: Model
+    protocol: Protocol
+    cell_bytes: int = CELL_BYTES
+    with_fidelity: bool = True
+    seed: int = 0  # of sampled answers
+    laps: Laps = field(default_factory=Laps)
+    arena: Arena = field(default_factory=Arena)
+
+    def example(self, prompt: Prompt, cells: Sequence[Cell], most: int) -> Iterator[tuple[Cell, Outcome]]:
+        """Outcomes of the cells of one prompt, as they are finished. Every cell gets exactly one."""
+        work = _Example(self, prompt, most)
+        try:
+            with memory_errors():
+                work.read(reduce(Needs.__or__, (cell.method.needs for cell in cells), Needs()))
+        except OutOfMemory as error:
+            yield from ((cell, Outcome(failed=f"prefill: {error}")) for cell in cells)
+            return
+        ready: list[tuple[Cell, Selection]] = []
+        for cell in cells:
+            outcome = work.select(cell)
+            if isinstance(outcome, Outcome):
+                yield cell, outcome
+            else:
+                ready.append((cell, outcome))
+        selections = dict(ready)
+        for cell, outcome in work.answer_all(ready):
+            outcome.entries_asked, outcome.kept = work.asked(cell), work.by_head(selections[cell])
+            yield cell, outcome
+
+
+@dataclass
+class _Example:
+    """The work on one prompt."""
+
+    sweep: Sweep
+    prompt: Prompt
+    most: int
+    scores: dict[Scorer, Scores] = field(default_factory=dict)
+    full: FullAnswer | None = None
+    drafts: Drafts = field(default_factory=Drafts)
+
+    def read(self, needs: Needs) -> None:
+        laps, model = self.sweep.laps, self.sweep.model
+        ids = torch.tensor(self.prompt.ids[: self.prompt.context], device=model.device)
+        with stopwatch(model.device, laps.prefill):
+            prefill, observed = model.prefill(
+                ids, needs, self.sweep.arena, self.sweep.protocol.routing, len(self.prompt.one_pass)
+            )
+        laps.prefill.seconds -= observed.seconds
+        laps.observe.seconds += observed.seconds
+        self.prefill: Prefill = prefill.at(self.sweep.protocol.granularity)
+        self.drafts.learn(self.prompt.ids)
+
+    def select(self, cell: Cell) -> Selection | Outcome:
+        """The rows that a cell keeps, or why it keeps none."""
+        if not isinstance(cell.method, Eviction):
+            return keep_all(self.prefill)
+        try:
+            with memory_errors(), stopwatch(self.sweep.model.device, self.sweep.laps.score):
+                if cell.method.scorer not in self.scores:
+                    self.scores[cell.method.scorer] = score_prefill(cell.method.scorer, self.prefill)
+                return cell.method.compress(self.prefill, self.asked(cell), self.scores[cell.method.scorer])
+        except CannotRun as reason:
+            return Outcome(skipped=str(reason))
+        except (ValueError, OutOfMemory) as error:
+            return Outcome(failed=f"{type(error).__name__}: {error}")
+
+    def asked(self, cell: Cell) -> int:
+        if cell.budget is None:
+            return self.entries(keep_all(self.prefill))
+        return cell.budget.entries(self.sweep.model.parent_shape, self.prefill.tokens, self.sweep.protocol.granularity)
+
+    def entries(self, selection: Selection) -> int:
+        return sum(row.entries(kv.keys.shape[1]) for kv, rows in zip(self.prefill.layers, selection, strict=True) for row in rows)
+
+    def by_head(self, selection: Selection) -> list[list[int]]:
+        """[L][Hq] entries that each query head reads."""
+        found = [[0] * self.prefill.shape.query_heads for _ in self.prefill.layers]
+        for heads, kv, rows in zip(found, self.prefill.layers, selection, strict=True):
+            for row in rows:
+                for head in range(row.first, row.first + row.width):
+                    heads[head] += row.entries(kv.keys.shape[1])
+        return found
+
+    @property
+    def room(self) -> int:
+        """Tokens that a cell may yet take: the question, its answer, and drafts that are taken back."""
+        appended = max((len(b.ids) for b in self.prompt.branches), default=len(self.prompt.forced))
+        return len(self.prompt.ids) - self.prompt.context + appended + self.most + MOST_DRAFTS
+
+    def answer_all(self, cells: list[tuple[Cell, Selection]]) -> Iterator[tuple[Cell, Outcome]]:
+        if self.prompt.forced or (self.sweep.with_fidelity and not self.prompt.asks_likelihoods):
+            mine = [pair for pair in cells if not isinstance(pair[0].method, Eviction)]
+            cells = [pair for pair in cells if isinstance(pair[0].method, Eviction)]
+            outcome = self._answer_full()
+            yield from ((cell, outcome) for cell, _ in mine)
+            if outcome.failed:
+                yield from ((cell, Outcome(failed=f"the full cache failed: {outcome.failed}")) for cell, _ in cells)
+                return
+        for batch in self._batches(cells):
+            yield from self._answer_or_split(batch)
+
+    def _answer_full(self) -> Outcome:
+        """Full first: the others' fidelity is measured against its answer."""
+        everything = keep_all(self.prefill)
+        try:
+            with memory_errors():
+                cache, logits = self._open([everything])
+                outcome = self._outcomes([everything])[0]
+                read = cache.seen
+                outcome.answer = self._generate(cache, logits)[0]
+                cache.crop(cache.seen - read)
+                with stopwatch(self.sweep.model.device, self.sweep.laps.fidelity):
+                    self.full = FullAnswer.of(self.sweep.model, cache, outcome.answer, self._lead(logits))
+                    outcome.fidelity = self.full.fidelity(self.sweep.model, cache, self._lead(logits))[0]
+        except OutOfMemory as error:
+            return Outcome(failed=str(error))
+        return outcome
+
+    def _batches(self, cells: list[tuple[Cell, Selection]]) -> Iterator[list[tuple[Cell, Selection]]]:
+        """Cells in as many batches as the byte limit asks for; a cell over the limit goes alone.
+
+        Small cells go first: their steps are cheap, and what they say are the drafts of the large ones.
+        """
+        batch: list[tuple[Cell, Selection]] = []
+        held = 0
+        for size, cell, selection in sorted(((self._bytes(s), c, s) for c, s in cells), key=lambda item: item[0]):
+            if batch and held + size > self.sweep.cell_bytes:
+                yield batch
+                batch, held = [], 0
+            batch.append((cell, selection))
+            held += size
+        if batch:
+            yield batch
+
+    def _bytes(self, selection: Selection) -> int:
+        rows = sum(len(layer) for layer in selection)
+        entries = self.entries(selection) + rows * (-(-self.room // ROOM_STEP) * ROOM_STEP)
+        return entries * (self.prefill.shape.entry_bytes() + 4)
+
+    def _answer_or_split(self, batch: list[tuple[Cell, Selection]]) -> Iterator[tuple[Cell, Outcome]]:
+        """Answers a batch; one that does not fit in memory is tried in halves, down to single cells."""
+        try:
+            with memory_errors():
+                outcomes = self._answer([selection for _, selection in batch])
+        except OutOfMemory as error:
+            if len(batch) == 1:
+                yield batch[0][0], Outcome(failed=str(error))
+                return
+            yield from self._answer_or_split(batch[: len(batch) // 2])
+            yield from self._answer_or_split(batch[len(batch) // 2 :])
+            return
+        yield from ((cell, outcome) for (cell, _), outcome in zip(batch, outcomes, strict=True))
+
+    def _answer(self, selections: list[Selection]) -> list[Outcome]:
+        cache, logits = self._open(selections)
+        outcomes = self._outcomes(selections)
+        if self.full is not None:
+            with stopwatch(self.sweep.model.device, self.sweep.laps.fidelity):
+                measured = self.full.fidelity(self.sweep.model, cache, self._lead(logits))
+            for outcome, numbers in zip(outcomes, measured, strict=True):
+                outcome.fidelity = numbers
+        for outcome, answer in zip(outcomes, self._generate(cache, logits), strict=True):
+            outcome.answer = answer
+        return outcomes
+
+    def _open(self, selections: list[Selection]) -> tuple[RowCache, Tensor]:
+        """A cache that has read the whole prompt, and each cell's logits for the first token, [C, V]."""
+        laps, model = self.sweep.laps, self.sweep.model
+        with stopwatch(model.device, laps.compact):
+            cache = compact(self.prefill, selections, self.room, self.sweep.arena)
+            self.counts = cache.counts()
+        question = self.prompt.ids[self.prompt.context :]
+        if not question:
+            return cache, self.prefill.logits.expand(len(selections), -1)
+        with stopwatch(model.device, laps.append):
+            ids = torch.tensor(question, device=model.device).expand(len(selections), -1)
+            return cache, model.decode(cache, ids)[:, -1]
+
+    def _outcomes(self, selections: list[Selection]) -> list[Outcome]:
+        everything = self.entries(keep_all(self.prefill))
+        return [Outcome(counts=counts, compressed=counts.entries < everything) for counts in self.counts]
+
+    def _lead(self, logits: Tensor) -> Tensor | None:
+        """The first token's log-probabilities, where they depend on the cell's cache."""
+        return None if self.prompt.context == len(self.prompt.ids) else logits.float().log_softmax(-1)
+
+    def _generate(self, cache: RowCache, logits: Tensor) -> list[Answer]:
+        if self.prompt.forced:
+            return [Answer(list(self.prompt.forced), "forced") for _ in range(cache.cells)]
+        if self.prompt.asks_likelihoods:
+            return self._likelihoods(cache, logits)
+        model, protocol = self.sweep.model, self.sweep.protocol
+        stop_ids = model.stop_ids if protocol.stop == "eos" else frozenset()
+        stop = Stop(stop_ids, self.most, self.prompt.until, model.words)
+        chooser = Chooser(protocol.temperature, f"{self.sweep.seed}/{self.prompt.ids}" if protocol.temperature else "")
+        with stopwatch(model.device, self.sweep.laps.decode):
+            first = chooser.choose(logits, [0] * cache.cells)
+            return generate(model, cache, first, self.drafts, stop, chooser)
+
+    def _likelihoods(self, cache: RowCache, logits: Tensor) -> list[Answer]:
+        answers = [Answer([], "forced") for _ in range(cache.cells)]
+        if self.prefill.tail is not None:
+            read = Likelihood.of(self.prefill.tail, torch.tensor(self.prompt.one_pass, device=self.prefill.tail.device))
+            for answer in answers:
+                answer.likelihoods[self.prompt.request] = read
+        with stopwatch(self.sweep.model.device, self.sweep.laps.decode):
+            for asked in self.prompt.branches:
+                found = branch(self.sweep.model, cache, logits, asked.ids, asked.scored)
+                for answer, likelihood in zip(answers, found, strict=True):
+                    answer.likelihoods[asked.request] = likelihood
+        return answers

@@ -1,0 +1,194 @@
+"""Variants: a parent model, what was done to it, and how it was healed. Made, saved and loaded here.
+
+`reference+mixsga-3:1:6` names one. Shipped healed with the embedded model; a saved one is named by its folder; anything else is
+converted on the spot, unhealed, and says so in its revision. A saved variant that its family's config can describe is an ordinary
+checkpoint of transformers beside `variant.json`; another keeps its weights in `variant.safetensors`, which only this loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from harness.cache import ModelShape
+from harness.engine.model import Model
+from harness.families import CannotConvert, wrapped
+from harness.plugins import mark
+from methods import CONVERSIONS
+from methods.base import Converter
+
+ABOUT, WEIGHTS = "variant.json", "variant.safetensors"
+FORMAT = "variant/1"
+
+
+class BadVariant(ValueError):
+    """A conversion that is not known, or a saved variant that is missing parts, in one line."""
+
+
+def conversion_of(text: str) -> Converter:
+    """What is done to a model, from how it is written: none, gqa-2, mqa, mixsga-3:1:6, with an ablation behind it.
+
+    Raises:
+        BadVariant: no such conversion, or numbers that it cannot have.
+    """
+    kind, *parts = text.split("-")
+    if kind not in CONVERSIONS:
+        raise BadVariant(f"no conversion {text!r}; known: {', '.join(CONVERSIONS)}")
+    known = CONVERSIONS[kind]
+    try:
+        if known.numbers and not parts:
+            raise ValueError(f"it needs {known.numbers} behind it")
+        numbers = tuple(int(number) for number in parts.pop(0).split(":")) if known.numbers else ()
+        return known.make(numbers, "-".join(parts))
+    except ValueError as error:
+        raise BadVariant(f"conversion {text!r}: {error} ({known.about})") from None
+
+
+@dataclass(frozen=True)
+class About:
+    """What `variant.json` says."""
+
+    parent: str
+    parent_revision: str
+    parent_shape: ModelShape
+    conversion: str
+    recipe: dict[str, Any] = field(default_factory=dict)  # empty: not healed
+    results: dict[str, Any] = field(default_factory=dict)  # of the healing: tokens, seconds, losses, agreement
+
+    @property
+    def name(self) -> str:
+        return f"{self.parent}+{self.conversion}"
+
+
+def convert(parent: Model, text: str) -> Model:
+    """The parent, converted in place and not healed.
+
+    Raises:
+        BadVariant, CannotConvert: see there.
+    """
+    conversion = conversion_of(text)
+    if parent.name.count("+"):
+        raise CannotConvert(f"model {parent.name} is a variant already: convert its parent")
+    conversion.apply(parent.network)
+    return Model(
+        parent.network,
+        parent.tokenizer,
+        f"{parent.name}+{text} (unhealed)",
+        f"{parent.revision}-unhealed{mark('CONVERSIONS', text)}",
+        parent.parent_shape,
+    )
+
+
+def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """Writes a variant. `variant.json` comes last: without it the folder is none.
+
+    Args:
+        weights: by name; None: the network's own.
+    """
+    own, tied = network.state_dict() if weights is None else weights, _tied(network)
+    state = {name: tensor.contiguous() for name, tensor in own.items() if name not in tied}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ABOUT).unlink(missing_ok=True)
+    if wrapped(network):
+        network.config.save_pretrained(folder)
+        save_file(state, folder / WEIGHTS)
+        network.generation_config.save_pretrained(folder)  # it may name end tokens that the configuration does not
+    else:
+        network.save_pretrained(folder, state_dict=state)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    text = json.dumps({"format": FORMAT, **asdict(about)}, indent=1)
+    draft = folder / f"{ABOUT}.draft"
+    draft.write_text(text + "\n")
+    draft.replace(folder / ABOUT)
+
+
+def _tied(network: PreTrainedModel) -> set[str]:
+    """Names of weights that are another's: they are neither written nor missed."""
+    return set(getattr(network, "_tied_weights_keys", None) or ()) if network.config.tie_word_embeddings else set()
+
+
+def is_variant(folder: Path) -> bool:
+    return (folder / ABOUT).exists() or (folder / WEIGHTS).exists()
+
+
+def read_about(folder: Path) -> About:
+    """
+    Raises:
+        BadVariant: no whole variant.json there.
+    """
+    try:
+        found = json.loads((folder / ABOUT).read_text())
+        if found.pop("format") != FORMAT:
+            raise ValueError(f"of another format than {FORMAT}")
+        shape = found["parent_shape"]
+        shape["windows"] = tuple(shape["windows"])
+        if missing := {field.name for field in fields(About)} - set(found):
+            raise KeyError(*sorted(missing))
+        return About(**{**found, "parent_shape": ModelShape(**shape)})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadVariant(
+            f"variant {folder}: {ABOUT} is missing or torn ({type(error).__name__}: {error}); train it again"
+        ) from None
+
+
+def open_variant(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, About, str]:
+    """The network of a saved variant, what it says of itself, and the hash of its weights.
+
+    Raises:
+        BadVariant: parts are missing or do not fit together.
+    """
+    about = read_about(folder)
+    conversion = conversion_of(about.conversion)
+    weights = folder / WEIGHTS
+    try:
+        if weights.exists():
+            network: Any = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, local_files_only=True), dtype=dtype
+            )
+            conversion.apply(network)
+            absent, extra = network.load_state_dict(load_file(weights), strict=False)
+            tied = _tied(network)
+            if extra or set(absent) - tied:
+                raise BadVariant(
+                    f"variant {folder}: its weights are not those of {about.conversion}: {sorted([*extra, *absent])[:3]}"
+                )
+            network.tie_weights()
+            if (folder / "generation_config.json").exists():
+                network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+            network.to(dtype)
+        else:
+            network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    except BadVariant:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise BadVariant(f"variant {folder} cannot be read: {(str(error).splitlines() or [''])[0]}") from None
+    return network.eval(), about, digest_of(folder, about.conversion)
+
+
+def digest_of(folder: Path, conversion: str = "") -> str:
+    """Of everything in a checkpoint that answers depend on: weights, configuration, tokenizer; and of what was done to it."""
+    digest = hashlib.sha256(conversion.encode())
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for path in [*sorted(folder.glob("*.safetensors")), *(folder / name for name in names if (folder / name).exists())]:
+        with path.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def bytes_a_token(shape: ModelShape, text: str) -> float:
+    """Bytes that a token adds to the cache of a variant, windows aside, with the bits that name its experts.
+
+    mixSGA's Table 9 cuts the fraction of a byte off.
+    """
+    conversion = conversion_of(text)
+    whole = shape.layers * shape.kv_heads * shape.entry_bytes()
+    return whole * conversion.share(shape) + shape.layers * conversion.index_bits / 8

@@ -1,0 +1,79 @@
+"""How much each token needs heads of its own: its keys and values averaged over all heads, and what becomes of the perplexity.
+
+The first figure of mixSGA's paper, for any model with attention handles. One token at a time is averaged, in every layer; the
+change of the sequence's perplexity says how much it mattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from harness.engine.model import Model, own_attention
+from harness.families import Grouping, handles, wrap
+from harness.training.data import BadText
+
+
+class One(nn.Module):
+    """Routes one token of each row to the second way, all others to the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.assigned: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> None:
+        """The rows of a batch are set before each pass."""
+
+
+@torch.inference_mode()
+def perplexity_changes(model: Model, ids: Tensor, rows: int, progress: Callable[[int], Any]) -> tuple[float, list[float]]:
+    """Perplexity of the sequence as it is, and how much it changes when each of its tokens is averaged.
+
+    Args:
+        ids: [T]; rows: sequences in a pass.
+    """
+    network = model.network
+    found = handles(network)
+    one = One()
+    for handle in found:
+        wrap(handle, Grouping((1, handle.kv_heads), one))  # type: ignore[arg-type]
+    network.set_attn_implementation(own_attention(network))
+    tokens = len(ids)
+
+    def perplexities(averaged: Tensor) -> Tensor:
+        """averaged: [R, T], 1 where a token is. Gives [R]."""
+        one.assigned = averaged.long()
+        logits = network(input_ids=ids.expand(len(averaged), -1), use_cache=False).logits[:, :-1].float()
+        wanted = ids[1:].expand(len(averaged), -1)
+        losses = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+        return losses.mean(1).exp()
+
+    plain = float(perplexities(torch.zeros(1, tokens, device=ids.device))[0])
+    changes: list[float] = []
+    for start in range(0, tokens, rows):
+        chosen = torch.eye(tokens, device=ids.device)[start : start + rows]
+        changes += [float(value) - plain for value in perplexities(chosen)]
+        progress(len(chosen))
+    return plain, changes
+
+
+def first_tokens(model: Model, path: Path, tokens: int) -> list[int]:
+    """
+    Raises:
+        BadText: no such file, or too little text in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise BadText(f"--text {path}: {error.strerror}") from None
+    if model.tokenizer is None:
+        raise BadText(f"model {model.name} has no tokenizer")
+    ids = list(model.tokenizer(text)["input_ids"])[:tokens]
+    if len(ids) < 2:
+        raise BadText(f"--text {path}: less than two tokens")
+    return ids

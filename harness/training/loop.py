@@ -1,0 +1,306 @@
+"""Healing: trains a converted model on text until it works again. One loop, accelerate inside, for every conversion and loss.
+
+The command is `run_all.py train`, or `torchrun --nproc-per-node N run_all.py train` for several processes: each reads batches
+of its own and gradients are averaged (DDP), or weights and optimizers are sharded as well (`--shard-weights`: FSDP2).
+
+A batch is token ids with labels (the next token of each, or -100), weights and documents. Packed documents cannot see each
+other: positions restart and no mask is given, from which transformers makes a block-diagonal one (only without a cache). mixSGA
+routes each document on its own; its consistency loss is summed before the backward pass, so that checkpointed layers, which
+run again in it, do not count twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy, kl_div
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from harness.engine.model import own_attention
+from harness.families import routers
+from harness.training.checkpoint import CannotTrain, resume, save
+from methods.mixsga import Router, RouterLoss
+
+Loss = Literal["lm", "distill"]
+IGNORED = -100
+MASK_FROM_US = ("opt",)  # families that do not make a block-diagonal mask from positions; none of them has sliding windows
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a variant is healed. All of it is written into its variant.json."""
+
+    steps: int = 400
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    router_lr: float = 1e-2  # the router starts from nothing, the weights do not
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    accumulate: int = 1  # batches a step
+    bf16: bool = True
+    checkpointing: bool = False  # of activations
+    loss: Loss = "lm"  # of labels, or to the parent's predictions
+    trains: Literal["all", "kv"] = "all"  # every weight, or keys, values and routers
+    alpha: float = 0.1  # weight of mixSGA's consistency loss
+    router_loss: RouterLoss = "logits"
+    seed: int = 0
+    save_every: int = 100  # steps
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if not (self.lr > 0 and self.router_lr > 0) or not 0 <= self.warmup < 1 or self.alpha < 0:
+            raise ValueError("--lr and --router-lr must be above 0, the warm-up a share below 1 and --alpha not below 0")
+
+    def rate(self, step: int) -> float:
+        """Share of the full rate: warm-up, then a cosine down to a tenth."""
+        warm = max(1, int(self.warmup * self.steps))
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids side by side."""
+
+    ids: Tensor  # [B, T]
+    labels: Tensor  # [B, T], the token that follows, or -100
+    positions: Tensor  # [B, T], from 0 in every document
+    weights: Tensor | None = None  # [B, T] of the labels' losses; None: all equal
+    real: Tensor | None = None  # [B, T]: which are no padding; None: all
+
+    @property
+    def documents(self) -> Tensor:
+        """[B, T], a number for each document of the whole batch, -1 for padding, which no expert takes."""
+        starts = (self.positions == 0).long().flatten()
+        numbers = (starts.cumsum(0) - 1).view(self.positions.shape)
+        return numbers if self.real is None else numbers.masked_fill(~self.real, -1)
+
+    def to(self, device: torch.device) -> Batch:
+        weights, real = (None if part is None else part.to(device) for part in (self.weights, self.real))
+        return Batch(self.ids.to(device), self.labels.to(device), self.positions.to(device), weights, real)
+
+
+Batches = Callable[[int], Batch]  # by number: the same number is the same batch, so a resumed run goes on with the right one
+
+
+@dataclass
+class Progress:
+    """What came of a training."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[dict[str, float]] = field(default_factory=list)  # means over ten steps
+
+
+def heal(
+    network: PreTrainedModel,
+    batches: Batches,
+    recipe: Recipe,
+    folder: Path,
+    teacher: PreTrainedModel | None = None,
+    about: str = "",
+    shard: bool = False,
+) -> Progress:
+    """Trains the network in place. Goes on from the last checkpoint in `folder`, if it is of the same training.
+
+    The last checkpoint stays, so that nothing is lost before the network is saved: `forget` removes it.
+
+    Args:
+        about: what beside the recipe tells this training from others: model, conversion, text.
+        shard: each of several processes holds a part of the weights and of the optimizer.
+
+    Raises:
+        CannotTrain: see there.
+    """
+    torch.manual_seed(recipe.seed)
+    accelerator = Accelerator(cpu=network.device.type == "cpu")
+    world, rank = accelerator.num_processes, accelerator.process_index
+    about += f" on {world} processes" if world > 1 else ""
+    if teacher is not None:
+        teacher.to(accelerator.device)  # type: ignore[arg-type]
+    network.set_attn_implementation(own_attention(network))
+    choose_trained(network, recipe)
+    if recipe.checkpointing:
+        network.gradient_checkpointing_enable()
+    network.float().train()
+    if shard:
+        if recipe.optimizer == "muon":
+            raise CannotTrain("Muon needs whole matrices: with --shard-weights use --optimizer adamw")
+        _shard(network.to(accelerator.device))  # type: ignore[arg-type]
+        wrapped, optimizers = network, _optimizers(network, recipe)
+    else:
+        wrapped, *optimizers = accelerator.prepare(network, *_optimizers(network, recipe))
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    plain = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # without accelerate's wrapper
+    training = json.dumps([asdict(recipe), about])
+    done = resume(folder, training, network, plain) or {"progress": {}, "recent": [], "step": 0}
+    progress, recent, begin = Progress(**done["progress"]), done["recent"], done["step"]
+    steps = range(begin, recipe.steps)
+    bar = tqdm(steps, initial=begin, total=recipe.steps, desc="train", file=sys.stderr, disable=rank > 0)
+    started = time.perf_counter() - progress.seconds
+    for step in bar:
+        for optimizer, full in zip(optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, full, strict=True):
+                group["lr"] = rate * recipe.rate(step)
+        parts: dict[str, float] = {}
+        for number in range(recipe.accumulate):
+            batch = batches((step * recipe.accumulate + number) * world + rank).to(accelerator.device)
+            waits = number + 1 < recipe.accumulate and world > 1 and not shard  # gradients meet once a step
+            with accelerator.no_sync(wrapped) if waits else nullcontext():
+                total, found = loss_of(wrapped, batch, recipe, teacher)
+                accelerator.backward(total / recipe.accumulate)
+            progress.tokens += batch.ids.numel() * world
+            parts = {name: parts.get(name, 0.0) + value / recipe.accumulate for name, value in found.items()}
+        if world > 1:
+            mean = accelerator.reduce(torch.tensor(list(parts.values()), device=accelerator.device), "mean").tolist()
+            parts = dict(zip(parts, mean, strict=True))
+        if not all(math.isfinite(value) for value in parts.values()):
+            raise CannotTrain(f"the loss is no number any more at step {step}: lower --lr, and choose another --out")
+        torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        recent.append(parts)
+        if len(recent) == 10 or step == recipe.steps - 1:
+            means = {name: sum(part[name] for part in recent) / len(recent) for name in recent[0]}
+            progress.losses.append({"step": step + 1, **{name: round(value, 5) for name, value in means.items()}})
+            bar.set_postfix({name: round(value, 3) for name, value in means.items()})
+            recent = []
+        progress.seconds = time.perf_counter() - started
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+            done = {"progress": asdict(progress), "recent": recent, "step": step + 1}
+            save(folder, training, network, plain, done)
+            accelerator.wait_for_everyone()
+    network.eval()
+    return progress
+
+
+def _shard(network: PreTrainedModel) -> None:
+    """A decoder layer at a time, then what is left: no process ever holds more than one layer whole."""
+    layers = set(network._no_split_modules or ())
+    for module in network.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module)
+    fully_shard(network)
+
+
+def choose_trained(network: PreTrainedModel, recipe: Recipe) -> None:
+    """Which weights are trained. A router by lot never is."""
+    lot = {id(weight) for router in routers(network) if not router.learned for weight in router.parameters()}
+    kinds = ("k_proj", "v_proj", "k_norm", "router")
+    if recipe.trains == "kv" and not any("k_proj" in name for name, _ in network.named_parameters()):
+        raise CannotTrain(f"{network.config.model_type} projects queries, keys and values at once: --trains kv is not possible")
+    for name, weight in network.named_parameters():
+        weight.requires_grad_((recipe.trains == "all" or any(kind in name for kind in kinds)) and id(weight) not in lot)
+
+
+MUON_SHARE = 0.15  # of Muon's rate: AdamW's beside it, whose steps are not orthogonal ones
+
+
+def _optimizers(network: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Routers have a rate of their own: they start from nothing, the weights do not."""
+    mine = [weight for router in routers(network) for weight in router.parameters() if weight.requires_grad]
+    known = {id(weight) for weight in mine}
+    others = {n: w for n, w in network.named_parameters() if w.requires_grad and id(w) not in known}
+    matrices = [w for n, w in others.items() if w.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    rate, found = recipe.lr, list[torch.optim.Optimizer]()
+    if recipe.optimizer == "muon" and matrices:
+        found.append(torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=0.95))
+        known |= {id(weight) for weight in matrices}
+        rate = recipe.lr * MUON_SHARE
+    groups: list[dict[str, Any]] = [{"params": [w for w in others.values() if id(w) not in known], "lr": rate}]
+    groups += [{"params": mine, "lr": recipe.router_lr}] if mine else []
+    return [*found, torch.optim.AdamW(groups, lr=rate, betas=recipe.betas, weight_decay=recipe.weight_decay)]
+
+
+def loss_of(
+    network: Any, batch: Batch, recipe: Recipe, teacher: PreTrainedModel | None = None
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one batch, and its parts: of the labels or to the teacher, and mixSGA's consistency."""
+    found = routers(network)
+    for router in found:
+        router.mode, router.segments = "expert_choice", batch.documents
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.bf16):
+        logits = predictions(network, batch)
+    task = _task_loss(logits, batch, recipe, teacher)
+    parts: dict[str, float] = {recipe.loss: float(task.detach())}
+    if found and found[0].learned:
+        consistency = torch.stack([router.loss(recipe.router_loss) for router in found]).mean()
+        parts["router"] = float(consistency.detach())
+        task = task + recipe.alpha * consistency
+    return task, parts
+
+
+def predictions(network: Any, batch: Batch) -> Tensor:
+    """Logits [B, T, V] in which no document sees another."""
+    family = getattr(network, "module", network).config.model_type  # under DDP the model is a module of its wrapper
+    mask = _block_mask(batch) if family in MASK_FROM_US else None
+    return network(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask, use_cache=False).logits
+
+
+def _block_mask(batch: Batch) -> Tensor:
+    """[B, 1, T, T] bool: causal, within documents."""
+    documents, place = batch.documents, torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    same = documents[:, :, None] == documents[:, None, :]
+    return (same & (place[:, None] >= place[None, :]))[:, None]
+
+
+def _task_loss(logits: Tensor, batch: Batch, recipe: Recipe, teacher: PreTrainedModel | None) -> Tensor:
+    if recipe.loss == "distill":
+        assert teacher is not None
+        with torch.no_grad(), torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.bf16):
+            wanted = predictions(teacher, batch)
+        scored = batch.labels != IGNORED
+        ours, theirs = (part[scored].float().log_softmax(-1) for part in (logits, wanted))
+        return kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    losses = cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=IGNORED)
+    if batch.weights is None:
+        return losses.sum() / (batch.labels != IGNORED).sum().clamp(min=1)
+    return (losses * batch.weights.flatten()).sum()
+
+
+@torch.no_grad()
+def routing_of(network: PreTrainedModel, batches: Iterator[Batch]) -> dict[str, Any]:
+    """How far argmax agrees with expert choice on these batches, and which share of the tokens it gives each expert, by layer."""
+    found: list[Router] = routers(network)
+    agreed, real = [0] * len(found), [0] * len(found)
+    taken = [torch.zeros(len(router.ratios)) for router in found]
+    for batch in batches:
+        for router in found:
+            router.mode, router.segments = "expert_choice", batch.documents
+        predictions(network, batch)
+        for number, router in enumerate(found):
+            same, of = router.agreement()
+            agreed[number] += same
+            real[number] += of
+            assert router.scores is not None and router.assigned is not None
+            real_ones = router.scores.argmax(-1)[router.assigned >= 0]
+            taken[number] += torch.bincount(real_ones, minlength=len(router.ratios)).cpu()
+    layers = [round(same / of, 4) for same, of in zip(agreed, real, strict=True)]
+    shares = [[round(float(part), 4) for part in counts / counts.sum()] for counts in taken]
+    mean = [round(sum(layer[e] for layer in shares) / len(shares), 4) for e in range(len(shares[0]))] if shares else []
+    return {
+        "agreement": round(sum(agreed) / max(1, sum(real)), 4),
+        "agreement_by_layer": layers,
+        "decode_shares": mean,
+        "decode_shares_by_layer": shares,
+    }
