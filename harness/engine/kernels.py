@@ -1,6 +1,6 @@
 """Decode attention over rows as Triton kernels: rows of unequal length, of several widths, split by length, merged exactly.
 
-One kernel writes a new token behind its rows; one takes a piece of a row a program (harness/engine/split_plan.py) and leaves a partial
+One kernel writes a new token behind its rows; one takes a piece of a row a program (`split_plan`) and leaves a partial
 softmax with its log-sum-exp; one merges the parts of each query, of one row or of several. How long a row is stands on the
 device, so a captured graph of them is right at every length; entries outside of a row's length are never read. Flash-Decoding
 (Dao et al., 2023) splits a dense cache in the same way.
