@@ -2,6 +2,8 @@
 
 Shape letters: T tokens of the prompt, n candidates of a layer (T, or the layer's sliding window), Hq query heads, H KV
 heads, G = Hq / H, S stored heads, W last queries, D head size. One prompt has no batch axis.
+
+torch is imported where tensors are made: methods are listed and requests are checked without it.
 """
 
 from __future__ import annotations
@@ -10,12 +12,16 @@ from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from math import floor
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from harness.logits import hidden, softcapped
 
-Granularity = Literal["kv", "query"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PromptProtocol = Literal["question_in", "question_after"]  # is the question read before entries are chosen, or asked behind them?
+Chat = Literal["raw", "template"]
+Granularity = Literal["kv", "query"]  # a row for each KV head, or for each query head
 Routing = Literal["expert_choice", "argmax"]  # of tokens to experts, where a layer has several
 
 
@@ -27,6 +33,8 @@ class Arena:
 
     def take(self, name: str, rows: int, like: Tensor) -> Tensor:
         """[rows, *like.shape[1:]] of `like`'s type, uninitialised. The same name is the same memory: one user at a time."""
+        import torch
+
         held = self._tensors.get(name)
         if held is None or held.shape[0] < rows or held.dtype != like.dtype or held.shape[1:] != like.shape[1:]:
             self._tensors.pop(name, None)
@@ -155,11 +163,15 @@ class LayerKV:
     @property
     def positions(self) -> Tensor:
         """Original positions of the candidates, [n]."""
+        import torch
+
         return torch.arange(self.tokens - self.keys.shape[1], self.tokens, device=self.keys.device)
 
     @property
     def stored_keys(self) -> Tensor:
         """The keys of the stored heads, [S, n, D]."""
+        import torch
+
         group = self.query_heads // self.keys.shape[0]
         first = torch.arange(0, self.query_heads, self.width, device=self.keys.device)
         return self.keys if self.width == group else self.keys[first // group]
@@ -174,19 +186,18 @@ class LayerKV:
 
     def window_attention(self, last: int) -> Tensor:
         """Attention probabilities of the last `last` queries over the candidates, [Hq, last, n], float32."""
+        import torch
+
         if self.queries is None:
             raise ValueError("the last queries were not observed: the method must declare Needs(window=...)")
         queries = self.queries[:, -last:].float()  # [Hq, last, D]
         grouped = queries.unflatten(0, (self.keys.shape[0], -1)).flatten(1, 2)  # [H, G * last, D]
         logits = (grouped * self.scaling) @ self.keys.float().transpose(1, 2)
         logits = logits.view(self.query_heads, queries.shape[1], -1)  # [Hq, last, n]
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
         asking = torch.arange(self.tokens - queries.shape[1], self.tokens, device=logits.device)[:, None]
-        hidden = self.positions > asking
-        if self.window is not None:
-            hidden |= self.positions <= asking - self.window
-        return logits.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)  # a query that sees no candidate
+        unseen = hidden(self.positions, asking, self.window)
+        weights = softcapped(logits, self.softcap).masked_fill(unseen, float("-inf")).softmax(-1)
+        return weights.nan_to_num(0.0)  # a query that sees no candidate
 
 
 @dataclass(frozen=True)

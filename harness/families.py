@@ -1,6 +1,6 @@
 """The key and value projections of every family, as handles: read, averaged and replaced in place, one layer at a time.
 
-Beside harness/engine/model.py the only file that knows transformers' modules.
+Beside harness/engine/model.py the only file that knows transformers' modules and configurations.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from harness.cache import ModelShape
+from harness.errors import UserError
 
 Layout = Literal["apart", "phi3", "neox"]
 LAYOUTS: dict[str, Layout] = {
@@ -28,7 +31,7 @@ SAYS_GROUPS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")  # a conf
 How = Literal["mean", "first", "random"]
 
 
-class CannotConvert(ValueError):
+class CannotConvert(UserError):
     """No handles for this model, or groups that its heads cannot form."""
 
 
@@ -87,6 +90,23 @@ class Handle:
         return found
 
 
+def shape_of(network: PreTrainedModel) -> ModelShape:
+    """The shape of a model as its configuration tells it: every layer attends, and stores what it projects."""
+    config = network.config
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    sliding = [kinds is None or kind == "sliding_attention" for kind in kinds or range(layers)]
+    return ModelShape(
+        layers=layers,
+        query_heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        windows=tuple(window if slides else None for slides in sliding),
+        itemsize=network.dtype.itemsize,
+    )
+
+
 def handles(network: PreTrainedModel) -> list[Handle]:
     """
     Raises:
@@ -95,17 +115,15 @@ def handles(network: PreTrainedModel) -> list[Handle]:
     config = network.config
     if config.model_type not in LAYOUTS:
         raise CannotConvert(f"no attention handles for the family {config.model_type!r}; there are for {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[config.model_type]
-    query_heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    layout, shape = LAYOUTS[config.model_type], shape_of(network)
     wanted = {"apart": "k_proj", "phi3": "qkv_proj", "neox": "query_key_value"}[layout]
     found = [module for module in network.modules() if hasattr(module, wanted)]
     if len(found) != config.num_hidden_layers:
         raise CannotConvert(f"{len(found)} attention layers were found in {config.num_hidden_layers} layers")
     if wrapped(network):
         raise CannotConvert("the model is converted already: convert its parent")
-    return [Handle(number, module, layout, query_heads, kv_heads, head_dim) for number, module in enumerate(found)]
+    sizes = (shape.query_heads, shape.kv_heads, shape.head_dim)
+    return [Handle(number, module, layout, *sizes) for number, module in enumerate(found)]
 
 
 def check_groups(network: PreTrainedModel, groups: Sequence[int]) -> list[Handle]:
@@ -286,10 +304,15 @@ def wrapped(network: nn.Module) -> bool:
     return any(hasattr(module, mark) for module in network.modules() for mark in ("kv_grouping", "kv_place"))
 
 
+def grouping_of(attention: nn.Module) -> Grouping | None:
+    """How this attention layer's heads are averaged; None: they are not."""
+    found = getattr(attention, "kv_grouping", None)
+    return found if isinstance(found, Grouping) else None
+
+
 def groupings(network: nn.Module) -> list[Grouping]:
     """Of every layer, in order; empty for an ordinary model."""
-    found = (getattr(module, "kv_grouping", None) for module in network.modules())
-    return [grouping for grouping in found if isinstance(grouping, Grouping)]
+    return [grouping for module in network.modules() if (grouping := grouping_of(module)) is not None]
 
 
 def routers(network: nn.Module) -> list[Any]:

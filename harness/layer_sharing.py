@@ -10,13 +10,14 @@ group once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from harness.cache import ModelShape
 from harness.families import Handle, handles
 
 Initial = Literal["mean", "first"]
@@ -44,8 +45,9 @@ class Handed:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer stands: which cache layer it reads, and whether it is the one that writes it."""
+    """Where a layer of the model stands: which cache layer it reads, and whether it is the one that writes it."""
 
+    layer: int
     cache_layer: int
     writes: bool
 
@@ -136,7 +138,7 @@ def share_layers(network: PreTrainedModel, groups: Sequence[Sequence[int]], init
                 parts[0].copy_(torch.stack([part.float() for part in parts]).mean(0))
         handed = Handed(len(group) - 1)
         for member in members:
-            member.attention.kv_place = Place(number, member is members[0])
+            member.attention.kv_place = Place(member.index, number, member is members[0])
             if len(members) > 1:
                 _share(member, members[0], handed)
 
@@ -154,7 +156,21 @@ def _share(member: Handle, first: Handle, handed: Handed) -> None:
     setattr(attention, "qkv_proj" if member.layout == "phi3" else "query_key_value", fused)
 
 
+def place_of(attention: nn.Module, layer: int) -> Place:
+    """Where an attention layer stands: in a model whose layers share nothing, at its own cache layer."""
+    found = getattr(attention, "kv_place", None)
+    return found if isinstance(found, Place) else Place(layer, layer, writes=True)
+
+
 def places(network: nn.Module) -> list[Place]:
     """Of every layer, in order; empty for a model whose layers share nothing."""
     found = (getattr(module, "kv_place", None) for module in network.modules())
     return [place for place in found if isinstance(place, Place)]
+
+
+def stored_shape(network: PreTrainedModel, whole: ModelShape) -> ModelShape:
+    """The shape of what is cached: a layer for each that writes. `whole`: the shape of all layers."""
+    writers = [place.layer for place in places(network) if place.writes]
+    if not writers:
+        return whole
+    return replace(whole, layers=len(writers), windows=tuple(whole.windows[layer] for layer in writers))

@@ -1,19 +1,23 @@
-"""What an evicting method is: a scorer that ranks entries and an allocator that counts them.
+"""What a method is: a protocol, the full cache, and eviction by a scorer that ranks entries and an allocator that counts them.
 
-Everything else (prompts, copying, decoding, files) is the harness's.
+Everything else (prompts, copying, decoding, files) is the harness's. It never asks which method it holds: whatever has the
+members of `Method` runs, from a plugin too.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from harness.cache import Budget, Granularity, LayerKV, ModelShape, Needs, Prefill, Row, Selection, keep_all
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,68 @@ class Protected:
         return last + max(0, min(self.first, tokens - last) - (tokens - candidates))
 
 
-class CannotRun(ValueError):
+class CannotRun(UserError):
     """A cell that makes no sense: it is skipped with this reason."""
+
+
+class Method(Protocol):
+    """What a cache keeps of a prefill. Frozen: its repr is the record's parameters, and equal methods are one method."""
+
+    @property
+    def version(self) -> int:
+        """Raised when the same settings keep other entries."""
+        ...
+
+    @property
+    def takes_budget(self) -> bool:
+        """Is there a cell for each budget, or a single one?"""
+        ...
+
+    @property
+    def is_reference(self) -> bool:
+        """Is its cache the full one, which the others' predictions are compared with?"""
+        ...
+
+    @property
+    def needs(self) -> Needs:
+        """What is to be observed of the prefill, beside keys and values."""
+        ...
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """What ranks the entries. Methods with equal scorers share its scores of a prefill. None: nothing is ranked."""
+        ...
+
+    @property
+    def head_scores(self) -> str | None:
+        """The kind of head scores (r, er, r2) of the model that it is to be given before it runs; None: none."""
+        ...
+
+    def with_head_scores(self, scores: Any) -> Method:
+        """The same method, given the head scores of one model."""
+        ...
+
+    @property
+    def given_head_scores(self) -> Any:
+        """What `with_head_scores` gave, or None."""
+        ...
+
+    def cannot_run(
+        self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity, parent: ModelShape | None = None
+    ) -> str | None:
+        """Why a cell makes no sense, asked before the prefill; or None. `parent`: the unconverted model's shape, which budgets count."""
+        ...
+
+    def compress(self, prefill: Prefill, total: int, scores: Scores | None) -> Selection:
+        """The rows of a cache of at most `total` entries. A row names the entries that it keeps, or brings merged ones.
+
+        Args:
+            scores: its scorer's, of this prefill.
+
+        Raises:
+            CannotRun: the cell makes no sense after all.
+        """
+        ...
 
 
 class Scorer(Protocol):
@@ -79,6 +143,24 @@ class Allocator(Protocol):
         ...
 
 
+class UsesHeadScores(ABC):
+    """An allocator that is to be given head scores of the model, by declaration: it inherits from this."""
+
+    @property
+    @abstractmethod
+    def head_score_kind(self) -> str:
+        """r, er or r2."""
+
+    @property
+    @abstractmethod
+    def given_head_scores(self) -> Any:
+        """What `with_head_scores` gave, or None."""
+
+    @abstractmethod
+    def with_head_scores(self, scores: Any) -> Self:
+        """The same allocator with the scores of one model."""
+
+
 @dataclass
 class Scores:
     """A scorer's view of one prefill: shared by all methods and budgets that use the scorer."""
@@ -99,6 +181,8 @@ class Scores:
 
 def rank(values: Tensor) -> Tensor:
     """Position of each entry in its row's descending order; ties go to the later position. [R, m] -> [R, m]"""
+    import torch
+
     order = values.shape[1] - 1 - values.flip(1).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(values.shape[1], device=values.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places)
@@ -141,6 +225,7 @@ class Eviction:
     allocator: Allocator
     version: int = 1  # raised when the same settings keep other entries
     takes_budget = True
+    is_reference = False
 
     @property
     def needs(self) -> Needs:
@@ -148,28 +233,31 @@ class Eviction:
 
     @property
     def head_scores(self) -> str | None:
-        """The kind of head scores that the allocator is to be given for each model, if any."""
-        return getattr(self.allocator, "kind", None)
+        return self.allocator.head_score_kind if isinstance(self.allocator, UsesHeadScores) else None
 
-    def with_head_scores(self, scores: object) -> Eviction:
-        return replace(self, allocator=replace(self.allocator, scores=scores))  # type: ignore[type-var, call-arg]
+    @property
+    def given_head_scores(self) -> Any:
+        return self.allocator.given_head_scores if isinstance(self.allocator, UsesHeadScores) else None
+
+    def with_head_scores(self, scores: Any) -> Eviction:
+        if not isinstance(self.allocator, UsesHeadScores):
+            return self
+        return replace(self, allocator=self.allocator.with_head_scores(scores))
 
     def cannot_run(
         self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity, parent: ModelShape | None = None
     ) -> str | None:
-        """Why a cell makes no sense, or None. `parent`: the shape that budgets are counted in, if the model is a variant.
-
-        A layer whose tokens lie in rows of several widths can do with less than is asked for here: `compress` has the last word.
-        """
+        """A layer whose tokens lie in rows of several widths can do with less than is asked for: `compress` has the last word."""
         heads = shape.query_heads if granularity == "query" else shape.kv_heads
         sizes = [shape.candidates(layer, tokens) for layer in range(shape.layers)]
-        if self.head_scores and getattr(self.allocator, "scores", None) is None:
+        if self.head_scores and self.given_head_scores is None:
             return f"it needs {self.head_scores} head scores of this model: see `run_all.py importance` and --head-scores"
         floor = heads * sum(self.scorer.protected.count(size, tokens) for size in sizes)
         return too_small(budget.entries(parent or shape, tokens, granularity), floor, heads * shape.layers)
 
-    def compress(self, prefill: Prefill, total: int, scores: Scores) -> Selection:
+    def compress(self, prefill: Prefill, total: int, scores: Scores | None) -> Selection:
         """The rows of a cache of min(total, everything) entries."""
+        assert scores is not None
         rows = row_sizes(prefill, self.scorer.protected)
         if total >= int(rows.length.sum()):
             return keep_all(prefill)
@@ -192,9 +280,21 @@ class Full:
     version: int = 1
     needs = Needs()
     takes_budget = False
+    is_reference = True
+    scorer = None
+    head_scores = None
+    given_head_scores = None
 
+    def with_head_scores(self, scores: Any) -> Full:
+        return self
 
-Method = Eviction | Full
+    def cannot_run(
+        self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity, parent: ModelShape | None = None
+    ) -> str | None:
+        return None
+
+    def compress(self, prefill: Prefill, total: int, scores: Scores | None) -> Selection:
+        return keep_all(prefill)
 
 
 class Converter(Protocol):
@@ -241,6 +341,8 @@ def row_sizes(prefill: Prefill, protected: Protected) -> Rows:
 
 def select(prefill: Prefill, scores: Scores, counts: np.ndarray, recent_share: float) -> Selection:
     """The `counts` best entries of every row, in order of position."""
+    import torch
+
     layers, done = [], 0
     for layer, stripes in enumerate(prefill.stripes):
         rows: list[Row] = []
@@ -258,5 +360,7 @@ def select(prefill: Prefill, scores: Scores, counts: np.ndarray, recent_share: f
 
 
 def _keep_recent(values: Tensor, counts: Tensor, share: float) -> Tensor:
+    import torch
+
     newest = values.shape[1] - (counts * share).long()
     return values.masked_fill(torch.arange(values.shape[1], device=values.device) >= newest[:, None], float("inf"))

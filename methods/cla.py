@@ -8,11 +8,12 @@ what is chosen here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.cache import ModelShape
-from harness.engine.model import shape_of
-from harness.layer_sharing import Initial, share_layers
+
+if TYPE_CHECKING:
+    from harness.layer_sharing import Initial
 
 
 @dataclass(frozen=True)
@@ -54,4 +55,7 @@ class SharedLayers:
         return len(self.groups(shape)) / shape.layers
 
     def apply(self, network: Any, seed: int = 0) -> None:
+        from harness.families import shape_of
+        from harness.layer_sharing import share_layers
+
         share_layers(network, self.groups(shape_of(network)), self.initial)

@@ -7,10 +7,12 @@ arxiv.org/abs/2305.13245; Shazeer, "Fast Transformer Decoding: One Write-Head is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.cache import ModelShape
-from harness.families import How, group_heads, handles
+
+if TYPE_CHECKING:
+    from harness.families import How
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class GroupedHeads:
         return 1 / (self.group or shape.kv_heads)
 
     def apply(self, network: Any, seed: int = 0) -> None:
+        from harness.families import group_heads, handles
+
         group_heads(network, self.group or handles(network)[0].kv_heads, self.how, seed)
 
 
@@ -60,4 +64,6 @@ class Untouched:
         return 1.0
 
     def apply(self, network: Any, seed: int = 0) -> None:
+        from harness.families import handles
+
         handles(network)

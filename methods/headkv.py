@@ -14,17 +14,21 @@ import json
 import lzma
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from torch import Tensor
 
+from harness.errors import UserError
+from harness.files import whole
 from methods.allocators import Uniform
-from methods.base import Rows
+from methods.base import Rows, UsesHeadScores
 from methods.sharing import share_out
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["r", "er", "r2"]
 FORMAT = "head-scores/1"
@@ -62,7 +66,7 @@ def attended(attention: Tensor, span: tuple[int, int]) -> Tensor:
     return (best.values * inside).sum((1, 2)) / (stop - start)
 
 
-class BadScores(ValueError):
+class BadScores(UserError):
     """Head scores that cannot be used, in one line."""
 
 
@@ -131,10 +135,8 @@ class HeadScores:
         about |= {"attempts": self.attempts, "successes": self.successes, "settings": dict(self.settings)}
         lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()]
         lines.append(' "runs": {\n' + ",\n".join(f'  "{key}": {json.dumps(runs)}' for key, runs in heads.items()) + "\n }")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".draft")
-        draft.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        draft.replace(path)
+        with whole(path) as draft:
+            draft.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def load(cls, path: Path) -> HeadScores:
@@ -192,7 +194,7 @@ def _runs(path: Path, heads: Mapping[str, Any]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class HeadShares:
+class HeadShares(UsesHeadScores):
     """A guaranteed part for every row, the rest by head scores; what a full row cannot hold goes to the others.
 
     Of the entries beyond what is protected, the share 1 - 1 / beta goes out evenly and 1 / beta by score: a smaller beta
@@ -214,6 +216,17 @@ class HeadShares:
             raise ValueError(f"beta {self.beta} must be above 1: the share 1 - 1 / beta of a budget is guaranteed to every head")
         if not self.temperature > 0 or self.base < 0:
             raise ValueError(f"temperature {self.temperature} must be above 0 and base {self.base} not below it")
+
+    @property
+    def head_score_kind(self) -> str:
+        return self.kind
+
+    @property
+    def given_head_scores(self) -> HeadScores | None:
+        return self.scores
+
+    def with_head_scores(self, scores: HeadScores) -> HeadShares:
+        return replace(self, scores=scores)
 
     def counts(self, rows: Rows, total: int, scores: Sequence[Tensor]) -> np.ndarray:
         part = Uniform().counts(rows, total, scores) - rows.floor

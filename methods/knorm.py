@@ -7,11 +7,13 @@ Differs from the paper: every layer is compressed; the paper leaves the first tw
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from harness.cache import LayerKV, Needs
 from methods.base import Protected
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from harness.cache import LayerKV, Needs
 from methods.base import Protected
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class ByLot:
         return Protected(last=self.window)
 
     def score(self, layer: LayerKV) -> Tensor:
+        import torch
+
         lots = torch.Generator().manual_seed(layer.prompt * 2**20 + self.seed * 1009 + layer.index)
         heads = layer.query_heads // layer.width
         return torch.rand(heads, layer.keys.shape[1], generator=lots).to(layer.keys.device)

@@ -9,14 +9,13 @@ over the entries that are still inside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d
+from typing import TYPE_CHECKING, Literal
 
 from harness.cache import LayerKV, Needs
 from methods.base import Protected
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,9 @@ class WindowAttention:
         return Protected(last=self.window)
 
     def score(self, layer: LayerKV) -> Tensor:
+        import torch
+        from torch.nn.functional import avg_pool1d, max_pool1d
+
         attention = layer.window_attention(self.window).mean(1)  # [Hq, n]
         scores = layer.mean_over_group(attention)  # [S, n]
         prefix = scores[:, : max(0, scores.shape[1] - self.window)]

@@ -7,11 +7,13 @@ Differs from the paper: scored once, after the prefill; the paper also evicts wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from harness.cache import LayerKV, Needs
 from methods.base import Protected
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

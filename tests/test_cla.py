@@ -13,9 +13,9 @@ from test_conversions import WIDE, dense, wide
 from torch import Tensor
 
 from harness.cache import Budget, ModelShape, Needs, keep_all
-from harness.engine.model import Model, shape_of
+from harness.engine.model import Model
 from harness.engine.rows import compact
-from harness.families import CannotConvert, handles
+from harness.families import CannotConvert, handles, shape_of
 from harness.layer_sharing import places
 from harness.models.variants import About, BadVariant, bytes_a_token, conversion_of, convert, open_variant, save
 from methods import METHODS

@@ -17,15 +17,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from harness.cache import Budget, ModelShape, Needs, keep_all
-from harness.engine.model import Model, shape_of
+from harness.engine.model import Model
 from harness.engine.rows import RowCache, compact
-from harness.families import CannotConvert, groupings, handles, routers
+from harness.families import CannotConvert, groupings, handles, routers, shape_of
 from harness.models.load import load
 from harness.models.shapes import SHAPES
 from harness.models.variants import About, BadVariant, bytes_a_token, conversion_of, open_variant, save
 from harness.papers.token_importance import perplexity_changes
 from methods.base import Eviction, score_prefill
-from methods.mixsga import Router, capacities, expert_choice
+from methods.mixsga_router import Router, capacities, expert_choice
 from results.store import read_rows
 
 T = 48

@@ -14,11 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, FalconConfi
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from harness.cache import Budget, Prefill, Selection, keep_all
-from harness.engine.model import Model, UnsupportedModel, shape_of
+from harness.engine.model import Model, UnsupportedModel
 from harness.engine.observe import AttentionSettings, softcapped_attention
 from harness.engine.rows import ROOM_STEP, compact
 from harness.evaluation.prompts import Prompt, Protocol
 from harness.evaluation.sweep import Cell, Sweep
+from harness.families import shape_of
 from methods.ada_snapkv import AdaptiveHeads
 from methods.allocators import Uniform
 from methods.base import Eviction, score_prefill

@@ -1,9 +1,9 @@
-"""transformers behind two calls: `prefill` reads a prompt densely, `decode` continues over rows.
+"""transformers behind two calls: `prefill` reads a prompt densely and watches, `decode` runs new tokens over rows.
 
-The models run unchanged. Their attention calls the function registered here under transformers' AttentionInterface. In a
-prefill it delegates to transformers' own attention and shows keys, values and queries to an observer; in decoding it writes
-the new keys and values into the rows and attends to them. What the function has to do travels as a keyword argument of the
-model's call. No transformers cache is involved.
+A model's attention calls the function registered here under transformers' AttentionInterface. What answers for it travels as a
+keyword argument of the model's call: in a prefill `PrefillPass`, which shows keys, values and queries to an observer and leaves
+the computing to transformers' own attention; in decoding `DecodePass`, which writes the new keys and values into the rows and
+attends to them. No transformers cache is involved.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from harness.engine import flash
 from harness.engine.attention import attend, probabilities
 from harness.engine.observe import AttentionSettings, Observer, softcapped_attention
 from harness.engine.rows import RowCache, Step
-from harness.families import groupings, routers
-from harness.layer_sharing import Place, places
+from harness.errors import UserError
+from harness.families import grouping_of, groupings, routers, shape_of
+from harness.layer_sharing import Place, place_of, stored_shape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox")
 UNDERSTOOD = {"dropout", "scaling", "position_ids", "sliding_window", "softcap", "use_cache", "is_causal", "rows_pass"}
@@ -36,7 +37,7 @@ MATTERS_NOT = {"output_attentions", "output_hidden_states", "return_dict"}
 Watch = Callable[[int, Tensor], None]  # given a layer's index and the attention of its new queries, [Hq, N, n]
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModel(UserError):
     """The harness cannot reach this model's attention, so it would run uncompressed."""
 
 
@@ -48,14 +49,54 @@ class Observed:
     column_sums: float  # of these
 
 
-class Decoding(Protocol):
-    """Answers for the attention of new tokens."""
+Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # transformers' own attention of the layer that is running
+
+
+class Pass(Protocol):
+    """What answers for the attention of one call of the model."""
+
+    @property
+    def needs_mask(self) -> bool:
+        """Is transformers to make the mask that its own attention reads?"""
+        ...
 
     def attention(
-        self, index: int, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+        self, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, dense: Dense
     ) -> Tensor:
-        """query: [Hq, N, D]; key, value: [H, N, D]. Gives [Hq, N, D]."""
+        """query: [Hq, N, D]; key, value: [H, N, D]. Gives [Hq, N, D]. `dense` computes the same from scratch."""
         ...
+
+
+@dataclass
+class PrefillPass:
+    """A dense pass that is observed."""
+
+    observer: Observer
+    depth: int  # layers that attend
+    all_outputs: bool  # every token's logits are wanted, not the last one's alone
+    softcapped: bool
+    by_flash: bool  # attention by flash-attn
+
+    @property
+    def needs_mask(self) -> bool:
+        return not (self.softcapped or self.by_flash)  # for these it would be T x T for nothing
+
+    def attention(
+        self, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, dense: Dense
+    ) -> Tensor:
+        """query: [Hq, T, D]; key, value: [H, T, D]. Gives [Hq, T, D]."""
+        self.observer.see(place, query, key, value, settings)
+        if place.layer < self.depth - 1 or self.all_outputs:
+            return self._dense(query, key, value, settings, dense)
+        # of the last layer nobody reads more than the last token's output
+        last = self._dense(query[:, -1:], key, value, settings, dense)  # [Hq, 1, D]
+        out = last.new_zeros(query.shape[1], query.shape[0], last.shape[2])
+        return out.index_copy_(0, _last(query), last.transpose(0, 1)).transpose(0, 1)
+
+    def _dense(self, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, dense: Dense) -> Tensor:
+        if self.by_flash:
+            return flash.causal_attention(query, key, value, settings)
+        return dense(query, key, value) if settings.softcap is None else softcapped_attention(query, key, value, settings)
 
 
 @dataclass
@@ -66,9 +107,10 @@ class DecodePass:
     step: Step
     watch: Watch | None = None
     layers_run: int = 0
+    needs_mask = False
 
     def attention(
-        self, index: int, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+        self, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, dense: Dense
     ) -> Tensor:
         """query: [Hq, N, D]; key, value: [H, N, D]. Gives [Hq, N, D]."""
         layer = self.cache.layers[place.cache_layer]
@@ -77,7 +119,7 @@ class DecodePass:
             layer.append(key, value, self.step, experts)
         self.layers_run += 1
         if self.watch:
-            self.watch(index, probabilities(layer, query, self.step, settings.scaling, settings.softcap))
+            self.watch(place.layer, probabilities(layer, query, self.step, settings.scaling, settings.softcap))
         return attend(layer, query, self.step, settings.scaling, settings.softcap)
 
 
@@ -161,9 +203,10 @@ class Model:
         """
         checksum = zlib.crc32(ids.to(device="cpu", dtype=torch.int64).numpy().tobytes())
         by_flash = flash.can_run(self.device, self.network.dtype, self.shape.head_dim)
-        observer = Observer(self.shape, needs, arena or Arena(), checksum, self.depth, scored > 0, by_flash)
+        observer = Observer(self.shape, needs, arena or Arena(), checksum)
+        work = PrefillPass(observer, self.depth, scored > 0, self.softcapped, by_flash)
         self._route(routing)
-        logits = self._forward(ids[None], torch.arange(len(ids), device=ids.device)[None], observer, max(1, scored))
+        logits = self._forward(ids[None], torch.arange(len(ids), device=ids.device)[None], work, max(1, scored))
         if observer.reached != list(range(self.depth)) or len(observer.layers) != self.shape.layers:
             raise UnsupportedModel(
                 f"attention of model {self.name!r} was reached in {len(observer.reached)} of {self.depth} layers"
@@ -199,7 +242,7 @@ class Model:
         cache.seen = cache.seen + work.step.counts
         return logits[0]
 
-    def extend(self, ids: Tensor, positions: Tensor, work: Decoding) -> Tensor:
+    def extend(self, ids: Tensor, positions: Tensor, work: Pass) -> Tensor:
         """One token of each cell, [C], at `positions` [C]. Gives [C, V]. `work` answers for the attention."""
         self._route("argmax")
         return self._forward(ids[None], positions[None], work, 0)[0]
@@ -208,11 +251,9 @@ class Model:
         for router in self.routers:
             router.mode, router.segments = mode, None
 
-    def _forward(self, ids: Tensor, positions: Tensor, work: Observer | Decoding, keep: int | Tensor) -> Tensor:
-        # a mask of four dimensions is passed through as it is, so that none is made: of cells that stand side by side it would be
-        # wrong, and where a prefill's attention is our own a T x T for nothing
-        made = isinstance(work, Observer) and not (self.softcapped or work.by_flash)
-        mask = None if made else torch.empty(1, 1, 1, 1, device=ids.device)
+    def _forward(self, ids: Tensor, positions: Tensor, work: Pass, keep: int | Tensor) -> Tensor:
+        # transformers passes a 4-D mask through as it is, so that it makes none of its own
+        mask = None if work.needs_mask else torch.empty(1, 1, 1, 1, device=ids.device)
         return self.network(
             input_ids=ids,
             position_ids=positions,
@@ -228,74 +269,54 @@ def own_attention(network: PreTrainedModel) -> str:
     return "eager" if getattr(network.config, "attn_logit_softcapping", None) else "sdpa"
 
 
-def shape_of(network: PreTrainedModel) -> ModelShape:
-    config = network.config
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    sliding = [kinds is None or kind == "sliding_attention" for kind in kinds or range(layers)]
-    return ModelShape(
-        layers=layers,
-        query_heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        windows=tuple(window if slides else None for slides in sliding),
-        itemsize=network.dtype.itemsize,
-    )
-
-
-def stored_shape(network: PreTrainedModel, whole: ModelShape) -> ModelShape:
-    """The shape of what is cached: a layer for each that writes."""
-    writers = [layer for layer, place in enumerate(places(network)) if place.writes]
-    if not writers:
-        return whole
-    return replace(whole, layers=len(writers), windows=tuple(whole.windows[layer] for layer in writers))
-
-
 def register(base: str) -> str:
-    """The attention over rows, with `base` of transformers for prefills. Its masks are `base`'s."""
+    """Registers the attention over rows, with `base` of transformers for dense passes, whose masks it takes. Gives its name."""
     name = f"rows_over_{base}"
 
     def attention(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
     ) -> tuple[Tensor, None]:
-        unknown = {k for k, v in settings.items() if v is not None} - UNDERSTOOD - MATTERS_NOT
-        if unknown:
-            raise UnsupportedModel(f"{type(module).__name__} uses attention features not known here: {sorted(unknown)}")
-        rows_pass = settings.pop("rows_pass", None)
-        grouping = getattr(module, "kv_grouping", None)
-        grouped = (grouping.groups, None if grouping.assigned is None else grouping.assigned[0]) if grouping else ((1,), None)
-        seen = AttentionSettings(settings["scaling"], settings.get("softcap"), settings.get("sliding_window"), *grouped)
-        index: int = module.layer_idx  # type: ignore[assignment]
-        place: Place = getattr(module, "kv_place", None) or Place(index, writes=True)
-        if hasattr(rows_pass, "attention"):
-            return rows_pass.attention(index, place, query[0], key[0], value[0], seen).transpose(0, 1).contiguous()[None], None
-        official = _official(base, module)
-        if rows_pass is None:
-            return official(module, query, key, value, mask, **settings)
-        rows_pass.see(index, place, query[0], key[0], value[0], seen)
-        # attention that needs no mask, where transformers' own would make one of T x T
-        own = flash.causal_attention if rows_pass.by_flash else softcapped_attention
-        if rows_pass.by_flash or seen.softcap is not None:
-            mask = None
-
-            def official(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Tensor, None]:
-                return own(query[0], key[0], value[0], seen).transpose(0, 1)[None], None
-
-        if index < rows_pass.depth - 1 or rows_pass.all_outputs:
-            return official(module, query, key, value, mask, **settings)
-        # of the last layer nobody reads more than the last token's output
-        last_mask = None if mask is None else mask[..., -1:, :]
-        last = official(module, query[:, :, -1:], key, value, last_mask, **settings)[0]  # [1, 1, Hq, D]
-        return last.new_zeros(1, query.shape[2], *last.shape[2:]).index_copy_(1, _last(query), last), None
+        return _attention(base, module, query, key, value, mask, settings)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
 
 
+def _attention(
+    base: str, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
+) -> tuple[Tensor, None]:
+    """One layer's attention, [1, H, N, D] as transformers calls it; gives [1, N, Hq, D]."""
+    unknown = {k for k, v in settings.items() if v is not None} - UNDERSTOOD - MATTERS_NOT
+    if unknown:
+        raise UnsupportedModel(f"{type(module).__name__} uses attention features not known here: {sorted(unknown)}")
+    work: Pass | None = settings.pop("rows_pass", None)
+    official = _official(base, module)
+    if work is None:  # a call from elsewhere, such as a training step
+        found: tuple[Tensor, None] = official(module, query, key, value, mask, **settings)
+        return found
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = None if mask is None else mask[..., -q.shape[1] :, :]  # of fewer queries than keys: they are the last
+        out: Tensor = official(module, q[None], k[None], v[None], seen, **settings)[0]
+        return out[0].transpose(0, 1)
+
+    place = place_of(module, module.layer_idx)  # type: ignore[arg-type]
+    out = work.attention(place, query[0], key[0], value[0], _settings_of(module, settings), dense)
+    return out.transpose(0, 1).contiguous()[None], None
+
+
+def _settings_of(module: torch.nn.Module, settings: dict[str, Any]) -> AttentionSettings:
+    plain = (settings["scaling"], settings.get("softcap"), settings.get("sliding_window"))
+    grouping = grouping_of(module)
+    if grouping is None:
+        return AttentionSettings(*plain)
+    return AttentionSettings(*plain, grouping.groups, None if grouping.assigned is None else grouping.assigned[0])
+
+
 def _last(query: Tensor) -> Tensor:
-    return torch.tensor([query.shape[2] - 1], device=query.device)
+    """The place of the last token, on the device of `query` [Hq, N, D]."""
+    return torch.tensor([query.shape[1] - 1], device=query.device)
 
 
 def _official(base: str, module: torch.nn.Module) -> Any:

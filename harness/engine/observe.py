@@ -14,6 +14,7 @@ from torch import Tensor
 from harness.cache import Arena, LayerKV, ModelShape, Needs, Stripe
 from harness.engine.measure import Lap, stopwatch
 from harness.layer_sharing import Place
+from harness.logits import hidden, softcapped
 
 # Numbers of one block of logits: bounds the memory of the column sums. On a CPU a block that stays in its cache is nine times
 # faster than one whose memory the system hands out and takes back each time (8 heads, 2,048 tokens: 20 and 181 ms).
@@ -29,25 +30,22 @@ class Observer:
     needs: Needs
     arena: Arena = field(default_factory=Arena)
     prompt: int = 0  # checksum of the ids
-    depth: int = 0  # layers that attend; `shape` counts those that store
-    all_outputs: bool = False  # every token's logits are wanted, not the last one's alone
-    by_flash: bool = False  # attention of this pass by flash-attn
     reached: list[int] = field(default_factory=list)  # layers that attended so far
     layers: list[LayerKV] = field(default_factory=list)
     stripes: list[tuple[Stripe, ...]] = field(default_factory=list)  # of each layer
     lap: Lap = field(default_factory=Lap)
     sums: Lap = field(default_factory=Lap)  # of `lap`, the column sums
 
-    def see(self, index: int, place: Place, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> None:
+    def see(self, place: Place, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> None:
         """queries: [Hq, T, D]; keys, values: [H, T, D], after RoPE. Heads that are averaged come repeated."""
         expected = (self.shape.query_heads, self.shape.kv_heads, self.shape.head_dim)
         if (queries.shape[0], keys.shape[0], keys.shape[2]) != expected:
             raise ValueError(
-                f"layer {index} has heads {queries.shape[0]}/{keys.shape[0]} of size {keys.shape[2]}, "
+                f"layer {place.layer} has heads {queries.shape[0]}/{keys.shape[0]} of size {keys.shape[2]}, "
                 f"its configuration says {expected[0]}/{expected[1]} of {expected[2]}"
             )
         tokens, stored = keys.shape[1], place.cache_layer
-        self.reached.append(index)
+        self.reached.append(place.layer)
         with stopwatch(keys.device, self.lap):
             candidates = self.shape.candidates(stored, tokens)
             with stopwatch(keys.device, self.sums):
@@ -163,11 +161,8 @@ def _exponentials(queries: Tensor, keys: Tensor, settings: AttentionSettings) ->
         block = queries[:, start - before : stop - before].float().unflatten(0, (-1, group)).flatten(1, 2) * settings.scaling
         logits = block @ keys[:, first:stop].float().transpose(1, 2)  # [H, G * q, k]
         logits = logits.unflatten(1, (group, stop - start)).flatten(0, 1)  # [Hq, q, k]
-        if settings.softcap is not None:
-            logits = settings.softcap * torch.tanh(logits / settings.softcap)
-        asking = positions[start:stop, None]
-        logits[..., start - first :].masked_fill_(positions[start:stop] > asking, float("-inf"))  # older keys are seen by all
-        if settings.window is not None:
-            logits.masked_fill_(positions[first:stop] <= asking - settings.window, float("-inf"))
+        begin = start if settings.window is None else first  # without a window older keys are seen by all of the block
+        unseen = hidden(positions[begin:stop], positions[start:stop, None], settings.window)
+        softcapped(logits, settings.softcap)[..., begin - first :].masked_fill_(unseen, float("-inf"))
         weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # in place: a second buffer would be traffic
         yield slice(start - before, stop - before), slice(first, stop), weights

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from harness.engine import kernels
 from harness.engine.measure import OutOfMemory
-from harness.engine.model import Model
+from harness.engine.model import Dense, Model
 from harness.engine.observe import AttentionSettings
 from harness.engine.rows import Group, RowCache, RowLayer, Step
 from harness.engine.split_plan import plan, split_for
@@ -176,8 +176,10 @@ class StaticDecode:
         self._run()
         return self.next
 
+    needs_mask = False
+
     def attention(
-        self, index: int, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+        self, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, dense: Dense
     ) -> Tensor:
         """query: [Hq, C, D]; key, value: [H, C, D]. Gives [Hq, C, D]."""
         layer = self.layers[place.cache_layer]

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.base import Task
 from harness.cache import Budget, Needs, Prefill, Selection, keep_all
-from harness.engine.model import Model, shape_of
+from harness.engine.model import Model
 from harness.engine.rows import compact
 from harness.evaluation.prompts import CannotPrompt, Protocol, tokenize
-from harness.families import CannotConvert
+from harness.families import CannotConvert, shape_of
 from harness.models.load import byte_tokenizer
 from harness.plugins import Plugin
 from methods.base import CannotRun, Conversion, Eviction, Scores, score_prefill

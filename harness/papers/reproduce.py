@@ -16,9 +16,9 @@ from benchmarks import BENCHMARKS
 from benchmarks.data import BadData
 from harness.choices import choose
 from harness.cost.request import cost_request
-from harness.engine.model import shape_of
 from harness.evaluation.plan import BadRequest
 from harness.evaluation.request import device_of, run_request
+from harness.families import shape_of
 from harness.models.load import check_name
 from harness.models.shapes import SHAPES
 from harness.models.variants import bytes_a_token, conversion_of

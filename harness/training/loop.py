@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from harness.engine.model import own_attention
 from harness.families import routers
 from harness.training.checkpoint import CannotTrain, resume, save
-from methods.mixsga import Router, RouterLoss
+from methods.mixsga_router import Router, RouterLoss
 
 Loss = Literal["lm", "distill"]
 IGNORED = -100
