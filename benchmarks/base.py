@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 CountTokens = Callable[[str], int]
 
@@ -49,6 +50,39 @@ class Example:
     cut: Literal["middle", "start", "never"] = "middle"  # what is left out of a prompt that is too long; never: it is skipped
 
 
+@dataclass(frozen=True)
+class Data:
+    """The records of one file."""
+
+    rows: tuple[dict[str, Any], ...]
+    sha256: str
+    source: str  # the file's name, or where on the hub it lies, with the commit
+    licence: str
+
+
+@runtime_checkable
+class ReadsData(Protocol):
+    """A task whose records lie in a file: it has a field `data_dir` for the user's folder."""
+
+    data_dir: Path | None
+
+    def records(self) -> Data:
+        """
+        Raises:
+            UserError: they are missing or broken.
+        """
+        ...
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """A task whose answers a judge may rate."""
+
+    def question(self, index: int) -> str:
+        """What an example asks, without a template around it."""
+        ...
+
+
 class Task(Protocol):
     """A benchmark. Frozen: its repr is the record's parameters.
 
@@ -88,3 +122,13 @@ class Task(Protocol):
     def score(self, answer: str, example: Example) -> dict[str, float]:
         """A value for every metric."""
         ...
+
+
+def reads_data(task: Task) -> TypeGuard[ReadsData]:
+    """Does it read records of a file, which may lie in the user's folder?"""
+    return isinstance(task, ReadsData)
+
+
+def scores_likelihoods(task: Task) -> bool:
+    """Are its requests scored for their likelihood, so that nothing is generated? A task says so with `likelihoods = True`."""
+    return bool(getattr(task, "likelihoods", False))

@@ -18,11 +18,14 @@ from typing import Any
 
 import yaml
 
+from benchmarks.base import Data
+from harness.errors import UserError
+
 OPENERS: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 
 
-class BadData(ValueError):
+class BadData(UserError):
     """Data that is missing or broken: file, line and reason, in one line."""
 
 
@@ -38,16 +41,6 @@ class Source:
     revision: str = "main"
     filled: tuple[str, ...] = ()  # of the fields, those that may not be empty
     fault: Callable[[dict[str, Any]], str | None] | None = None  # what else is wrong with a record
-
-
-@dataclass(frozen=True)
-class Data:
-    """The records of one file."""
-
-    rows: tuple[dict[str, Any], ...]
-    sha256: str
-    source: str  # the file's name, or where on the hub it lies, with the commit
-    licence: str
 
 
 @lru_cache(maxsize=64)

@@ -128,10 +128,10 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Stripe:
+class ExpertGroup:
     """Rows of one layer that share a width and hold the same positions before anything is evicted.
 
-    An ordinary layer is one stripe; mixSGA's is one stripe an expert.
+    An ordinary layer is one group; mixSGA's has a group for each expert.
     """
 
     width: int  # query heads that read one row
@@ -207,7 +207,7 @@ class Prefill:
     ids: Tensor  # [T]
     logits: Tensor  # [V], of the last token
     layers: tuple[LayerKV, ...]
-    stripes: tuple[tuple[Stripe, ...], ...]  # of each layer
+    expert_groups: tuple[tuple[ExpertGroup, ...], ...]  # of each layer
     shape: ModelShape
     tail: Tensor | None = None  # [S, V], logits of the last S tokens, if what follows each is scored
 
@@ -219,7 +219,9 @@ class Prefill:
         """This prefill, stored with one row a KV head (`kv`), or one row a query head as the papers' code (`query`)."""
         if granularity == "kv":
             return self
-        return replace(self, stripes=tuple(tuple(replace(stripe, width=1) for stripe in layer) for layer in self.stripes))
+        return replace(
+            self, expert_groups=tuple(tuple(replace(group, width=1) for group in layer) for layer in self.expert_groups)
+        )
 
 
 @dataclass(frozen=True)
@@ -228,8 +230,9 @@ class Row:
 
     first: int  # first query head
     width: int
-    stripe: int
+    expert_group: int  # of its layer
     kept: Tensor | None  # [k] ascending indices into the candidates; None: all of them
+    merged: tuple[Tensor, Tensor] | None = None  # keys and values [k, D] that are stored in the place of those kept
 
     def entries(self, candidates: int) -> int:
         return candidates if self.kept is None else self.kept.shape[0]
@@ -242,9 +245,9 @@ def keep_all(prefill: Prefill) -> Selection:
     """The full cache as rows."""
     return tuple(
         tuple(
-            Row(first, stripe.width, number, stripe.members)
-            for number, stripe in enumerate(stripes)
-            for first in range(0, prefill.shape.query_heads, stripe.width)
+            Row(first, group.width, number, group.members)
+            for number, group in enumerate(groups)
+            for first in range(0, prefill.shape.query_heads, group.width)
         )
-        for stripes in prefill.stripes
+        for groups in prefill.expert_groups
     )

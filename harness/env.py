@@ -7,13 +7,11 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from benchmarks.base import Task
 from results.store import write_json
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "accelerate", "datasets", "lm-eval", "triton", "flash-attn")
@@ -46,20 +44,6 @@ def record_environment(out: Path, device: torch.device) -> str:
 
 def environment_id(environment: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(environment, indent=1, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def record_data(out: Path, tasks: Mapping[str, Task]) -> None:
-    """Writes `<out>/data/<sha256>.json` for every data file: where it came from, its records, its licence.
-
-    Raises:
-        StoreError: the folder cannot be written to.
-    """
-    for task in tasks.values():
-        if not task.data:
-            continue
-        records = task.records()  # type: ignore[attr-defined]
-        about = {"source": records.source, "sha256": records.sha256, "records": len(records.rows), "licence": records.licence}
-        write_json(out / "data" / f"{records.sha256[:12]}.json", about)
 
 
 def _version(package: str) -> str | None:

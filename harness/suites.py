@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks import GROUPS
-from benchmarks.longbench import CATEGORIES
-from harness.evaluation.prompts import PromptProtocol
+from harness.cache import PromptProtocol
 from results.record import DECODES
 
 
@@ -20,7 +18,7 @@ class Suite:
     variants: tuple[str, ...] = ()  # models run beside them, with fewer methods
     variant_methods: tuple[str, ...] = ()
     budgets: tuple[str, ...] = ()
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: tuple[str, ...] = ()  # or names of groups of them
     prompts: tuple[PromptProtocol, ...] = ("question_in",)
     limit: int = 20  # examples of each benchmark
     seeds: tuple[int, ...] = (0,)  # of generated examples and sampled answers
@@ -47,12 +45,14 @@ class CostSuite:
 EVICTING = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
 BY_HEAD = ("headkv_r", "headkv_er", "headkv_r2")
 VARIANTS = ("reference+gqa-2", "reference+mqa", "reference+mixsga-3:1:6", "reference+none")
+RULER = ("ruler_single", "ruler_multi_key", "ruler_variables")
+LONGBENCH = ("single-doc", "multi-doc", "summarization", "few-shot", "synthetic", "code")  # its categories
 COMPARED = ("full", "streaming_llm", "h2o", "snapkv", "pyramidkv", "ada_snapkv", "headkv_r", "headkv_r2")
 
 
 def longbench(about: str, group: str) -> Suite:
     """Every record of some of LongBench's tasks."""
-    return Suite(about, methods=COMPARED, budgets=("128", "1024", "25%"), benchmarks=GROUPS[group], limit=1000)
+    return Suite(about, methods=COMPARED, budgets=("128", "1024", "25%"), benchmarks=(group,), limit=1000)
 
 
 def instruct(about: str, seeds: tuple[int, ...] = (0,), temperature: float = 0.0) -> Suite:
@@ -61,7 +61,7 @@ def instruct(about: str, seeds: tuple[int, ...] = (0,), temperature: float = 0.0
         about,
         methods=COMPARED,
         budgets=("32", "64", "50%"),
-        benchmarks=GROUPS["instruct"],
+        benchmarks=("instruct",),
         limit=1000,
         seeds=seeds,
         temperature=temperature,
@@ -103,7 +103,7 @@ SUITES: dict[str, Suite] = {
     "longbench-headkv": longbench("LongBench, the six tasks of HeadKV's main tables", "longbench_headkv"),
     **{
         f"longbench-{category}": longbench(f"LongBench, {category}", f"longbench_{category.replace('-', '_')}")
-        for category in CATEGORIES
+        for category in LONGBENCH
     },
     "longbench-e": longbench("LongBench-E, its 13 tasks", "longbench_e"),
     "instruct": instruct("Dolly, Self-Instruct, Vicuna, Super-Natural and Unnatural Instructions, greedy, by ROUGE-L"),
@@ -129,14 +129,14 @@ SUITES: dict[str, Suite] = {
         about="LooGLE, short questions and the four kinds of long ones",
         methods=COMPARED,
         budgets=("128", "1024"),
-        benchmarks=GROUPS["loogle"],
+        benchmarks=("loogle",),
         limit=100,
     ),
     "ruler": Suite(
         about="RULER-style tasks of our own at three lengths",
         methods=COMPARED,
         budgets=("64", "25%"),
-        benchmarks=tuple(f"{task}(length={length})" for length in (512, 1024, 1792) for task in GROUPS["ruler"]),
+        benchmarks=tuple(f"{task}(length={length})" for length in (512, 1024, 1792) for task in RULER),
     ),
     "perplexity": Suite(
         about="WikiText-2 under a compressed cache, and window by window for the embedded model and its variants",
@@ -153,21 +153,7 @@ SUITES: dict[str, Suite] = {
         benchmarks=tuple(f"lm_eval:{task}" for task in ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge")),
         limit=200,
     ),
-    "sweep-speed": Suite(
-        about="cost of a sweep of 31 cells beside the plain prefills of its prompts; prints one JSON line, stores nothing",
-        models=("random:sweep-speed",),
-    ),
-    "attention-speed": Suite(
-        about="decode attention at 10 to 50 % of a full cache, beside that share of the full cache's time; one JSON line",
-        models=(),
-    ),
-    "kernel-speed": Suite(
-        about="the Triton kernel on rows of a gigabyte, beside a copy and other varlen kernels: for a GPU; prints one JSON line",
-        models=(),
-    ),
 }
-
-SPEED_SUITES = ("sweep-speed", "attention-speed", "kernel-speed")  # of the harness itself: `run` prints a line and stores nothing
 
 COST_SUITES: dict[str, CostSuite] = {
     "cost-default": CostSuite(

@@ -1,8 +1,8 @@
-"""The methods and conversions, by name. These tables are the only lists; they have no logic."""
+"""The methods, allocators and conversions, by name. These tables are the only lists; they have no logic."""
 
 from methods.ada_snapkv import AdaptiveHeads
 from methods.allocators import Uniform
-from methods.base import Conversion, Eviction, Full, Method
+from methods.base import Allocator, Conversion, Eviction, Full, Method
 from methods.cla import SharedLayers
 from methods.gqa import GroupedHeads, Untouched
 from methods.h2o import HeavyHitters
@@ -29,6 +29,16 @@ METHODS: dict[str, Method] = {
     "headkv_er": Eviction(WindowAttention(), HeadShares("er")),
     "headkv_r2": Eviction(WindowAttention(), HeadShares("r2")),
     "headkv_paper": Eviction(WindowAttention(), PaperHeadShares("r2")),
+}
+
+# Any allocator may stand behind any scorer: `h2o:pyramid` is H2O's ranking with PyramidKV's shares.
+ALLOCATORS: dict[str, Allocator] = {
+    "uniform": Uniform(),
+    "pyramid": Pyramid(),
+    "adaptive": AdaptiveHeads(),
+    "headkv_r": HeadShares("r", beta=1.5),
+    "headkv_er": HeadShares("er"),
+    "headkv_r2": HeadShares("r2"),
 }
 
 CONVERSIONS: dict[str, Conversion] = {

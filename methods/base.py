@@ -86,7 +86,11 @@ class Method(Protocol):
     def cannot_run(
         self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity, parent: ModelShape | None = None
     ) -> str | None:
-        """Why a cell makes no sense, asked before the prefill; or None. `parent`: the unconverted model's shape, which budgets count."""
+        """Why a cell makes no sense, asked before the prefill; or None.
+
+        Args:
+            parent: the unconverted model's shape, in which budgets are counted, if the model is a variant.
+        """
         ...
 
     def compress(self, prefill: Prefill, total: int, scores: Scores | None) -> Selection:
@@ -117,7 +121,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one cache before eviction, in flat (layer, stripe, head) order, as numpy columns."""
+    """The rows of one cache before eviction, in flat (layer, expert_group, head) order, as numpy columns."""
 
     layer: np.ndarray
     length: np.ndarray  # entries that a row could keep
@@ -165,18 +169,18 @@ class UsesHeadScores(ABC):
 class Scores:
     """A scorer's view of one prefill: shared by all methods and budgets that use the scorer."""
 
-    values: list[list[Tensor]]  # of each layer and stripe: [rows, m]; protected entries are inf
+    values: list[list[Tensor]]  # of each layer and expert_group: [rows, m]; protected entries are inf
     _ranks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def rank(self, layer: int, stripe: int) -> Tensor:
+    def rank(self, layer: int, expert_group: int) -> Tensor:
         """[rows, m]: 0 is the highest score of its row; of equals, the later position comes first."""
-        key = (layer, stripe)
+        key = (layer, expert_group)
         if key not in self._ranks:
-            self._ranks[key] = rank(self.values[layer][stripe])
+            self._ranks[key] = rank(self.values[layer][expert_group])
         return self._ranks[key]
 
     def rows(self) -> list[Tensor]:
-        return [row for layer in self.values for stripe in layer for row in stripe]
+        return [row for layer in self.values for expert_group in layer for row in expert_group]
 
 
 def rank(values: Tensor) -> Tensor:
@@ -195,14 +199,19 @@ def score_prefill(scorer: Scorer, prefill: Prefill) -> Scores:
         ValueError: scores of another shape than [S, n], or not numbers.
     """
     values = []
-    for layer, stripes in zip(prefill.layers, prefill.stripes, strict=True):
+    for layer, groups in zip(prefill.layers, prefill.expert_groups, strict=True):
         held = scorer.protected.mask(layer.positions, prefill.tokens)
         of_layer = []
-        for stripe in stripes:
-            scores = _checked(scorer, layer, stripe.width).masked_fill(held, float("inf"))
-            of_layer.append(scores if stripe.members is None else scores[:, stripe.members])
+        for group in groups:
+            scores = _checked(scorer, layer, group.width).masked_fill(held, float("inf"))
+            of_layer.append(scores if group.members is None else scores[:, group.members])
         values.append(of_layer)
     return Scores(values)
+
+
+def scores_for(method: Method, prefill: Prefill) -> Scores | None:
+    """What a method ranks by, if it ranks."""
+    return None if method.scorer is None else score_prefill(method.scorer, prefill)
 
 
 def _checked(scorer: Scorer, layer: LayerKV, width: int) -> Tensor:
@@ -328,12 +337,12 @@ class Conversion:
 
 def row_sizes(prefill: Prefill, protected: Protected) -> Rows:
     columns: list[tuple[int, int, int, int, int]] = []
-    for layer, stripes in zip(prefill.layers, prefill.stripes, strict=True):
+    for layer, groups in zip(prefill.layers, prefill.expert_groups, strict=True):
         held = protected.mask(layer.positions, prefill.tokens)
-        for stripe in stripes:
-            mine = held if stripe.members is None else held[stripe.members]
+        for group in groups:
+            mine = held if group.members is None else held[group.members]
             sizes = (layer.index, len(mine), int(mine.sum()))
-            columns += [(*sizes, first, stripe.width) for first in range(0, prefill.shape.query_heads, stripe.width)]
+            columns += [(*sizes, first, group.width) for first in range(0, prefill.shape.query_heads, group.width)]
     table = np.array(columns, dtype=np.int64)
     layers, lengths, floors, firsts, widths = table.T
     return Rows(layers, lengths, floors, firsts, widths, len(prefill.layers), prefill.tokens)
@@ -344,17 +353,17 @@ def select(prefill: Prefill, scores: Scores, counts: np.ndarray, recent_share: f
     import torch
 
     layers, done = [], 0
-    for layer, stripes in enumerate(prefill.stripes):
+    for layer, groups in enumerate(prefill.expert_groups):
         rows: list[Row] = []
-        for number, stripe in enumerate(stripes):
+        for number, group in enumerate(groups):
             values = scores.values[layer][number]
             wanted = torch.as_tensor(counts[done : done + len(values)], device=values.device)
             done += len(values)
             ranks = scores.rank(layer, number) if not recent_share else rank(_keep_recent(values, wanted, recent_share))
             kept = (ranks < wanted[:, None]).nonzero()[:, 1].split(wanted.tolist())
             for head, indices in enumerate(kept):
-                members = indices if stripe.members is None else stripe.members[indices]
-                rows.append(Row(head * stripe.width, stripe.width, number, members))
+                members = indices if group.members is None else group.members[indices]
+                rows.append(Row(head * group.width, group.width, number, members))
         layers.append(tuple(rows))
     return tuple(layers)
 

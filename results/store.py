@@ -6,7 +6,7 @@ newline and never read as one. Of equal keys the first `ok` row counts, so two p
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
 import re
@@ -16,28 +16,47 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from harness.errors import UserError
+from harness.files import whole
 from results.record import Key, Record
 
 
-class StoreError(OSError):
+LOCK = ".lock"  # one file a folder
+
+
+class StoreError(UserError, OSError):
     """The folder cannot be read or written. What was finished is still there."""
 
 
+class DiskFull(StoreError):
+    """There is no space left: no fault of the request, so the exit code is 1."""
+
+
+def cannot(do: str, error: OSError, then: str) -> StoreError:
+    """The refusal of what the system would not do: `do`, why, and what the user may do or still has."""
+    kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
+    return kind(f"cannot {do}: {error.strerror or error}; {then}")
+
+
 class Store:
-    """The rows of one output folder, for a process that adds to them.
+    """The rows of one output folder, for a process that adds to them, or only asks what is finished.
 
     Raises:
         StoreError: the folder cannot be made or written to.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, reading: bool = False) -> None:
         self.out, self.rows = out, out / "rows"
         self._read_to: dict[Path, int] = {}
         self._status: dict[str, str] = {}
+        if reading:
+            return
         try:
             self.rows.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"cannot make {self.rows}: {error.strerror}; choose another folder with --out") from None
+            raise cannot(f"make {self.rows}", error, "choose another folder with --out") from None
         if not os.access(self.rows, os.W_OK):
             raise StoreError(f"cannot write to {self.rows}; choose another folder with --out")
 
@@ -55,8 +74,10 @@ class Store:
                 if self._status.get(record.key.id) == "ok":
                     return False
                 size = _append(handle, record.to_json())
+        except StoreError:
+            raise
         except OSError as error:
-            raise StoreError(f"cannot write to {path}: {error.strerror}; rows written before are safe") from None
+            raise cannot(f"write to {path}", error, "rows written before are safe") from None
         self._status[record.key.id] = record.status
         self._read_to[path] = size
         return True
@@ -75,7 +96,7 @@ class Store:
                 handle.seek(start)
                 new = handle.read()
         except OSError as error:
-            raise StoreError(f"cannot read {path}: {error.strerror}; choose another folder with --out") from None
+            raise cannot(f"read {path}", error, "choose another folder with --out") from None
         whole = new[: new.rfind(b"\n") + 1]
         self._read_to[path] = start + len(whole)
         for row in _parsed(whole):
@@ -94,12 +115,13 @@ def slug(text: str) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    finally:
-        os.close(handle)
+    """The file, opened for adding to it, while no other process adds to a file of its folder."""
+    with FileLock(path.with_name(LOCK)):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
 
 
 def _append(handle: int, line: str) -> int:
@@ -110,7 +132,7 @@ def _append(handle: int, line: str) -> int:
     try:
         written = os.write(handle, data)
         if written < len(data):
-            raise OSError(28, "no space left on device")
+            raise OSError(errno.ENOSPC, "no space left on device")
     except OSError:
         os.ftruncate(handle, size)
         raise
@@ -128,7 +150,7 @@ def append_line(path: Path, line: str) -> None:
         with _locked(path) as handle:
             _append(handle, line)
     except OSError as error:
-        raise StoreError(f"cannot write to {path}: {error.strerror}; what was written before is safe") from None
+        raise cannot(f"write to {path}", error, "what was written before is safe") from None
 
 
 def judge_lines(path: Path) -> list[dict[str, Any]]:
@@ -206,12 +228,10 @@ def write_json(path: Path, what: Any) -> None:
         StoreError: the folder cannot be written to.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(what, indent=1) + "\n")
-        draft.replace(path)
+        with whole(path) as draft:
+            draft.write_text(json.dumps(what, indent=1) + "\n")
     except OSError as error:
-        raise StoreError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
+        raise cannot(f"write to {path.parent}", error, "choose another folder with --out") from None
 
 
 def _parsed(data: bytes) -> Iterator[dict[str, object]]:

@@ -57,8 +57,8 @@ def main() -> None:
             how = {"CAP": hides, "MASKED": hides, "WINDOWED": hides, "WIDE": False}
             build(partial, numbers, sizes | how, num_stages=stages)
     build(merge, "bf16", {"D": 128, "DP": 128, "PARTS": kernels.PARTS})
-    for striped in (False, True):
-        build(append, "bf16", {"D": 128, "DP": 128, "STRIPED": striped}, num_warps=1)
+    for routed in (False, True):
+        build(append, "bf16", {"D": 128, "DP": 128, "STRIPED": routed}, num_warps=1)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ FAULTS = (
     Fault("ties to the earlier", "methods/base.py", "values.flip(1).argsort", "values.argsort"),
     Fault("positions renumbered", "harness/engine/rows.py", "[prefill.tokens] * len(selections)", "_mean_lengths(layers)"),
     Fault("causal mask dropped", "harness/engine/attention.py", "if tokens > 1:", "if tokens > 10**9:"),
-    Fault("window dropped", "harness/engine/attention.py", "hidden |= held <= asking - layer.window", "pass"),
+    Fault("window dropped", "harness/engine/attention.py", "hidden(held, asking, layer.window)", "hidden(held, asking, None)"),
     Fault("prefill mutated", "methods/snapkv.py", "attention = layer", "layer.keys.mul_(1.01); attention = layer"),
-    Fault("softcap dropped", "harness/engine/attention.py", "if softcap is not None:", "if False:"),
+    Fault("softcap dropped", "harness/logits.py", "if softcap is None else", "if True else"),
     Fault("question out of the window", "harness/engine/observe.py", "tokens - min(self.needs.window, tokens) :]", "-9:-1]"),
     Fault(
         "values of another row",
@@ -51,7 +51,12 @@ FAULTS = (
         "taken = len(piece) - 1",
     ),
     Fault("drafts behind the end counted", "harness/engine/generate.py", "taken = len(answer.tokens) - before - 1", "taken += 0"),
-    Fault("ended cells' rows stay", "harness/engine/rows.py", "self.table[np.isin(self.cell, list(cells))]", "self.table.copy()"),
+    Fault(
+        "ended cells' rows stay",
+        "harness/engine/rows.py",
+        "self.table.of(np.isin(self.table.cell, list(cells)))",
+        "self.table.copy()",
+    ),
     Fault(
         "merge ignores the sums",
         "harness/engine/attention.py",
@@ -81,8 +86,8 @@ FAULTS = (
     Fault(
         "tokens in every expert's rows",
         "harness/engine/rows.py",
-        "takes = stripes[token] == self.stripe[row]",
-        "takes = stripes[token] >= 0",
+        "takes = experts[token] == table.expert_group[row]",
+        "takes = experts[token] >= 0",
         "tests/test_conversions.py",
     ),
     Fault("padding routed", "methods/mixsga.py", "(segments >= 0) & (expert < 0)", "(expert < 0)", "tests/test_conversions.py"),
@@ -104,7 +109,7 @@ FAULTS = (
     Fault("luck of another place", "harness/engine/generate.py", "[len(answer.tokens) + n", "[n", "tests/test_answer.py"),
     Fault("lost row after a tear", "results/store.py", 'b"\\n" if torn else b""', 'b""', "tests/test_store.py"),
     Fault("doubled rows", "results/store.py", 'if self._status.get(record.key.id) == "ok":', "if False:", "tests/test_store.py"),
-    Fault("lock dropped", "results/store.py", "fcntl.flock(handle, fcntl.LOCK_EX)", "pass", "tests/test_store.py"),
+    Fault("lock dropped", "results/store.py", "with FileLock(path.with_name(LOCK)):", "if True:", "tests/test_store.py"),
     Fault(
         "cut in front of the question",
         "harness/evaluation/prompts.py",
@@ -144,9 +149,9 @@ FAULTS = (
         "tests/test_devices.py",
     ),
     Fault(
-        "every stripe grows",
+        "every expert_group grows",
         "harness/engine/static_decode.py",
-        "if self.striped else 1)",
+        "if self.routed else 1)",
         "if False else 1)",
         "tests/test_captured.py",
     ),
@@ -162,8 +167,8 @@ FAULTS = (
     Fault(
         "a step brings numbers",
         "harness/engine/static_decode.py",
-        "torch.arange(group.capacity, device=logits.device)",
-        "torch.arange(group.capacity)",
+        "torch.arange(block.capacity, device=logits.device)",
+        "torch.arange(block.capacity)",
         "tests/test_captured.py",
     ),
     Fault(
@@ -180,9 +185,9 @@ FAULTS = (
         "seen.repeat(",
         "tests/test_captured.py",
     ),
-    Fault("room is read", "harness/engine/static_decode.py", "group.room(pool).zero_()", "pass", "tests/test_captured.py"),
+    Fault("room is read", "harness/engine/static_decode.py", "block.slack(pool).zero_()", "pass", "tests/test_captured.py"),
     Fault(
-        "stripes merged alike",
+        "expert_groups merged alike",
         "harness/engine/static_decode.py",
         "[self.parts].softmax(-1)",
         "[self.parts] * 0 + 1",
@@ -258,7 +263,7 @@ FAULTS = (
 HELPER = """
 
 def _mean_lengths(layers):
-    return [int(layers[0].length.mean())] * (int(layers[0].cell.max()) + 1)
+    return [int(layers[0].table.length.mean())] * (int(layers[0].table.cell.max()) + 1)
 """
 
 

@@ -7,9 +7,11 @@ import torch
 from conftest import network, read, tiny, tokens
 
 import harness.engine.generate
+import harness.engine.scoring
 from harness.cache import keep_all
-from harness.engine.generate import Answer, Chooser, Drafts, FullAnswer, Stop, forced, generate, propose
+from harness.engine.generate import Answer, Decoder, NgramTable, Sampler, Stop, generate, propose
 from harness.engine.rows import compact
+from harness.engine.scoring import FullAnswer, forced
 from methods import METHODS
 from methods.base import Eviction, score_prefill
 
@@ -30,10 +32,10 @@ def test_answers_are_the_models_own_whatever_is_drafted(family: str, most_drafts
     ids = tokens(30, seed=6)
     prefill = read(family, ids)
     first = int(prefill.logits.argmax())
-    drafts = Drafts()
+    drafts = NgramTable()
     drafts.learn(ids.tolist())
     cache = compact(prefill, [keep_all(prefill)] * 2, 48)
-    answers = generate(tiny(family), cache, [first, first], drafts, Stop(frozenset(), 40))
+    answers = generate(tiny(family), cache, [first, first], Decoder(drafts, Stop(frozenset(), 40)))
     assert [answer.tokens for answer in answers] == [plain_greedy(family, ids, 40)] * 2
     assert answers[0].stop_reason == "length"
 
@@ -42,7 +44,7 @@ def test_drafts_save_passes() -> None:
     """What one cell has said is the next one's draft."""
     prefill = read("llama", tokens(30, seed=6))
     model, plain = tiny("llama"), tiny("llama").decode_ragged
-    first, drafts, passes = [int(prefill.logits.argmax())], Drafts(), []
+    first, drafts, passes = [int(prefill.logits.argmax())], NgramTable(), []
 
     def counting(*arguments, **options):
         passes[-1] += 1
@@ -54,7 +56,7 @@ def test_drafts_save_passes() -> None:
         for _ in range(2):
             passes.append(0)
             cache = compact(prefill, [keep_all(prefill)], 72)
-            answers.append(generate(model, cache, first, drafts, Stop(frozenset(), 64))[0].tokens)
+            answers.append(generate(model, cache, first, Decoder(drafts, Stop(frozenset(), 64)))[0].tokens)
     finally:
         del model.decode_ragged  # type: ignore[attr-defined]
     assert answers[0] == answers[1]
@@ -66,12 +68,12 @@ def test_a_cell_ends_at_its_end_token_and_keeps_its_counts(monkeypatch: pytest.M
     said = plain_greedy("llama", ids, 20)
     stop = next(token for token in said[3:] if token not in said[:3])
     prefill = read("llama", ids)
-    known = Drafts()
+    known = NgramTable()
     known.learn(said)
-    for drafts, width in ((Drafts(), 0), (known, 7)):  # drafts that go on behind the end are no part of the answer
+    for drafts, width in ((NgramTable(), 0), (known, 7)):  # drafts that go on behind the end are no part of the answer
         monkeypatch.setattr(harness.engine.generate, "Answer", lambda tokens, width=width: Answer(tokens, width=width))
         cache = compact(prefill, [keep_all(prefill)], 40)
-        answer = generate(tiny("llama"), cache, [said[0]], drafts, Stop(frozenset({stop}), 20))[0]
+        answer = generate(tiny("llama"), cache, [said[0]], Decoder(drafts, Stop(frozenset({stop}), 20)))[0]
         assert answer.tokens == said[: said.index(stop) + 1]
         assert answer.stop_reason == "end"
         assert answer.end is not None
@@ -88,7 +90,7 @@ def test_an_answer_takes_nothing_behind_its_end() -> None:
 
 
 def test_drafts_follow_two_tokens_or_else_one() -> None:
-    drafts = Drafts()
+    drafts = NgramTable()
     drafts.learn([1, 2, 3, 1, 2, 4])
     assert propose([1, 2], 1, drafts) == [4]
     assert propose([3, 1], 3, drafts) == [2, 4]
@@ -99,7 +101,7 @@ def test_drafts_follow_two_tokens_or_else_one() -> None:
 
 
 def test_a_cell_repeats_itself_rather_than_others() -> None:
-    own, others = Drafts(longest=3), Drafts()
+    own, others = NgramTable(longest=3), NgramTable()
     own.learn([1, 2, 3, 1, 2, 4, 2, 3])
     others.learn([2, 3, 8, 5])
     assert propose([1, 2, 3], 1, own, others) == [1]
@@ -109,23 +111,23 @@ def test_a_cell_repeats_itself_rather_than_others() -> None:
 
 @pytest.mark.parametrize("numbers", [2**26, 97 * 2 * 3, 1])
 def test_fidelity_is_its_definition(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.engine.generate, "FORCED_NUMBERS", numbers)
+    monkeypatch.setattr(harness.engine.scoring, "FORCED_NUMBERS", numbers)
     model, prefill = tiny("llama"), read("llama", tokens(40))
     snap = METHODS["snapkv"]
     kept = snap.compress(prefill, 6 * 10, score_prefill(snap.scorer, prefill))  # type: ignore[union-attr]
-    said = Answer([5, 9, 13, 4, 60])
+    said = [5, 9, 13, 4, 60]
     full_cache, cache = compact(prefill, [keep_all(prefill)], 8), compact(prefill, [kept, keep_all(prefill)], 8)
     full = FullAnswer.of(model, full_cache, said, None)
     ours, same = full.fidelity(model, cache, None)
     assert cache.seen.tolist() == [40, 40]
-    fed = torch.tensor(said.tokens[:-1])
+    fed = torch.tensor(said[:-1])
     p = model.decode(full_cache, fed[None], keep=4)[0].log_softmax(-1)
     q = model.decode(cache, fed.expand(2, -1), keep=4)[0].log_softmax(-1)
     kl = sum(float((p[i].exp() * (p[i] - q[i])).sum()) for i in range(4)) / 4
     assert ours["kl"] == pytest.approx(kl, rel=1e-4)
-    assert ours["loss"] == pytest.approx(-sum(float(q[i, said.tokens[i + 1]]) for i in range(4)) / 4, rel=1e-5)
+    assert ours["loss"] == pytest.approx(-sum(float(q[i, said[i + 1]]) for i in range(4)) / 4, rel=1e-5)
     assert ours["top1"] == sum(int(p[i].argmax() == q[i].argmax()) for i in range(4)) / 4
-    assert same == {"kl": pytest.approx(0, abs=1e-6), "top1": 1.0, "loss": pytest.approx(full_loss(p, said.tokens), rel=1e-5)}
+    assert same == {"kl": pytest.approx(0, abs=1e-6), "top1": 1.0, "loss": pytest.approx(full_loss(p, said), rel=1e-5)}
 
 
 def full_loss(p: torch.Tensor, said: list[int]) -> float:
@@ -134,7 +136,7 @@ def full_loss(p: torch.Tensor, said: list[int]) -> float:
 
 def test_under_question_after_the_first_token_counts_too() -> None:
     model, prefill = tiny("llama"), read("llama", tokens(40))
-    said = Answer([5, 9])
+    said = [5, 9]
     lead = torch.randn(1, 97).log_softmax(-1)
     full = FullAnswer.of(model, compact(prefill, [keep_all(prefill)], 8), said, lead)
     assert full.logprobs.shape == (2, 97)
@@ -146,7 +148,7 @@ def test_under_question_after_the_first_token_counts_too() -> None:
 def test_an_answer_of_one_token_out_of_the_prefill_has_no_fidelity() -> None:
     model, prefill = tiny("llama"), read("llama", tokens(10))
     cache = compact(prefill, [keep_all(prefill)], 4)
-    assert FullAnswer.of(model, cache, Answer([5]), None).fidelity(model, cache, None) == [{}]
+    assert FullAnswer.of(model, cache, [5], None).fidelity(model, cache, None) == [{}]
 
 
 def test_forcing_leaves_the_cache_as_it_was() -> None:
@@ -164,19 +166,19 @@ def test_drafts_never_reach_behind_the_answers_end(most: int) -> None:
     model = tiny("opt")
     ids = tokens(model.max_tokens - most, seed=6)
     prefill = read("opt", ids)
-    drafts = Drafts()
+    drafts = NgramTable()
     for _ in range(2):  # the second time everything is drafted
         cache = compact(prefill, [keep_all(prefill)], most + 7)
-        answer = generate(model, cache, [int(prefill.logits.argmax())], drafts, Stop(frozenset(), most))[0]
+        answer = generate(model, cache, [int(prefill.logits.argmax())], Decoder(drafts, Stop(frozenset(), most)))[0]
         assert len(answer.tokens) == most
         assert answer.end is not None
         assert answer.end.entries == model.shape.full_entries(len(ids) + most - 1)
 
 
-def test_sampled_answers_share_their_luck_and_do_not_depend_on_drafts_or_neighbours(family: str) -> None:
+def test_sampled_answers_share_their_noise_and_do_not_depend_on_drafts_or_neighbours(family: str) -> None:
     ids = tokens(40, seed=8)
     prefill = read(family, ids)
-    chooser = Chooser(temperature=1.0, seed="3/prompt")
+    sampler = Sampler(temperature=1.0, seed="3/prompt")
     snap = METHODS["snapkv"]
     assert isinstance(snap, Eviction)
     small = snap.compress(prefill, 10 * 3 * prefill.shape.kv_heads, score_prefill(snap.scorer, prefill))
@@ -184,26 +186,26 @@ def test_sampled_answers_share_their_luck_and_do_not_depend_on_drafts_or_neighbo
 
     def answers(chosen: list) -> list[list[int]]:
         cache = compact(prefill, chosen, 40)
-        first = chooser.choose(prefill.logits.expand(len(chosen), -1), [0] * len(chosen))
-        return [a.tokens for a in generate(tiny(family), cache, first, Drafts(), Stop(frozenset(), 24), chooser)]
+        first = sampler.sample(prefill.logits.expand(len(chosen), -1), [0] * len(chosen))
+        return [a.tokens for a in generate(tiny(family), cache, first, Decoder(NgramTable(), Stop(frozenset(), 24), sampler))]
 
     def one_by_one(selection) -> list[int]:
-        cache, said = compact(prefill, [selection], 40), chooser.choose(prefill.logits[None], [0])
+        cache, said = compact(prefill, [selection], 40), sampler.sample(prefill.logits[None], [0])
         while len(said) < 24:
             logits = tiny(family).decode(cache, torch.tensor([said[-1:]]))[0]
-            said += chooser.choose(logits, [len(said)])
+            said += sampler.sample(logits, [len(said)])
         return said
 
     together = answers(selections)
     assert together[0] == together[2] == one_by_one(selections[0])
     assert together[1] == one_by_one(small)
-    other = Chooser(temperature=1.0, seed="4/prompt").choose(prefill.logits.expand(99, -1), range(99))
+    other = Sampler(temperature=1.0, seed="4/prompt").sample(prefill.logits.expand(99, -1), range(99))
     assert len(set(other)) > 5, "draws at other places must differ"
-    assert Chooser().choose(prefill.logits[None], [0]) == [int(prefill.logits.argmax())]
+    assert Sampler().sample(prefill.logits[None], [0]) == [int(prefill.logits.argmax())]
 
 
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    drawn = torch.tensor(Chooser(0.5, "x").choose(logits.expand(4000, -1), range(4000)))
+    drawn = torch.tensor(Sampler(0.5, "x").sample(logits.expand(4000, -1), range(4000)))
     share = torch.bincount(drawn, minlength=4) / 4000
     assert (share - (logits[0] / 0.5).softmax(0)).abs().max() < 0.03

@@ -71,7 +71,7 @@ def cache_of(model: Model, ids: Tensor) -> tuple[RowCache, Tensor]:
     model.decode(cache, tokens(6, seed=1).view(3, 2))
     cache.crop([0, 1, 2])
     for layer in cache.layers:
-        for start, length, capacity in layer.table[:, [4, 6, 5]].tolist():
+        for start, length, capacity in zip(layer.table.start, layer.table.length, layer.table.capacity, strict=True):
             layer.keys[start + length : start + capacity] = float("nan")
             layer.values[start + length : start + capacity] = float("nan")
     return cache, torch.tensor([int(prefill.logits.argmax()), 5, 9])
@@ -146,8 +146,8 @@ def test_a_token_makes_only_its_experts_rows_longer() -> None:
             mine.append(keys, values, torch.tensor([seen, seen]), torch.tensor(experts))
             step = cache.step([1, 1])
             other.append(keys, values, replace(step, positions=np.array([seen, seen])), np.array(experts))
-        assert mine.length.tolist() == other.length.tolist() and mine.length.tolist() != layer.length.tolist()
-        for start, length in other.table[:, [4, 6]].tolist():
+        assert mine.length.tolist() == other.table.length.tolist() and mine.length.tolist() != layer.table.length.tolist()
+        for start, length in zip(other.table.start, other.table.length, strict=True):
             for one, two in zip(
                 (layer.keys, layer.values, layer.positions), (other.keys, other.values, other.positions), strict=True
             ):
@@ -261,7 +261,7 @@ def test_what_making_a_step_does_is_taken_back(monkeypatch: pytest.MonkeyPatch) 
         and decode.next.tolist() == token.tolist()
         and decode.seen.tolist() == [62, 61, 60]
     )
-    assert [layer.length.tolist() for layer in decode.layers] == [layer.length.tolist() for layer in cache.layers]
+    assert [layer.length.tolist() for layer in decode.layers] == [layer.table.length.tolist() for layer in cache.layers]
 
 
 class PlayedGpu:

@@ -130,7 +130,7 @@ def test_decoding_over_mixsga_rows_equals_dense_attention_over_repeated_heads(fa
     model = converted(family, f"mixsga-{ratios}")
     prefill = model.prefill(ids[:T], Needs())[0]
     experts = len(model.routers[0].ratios)
-    assert [len(stripes) for stripes in prefill.stripes] == [experts] * model.shape.layers
+    assert [len(expert_groups) for expert_groups in prefill.expert_groups] == [experts] * model.shape.layers
     logits = []
     for pieces in ([9], [1] * 9, [4, 1, 4]):
         cache = compact(prefill, [keep_all(prefill)] * 2, 20)

@@ -18,7 +18,7 @@ from harness.cache import Needs, keep_all
 from harness.engine import kernels
 from harness.engine.attention import attend, attend_by_kernel
 from harness.engine.rows import compact
-from harness.engine.split_plan import LONGEST, TILE, plan
+from harness.engine.split_plan import LONGEST, TILE, plan_split
 
 pytest.importorskip("triton")
 
@@ -58,11 +58,11 @@ class Pool:
     def check(self, softcap: float | None = None, window: int | None = None, masked: bool = False, split: int = 128) -> None:
         """Planned for longer rows than there are: how long they are stands on the device."""
         scaling = self.keys.shape[1] ** -0.5
-        work = plan(self.start, self.length + 3, self.width, self.query, len(self.query), split).on(self.keys.device)
+        work = plan_split(self.start, self.length + 3, self.width, self.query, len(self.query), split).on(self.keys.device)
         asking = torch.randint(0, 2 * max(1, int(self.length.max())), (len(self.asked),))
         hide = (self.positions, asking, window) if masked else ()
         length = torch.as_tensor(self.length)
-        out = kernels.attend_pieces(self.asked, self.keys, self.values, length, work, scaling, softcap, *hide)
+        out = kernels.attend_split(self.asked, self.keys, self.values, length, work, scaling, softcap, *hide)
         assert out.dtype == self.asked.dtype
         done = 0
         for start, length, width in zip(self.start, self.length, self.width, strict=True):
@@ -102,7 +102,7 @@ def test_pieces_cover_every_entry_of_every_query_once() -> None:
         length, readers = rng.integers(0, 2000, 6), rng.integers(1, 40, 6)
         start, queries = np.cumsum(length) - length, 50
         query = np.concatenate([rng.permutation(queries)[:many] for many in readers])  # a query reads several rows, or none
-        work = plan(start, length, readers, query, queries, 256)
+        work = plan_split(start, length, readers, query, queries, 256)
         (first, begin), (of, tile, low, high) = work.row[:2], work.item
         assert (first == start).all() and (high - low).max() <= 256
         for number in range(queries):
@@ -142,7 +142,7 @@ def test_a_layer_of_a_cache_is_read_as_by_the_path_in_plain_torch(family: str) -
 
 
 def test_experts_rows_are_merged_by_their_weights() -> None:
-    """mixSGA's stripes: a head's entries lie in rows of several widths."""
+    """mixSGA's expert_groups: a head's entries lie in rows of several widths."""
     from test_conversions import converted
 
     model = converted("llama", "mixsga-3:1:6")
@@ -154,7 +154,7 @@ def test_experts_rows_are_merged_by_their_weights() -> None:
     layer.append(new[0], new[1], step, np.array([2]))
     queries = torch.randn(prefill.shape.query_heads, 1, prefill.shape.head_dim)
     wanted = attend(layer, queries, step, kv.scaling)
-    assert layer.striped and torch.allclose(attend_by_kernel(layer, queries, step, kv.scaling, None), wanted, atol=1e-5)
+    assert layer.routed and torch.allclose(attend_by_kernel(layer, queries, step, kv.scaling, None), wanted, atol=1e-5)
 
 
 def test_they_are_built_for_a_gpu_that_is_not_here() -> None:

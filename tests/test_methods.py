@@ -42,8 +42,8 @@ def slow_attention(layer: LayerKV, head: int, back: int) -> list[float]:
 @pytest.mark.parametrize("granularity", ["kv", "query"])
 def test_window_attention(family: str, granularity: str) -> None:
     prefill = read(family, tokens(30)).at(granularity)  # type: ignore[arg-type]
-    for layer, stripes in zip(prefill.layers, prefill.stripes, strict=True):
-        width = stripes[0].width
+    for layer, expert_groups in zip(prefill.layers, prefill.expert_groups, strict=True):
+        width = expert_groups[0].width
         got = WindowAttention(window=4, kernel=3).score(layer.read_by(width))
         n = layer.keys.shape[1]
         for stored in range(layer.query_heads // width):

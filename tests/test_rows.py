@@ -10,15 +10,15 @@ import pytest
 import torch
 from conftest import read, tiny, tokens
 
-from harness.cache import LayerKV, ModelShape, Prefill, Row, Stripe, keep_all
+from harness.cache import ExpertGroup, LayerKV, ModelShape, Prefill, Row, keep_all
 from harness.engine.attention import attend, attend_reference
 from harness.engine.rows import RowCache, compact
 
 HEADS, KV_HEADS, DIM = 8, 4, 16
 
 
-def random_cache(rng: random.Random, window: int | None, striped: bool, dtype: torch.dtype = torch.float32) -> RowCache:
-    """A one-layer cache of three cells with ragged rows; striped: experts of widths 2, 4 and 8, as mixSGA has."""
+def random_cache(rng: random.Random, window: int | None, routed: bool, dtype: torch.dtype = torch.float32) -> RowCache:
+    """A one-layer cache of three cells with ragged rows; routed: experts of widths 2, 4 and 8, as mixSGA has."""
     torch.manual_seed(rng.randrange(10**6))
     tokens_read = 50
     held = min(tokens_read, window or tokens_read)
@@ -29,30 +29,30 @@ def random_cache(rng: random.Random, window: int | None, striped: bool, dtype: t
     for _ in range(3):
         owner = torch.tensor([rng.randrange(3) for _ in range(held)])
         rows = []
-        for stripe, width in enumerate((2, 4, 8) if striped else (2,)):
-            mine = (owner == stripe).nonzero()[:, 0] if striped else torch.arange(held)
+        for group, width in enumerate((2, 4, 8) if routed else (2,)):
+            mine = (owner == group).nonzero()[:, 0] if routed else torch.arange(held)
             for first in range(0, HEADS, width):
-                keep = sorted(rng.sample(range(len(mine)), rng.randrange(0 if striped else 1, len(mine) + 1)))
-                rows.append(Row(first, width, stripe, mine[keep]))
+                keep = sorted(rng.sample(range(len(mine)), rng.randrange(0 if routed else 1, len(mine) + 1)))
+                rows.append(Row(first, width, group, mine[keep]))
         selections.append((tuple(rows),))
-    stripes = tuple(Stripe(width) for width in ((2, 4, 8) if striped else (2,)))
-    prefill = Prefill(torch.zeros(tokens_read), torch.zeros(1), (kv,), (stripes,), shape)
+    groups = tuple(ExpertGroup(width) for width in ((2, 4, 8) if routed else (2,)))
+    prefill = Prefill(torch.zeros(tokens_read), torch.zeros(1), (kv,), (groups,), shape)
     return compact(prefill, selections, 70)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("window", [None, 30])
-@pytest.mark.parametrize("striped", [False, True])
-def test_attention_equals_its_reference(striped: bool, window: int | None, softcap: float | None) -> None:
+@pytest.mark.parametrize("routed", [False, True])
+def test_attention_equals_its_reference(routed: bool, window: int | None, softcap: float | None) -> None:
     for seed in range(5):
-        rng = random.Random(f"{striped}/{window}/{softcap}/{seed}")
-        cache = random_cache(rng, window, striped)
+        rng = random.Random(f"{routed}/{window}/{softcap}/{seed}")
+        cache = random_cache(rng, window, routed)
         layer = cache.layers[0]
         for counts in ((3, 3, 3), (1, 1, 1), (1, 4, 2), (7, 7, 7), (1, 1, 5)):
             step = cache.step(counts)
             new, queries = torch.randn(2, KV_HEADS, sum(counts), DIM), torch.randn(HEADS, sum(counts), DIM)
-            stripes = np.array([rng.randrange(3) for _ in range(sum(counts))]) if striped else None
-            layer.append(new[0], new[1], step, stripes)
+            experts = np.array([rng.randrange(3) for _ in range(sum(counts))]) if routed else None
+            layer.append(new[0], new[1], step, experts)
             cache.seen = cache.seen + step.counts
             ours = attend(layer, queries, step, 0.25, softcap)
             assert torch.allclose(ours, attend_reference(layer, queries, step, 0.25, softcap), atol=2e-6)
@@ -72,7 +72,7 @@ def test_attention_in_half_precision_stays_close(dtype: torch.dtype) -> None:
 def test_slack_is_never_read() -> None:
     cache = random_cache(random.Random(1), None, False)
     layer = cache.layers[0]
-    for start, capacity, length in layer.table[:, [4, 5, 6]]:
+    for start, capacity, length in zip(layer.table.start, layer.table.capacity, layer.table.length, strict=True):
         layer.keys[start + length : start + capacity] = float("nan")
         layer.values[start + length : start + capacity] = float("nan")
     step = cache.step([2, 2, 2])
@@ -86,7 +86,7 @@ def test_the_order_of_a_rows_entries_does_not_matter() -> None:
     layer = cache.layers[0]
     queries, step = torch.randn(HEADS, 3, DIM), cache.step([1, 1, 1])
     before = attend(layer, queries, step, 0.25)
-    for start, length in layer.table[:, [4, 6]]:
+    for start, length in zip(layer.table.start, layer.table.length, strict=True):
         where = torch.arange(start, start + length)
         mixed = where[torch.randperm(length)]
         for pool in (layer.keys, layer.values, layer.positions):
@@ -94,27 +94,27 @@ def test_the_order_of_a_rows_entries_does_not_matter() -> None:
     assert torch.allclose(before, attend(layer, queries, step, 0.25), atol=1e-6)
 
 
-@pytest.mark.parametrize("striped", [False, True])
-def test_cropping_takes_back_exactly_what_was_appended(striped: bool) -> None:
+@pytest.mark.parametrize("routed", [False, True])
+def test_cropping_takes_back_exactly_what_was_appended(routed: bool) -> None:
     rng = random.Random(3)
-    cache = random_cache(rng, None, striped)
+    cache = random_cache(rng, None, routed)
     layer = cache.layers[0]
-    stripes = np.array([rng.randrange(3) for _ in range(15)]) if striped else None
+    experts = np.array([rng.randrange(3) for _ in range(15)]) if routed else None
     new = torch.randn(2, KV_HEADS, 15, DIM)
     before = layer.table.copy()
-    layer.append(new[0], new[1], cache.step([5, 5, 5]), stripes)
+    layer.append(new[0], new[1], cache.step([5, 5, 5]), experts)
     cache.seen = cache.seen + 5
     cache.crop([5, 0, 2])
     assert cache.seen.tolist() == [50, 55, 53]
-    for row, old in zip(layer.table.tolist(), before.tolist(), strict=True):
-        kept = {0: 0, 1: 5, 2: 3}[row[0]]
-        mine = None if stripes is None else stripes[5 * row[0] : 5 * row[0] + kept]
-        taken = kept if mine is None else int((mine == row[1]).sum())
-        assert row[6] == old[6] + taken
-    again = layer.table.copy()
+    table = layer.table
+    for cell, group, length, old in zip(table.cell, table.expert_group, table.length, before.length, strict=True):
+        kept = {0: 0, 1: 5, 2: 3}[int(cell)]
+        mine = None if experts is None else experts[5 * cell : 5 * cell + kept]
+        assert length == old + (kept if mine is None else int((mine == group).sum()))
+    again = table.length.copy()
     cache.crop([0, 5, 3])
-    assert (layer.table == before).all()
-    assert not (again == before).all()
+    assert (table.length == before.length).all()
+    assert not (again == before.length).all()
 
 
 def test_cells_may_leave_and_the_others_go_on_as_before() -> None:
@@ -133,10 +133,29 @@ def test_cells_may_leave_and_the_others_go_on_as_before() -> None:
         assert torch.allclose(model.decode(cache, token[None, None]), model.decode(alone, token[None, None]), atol=1e-5)
 
 
-def test_no_room_is_said() -> None:
+def test_a_row_may_bring_merged_entries() -> None:
+    prefill = read("llama", tokens(30))
+    kept = torch.arange(20, 30)
+    merged = tuple(
+        tuple(
+            Row(row.first, row.width, 0, kept, merged=(kv.keys[n][kept] + 1, 2 * kv.values[n][kept]))
+            for n, row in enumerate(rows)
+        )
+        for kv, rows in zip(prefill.layers, keep_all(prefill), strict=True)
+    )
+    cache = compact(prefill, [merged], 8)
+    for kv, layer in zip(prefill.layers, cache.layers, strict=True):
+        for number, start in enumerate(layer.table.start.tolist()):
+            where = slice(start, start + 10)
+            assert torch.equal(layer.keys[where], kv.keys[number][kept] + 1)
+            assert torch.equal(layer.values[where], 2 * kv.values[number][kept])
+            assert layer.positions[where].tolist() == kept.tolist()
+
+
+def test_no_slack_is_said() -> None:
     prefill = read("llama", tokens(10))
     cache = compact(prefill, [keep_all(prefill)], 1)
-    with pytest.raises(ValueError, match="no room for 65"):
+    with pytest.raises(ValueError, match="no slack for 65"):
         tiny("llama").decode(cache, tokens(65)[None])
 
 

@@ -1,138 +1,96 @@
-"""The command line: commands and their options. No model is needed to tell them."""
+"""The command line: commands and their options. Nothing of the suite is imported to tell them.
+
+An option that is not given is absent from what is parsed: defaults live in the requests alone (`harness.cli.requests`).
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-OUT = Path("results/default")
 ABOUT = "The suite's command line. `python run_all.py` runs the default suite and writes its report; `--help` lists the rest."
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="run_all.py", description=ABOUT)
     commands = main.add_subparsers(dest="command", metavar="command")
-    for name, about in (("run", "run a suite and write its report"), ("plan", "what `run` would do; runs nothing")):
-        _add_request(commands.add_parser(name, help=about, description=about))
-    listing = commands.add_parser("list", help="what there is", description="what there is")
-    listing.add_argument("what", choices=("methods", "conversions", "recipes", "benchmarks", "suites", "models", "papers"))
-    listing.add_argument("--json", action="store_true", help="as JSON")
-    listing.add_argument("--data-dir", type=Path, help="papers: where their data are looked for")
-    _add_plugin(listing)
-    about = "estimate head scores for HeadKV, and draw them"
-    _add_importance(commands.add_parser("importance", help=about, description=about))
-    about = "convert a model to GQA, MQA, mixSGA or CLA, heal it, save it as a variant"
-    _add_train(commands.add_parser("train", help=about, description=about))
-    about = "average one token's keys and values over all heads: what becomes of the perplexity (mixSGA's figure 1)"
-    tokens = commands.add_parser("token-importance", help=about, description=about)
-    _add_model(tokens)
-    tokens.add_argument("--text", type=Path, required=True, help="file; its first tokens are read as one sequence")
-    tokens.add_argument("--tokens", type=int, default=128, help="(default: %(default)s)")
-    tokens.add_argument(
-        "--out", type=Path, default=Path("results/token_importance"), help="of .csv and .png (default: %(default)s)"
-    )
-    about = "choose HeadKV's beta on held-out examples, for `run --examples test`"
-    beta = commands.add_parser("beta", help=about, description=about)
-    _add_request(beta)
-    beta.add_argument("--betas", help="with commas (default: the paper's grid)")
-    about = "official scores of predictions made elsewhere"
-    score = commands.add_parser("score", help=about, description=about)
-    score.add_argument("benchmark", choices=("longbench",))
-    score.add_argument("path", type=Path, help="<task>.jsonl (.gz, .xz) of LongBench's own form, or a folder of them")
-    score.add_argument("--extended", action="store_true", help="LongBench-E: by length")
-    score.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    score.add_argument("--json", action="store_true", help="as JSON")
-    about = "a paper's table: its numbers beside those measured here"
-    again = commands.add_parser("reproduce", help=about, description=about)
-    again.add_argument("table", help="such as headkv:table2; `list papers` names them, with what each needs")
-    again.add_argument("--model", help="reference, a folder or a hub id (default: the paper's)")
-    again.add_argument("--paper-model", help="which of the paper's models, a part of its name (default: the first)")
-    again.add_argument("--fair", action="store_true", help="a row a KV head and chat templates: equal bytes")
-    again.add_argument("--limit", type=int, default=200, help="examples of each task (default: %(default)s)")
-    again.add_argument("--train", action="store_true", help="train the variants that are missing, by the paper's recipe")
-    again.add_argument("--steps", type=int, help="of that training, instead of the recipe's epochs")
-    again.add_argument("--epochs", type=float, help="of that training, instead of the recipe's")
-    again.add_argument("--instruct", type=Path, help="of that training: a .jsonl with prompt and output instead of Dolly-15k")
-    about = "folder where trained variants are looked for and put (default: %(default)s)"
-    again.add_argument("--variants", type=Path, default=Path("results/variants"), help=about)
-    again.add_argument("--context", type=int, help="tokens of the prompt, for tables of time (default: the paper's)")
-    again.add_argument(
-        "--data-dir", type=Path, help="folder with data sets and published head scores; looked into before the hub"
-    )
-    again.add_argument("--head-scores", help="files or folders of head scores for HeadKV, with commas")
-    again.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    again.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    again.add_argument("--out", type=Path, default=Path("results/papers"), help="(default: %(default)s)")
-    about = "start a plugin of your own from an example that runs at once"
-    new = commands.add_parser("new", help=about, description=about)
-    new.add_argument("kind", choices=("method", "allocator", "benchmark", "conversion"))
-    new.add_argument("name", help="of what it brings; the file is NAME.py")
-    about = "try what a plugin brings against what every method, benchmark and conversion must hold"
-    check = commands.add_parser("check", help=about, description=about)
-    check.add_argument("plugin", nargs=1, help="the file")
-    report = commands.add_parser("report", help="tables and plots from stored rows", description="no model is needed")
-    about = f"folder of the rows (default: {OUT}); given twice, the two are also put side by side"
-    report.add_argument("--out", type=Path, action="append", help=about)
+    for name, (about, add_options) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about, argument_default=argparse.SUPPRESS)
+        add_options(command)
     return main
 
 
-def _add_plugin(command: argparse.ArgumentParser) -> None:
-    about = "a file of your own with methods, benchmarks or conversions (see `new`); may be given several times"
-    command.add_argument("--plugin", action="append", metavar="FILE.py", help=about)
+def _add_run(command: argparse.ArgumentParser) -> None:
+    _add_request(command)
+    add = command.add_argument
+    add("--judge-url", help="an OpenAI-compatible endpoint that rates answers to instructions, such as http://host/v1")
+    add("--judge-model", help="its model; the key is read from JUDGE_API_KEY or OPENAI_API_KEY")
+    add("--judge-workers", type=int, help="questions to the judge under way at once (default: 8)")
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    _add_request(command)
+    command.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _add_request(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_plugin(command)
-    add("--suite", default="default", help="a suite of `list suites`; the options below narrow or change it")
+    add("--suite", help="a suite of `list suites`; the options below narrow or change it (default: default)")
     add("--model", help="reference, random:<shape>, a folder or a hub id; several with commas")
     add("--revision", help="of a hub id")
-    add("--methods", help="such as snapkv,h2o or snapkv(kernel=5)")
+    add("--methods", help="such as snapkv,h2o or snapkv(kernel=5); h2o:pyramid puts another allocator behind a scorer")
     add("--budgets", help="KV sizes (128) or shares of the full cache (25%%), with commas")
     add("--benchmarks", help="such as random_tokens(length=1024), with commas")
     add("--prompt", help="question_in, question_after, or both with a comma")
-    add("--chat", choices=("raw", "template"), default="raw", help="(default: %(default)s)")
-    add("--granularity", choices=("kv", "query"), default="kv", help="rows a KV head or a query head (default: %(default)s)")
-    add("--routing", default="expert_choice", help="of a mixSGA prefill: expert_choice, argmax, or both (default: %(default)s)")
+    add("--chat", choices=("raw", "template"), help="(default: raw)")
+    add("--granularity", choices=("kv", "query"), help="rows a KV head or a query head (default: kv)")
+    add("--routing", help="of a mixSGA prefill: expert_choice, argmax, or both (default: expert_choice)")
     add("--truncation", type=int, help="tokens of a prompt; longer ones keep their two ends (default: the model's positions)")
     add("--max-new-tokens", type=int, help="of an answer (default: the benchmark's)")
     add("--limit", type=int, help="examples of each benchmark")
     add("--seed", help="of generated examples and sampled answers; several with commas")
     add("--temperature", type=float, help="of sampled answers (default: the suite's; 0 is greedy)")
-    add("--out", type=Path, default=OUT, help="folder for rows and report (default: %(default)s)")
-    add("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU, bfloat16 on a GPU)")
+    add("--out", type=Path, help="folder for rows and report (default: results/default)")
+    _add_device(command)
     add("--cell-bytes", type=int, help="rows of the cells decoded together, at most this many bytes")
     add("--contexts", help="cost suites: tokens of the prompts, with commas")
     add("--batches", help="cost suites: sequences decoded together, with commas; largest: as many as fit")
     add("--decode", help="cost suites: eager, graph (CUDA), compiled (and captured on a GPU), with commas (default: the suite's)")
     add("--rounds", type=int, help="cost suites: how often each latency is measured")
-    add("--shard", default="1/1", help="i/n: the i-th of n shares of the examples (default: %(default)s)")
-    add("--data-dir", type=Path, help="folder with data sets and published head scores; looked into before the hub")
+    add("--shard", help="i/n: the i-th of n shares of the examples (default: 1/1)")
+    _add_data(command)
     add("--head-scores", help="files or folders of head scores for HeadKV, with commas")
-    add("--examples", choices=("all", "held_out", "test"), default="all", help="all, or the 15%% held out, or the other 85%%")
+    add("--examples", choices=("all", "held_out", "test"), help="all, or the 15%% held out, or the other 85%% (default: all)")
     add("--no-fidelity", action="store_true", help="do not compare with the full cache token by token")
-    if command.prog.endswith("plan"):
-        add("--json", action="store_true", help="as JSON")
-    else:
-        add("--judge-url", help="an OpenAI-compatible endpoint that rates answers to instructions, such as http://host/v1")
-        add("--judge-model", help="its model; the key is read from JUDGE_API_KEY or OPENAI_API_KEY")
-        add("--judge-workers", type=int, default=8, help="questions to the judge under way at once (default: %(default)s)")
-        add("--verify", action="store_true", help="sweep-speed only: decode every cell alone too, count differing answers")
+
+
+def _add_list(command: argparse.ArgumentParser) -> None:
+    kinds = ("methods", "allocators", "conversions", "recipes", "benchmarks", "suites", "models", "papers")
+    command.add_argument("what", choices=kinds)
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--data-dir", type=Path, help="papers: where their data are looked for")
+    _add_plugin(command)
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    about = "folder of the rows (default: results/default); given twice, the two are also put side by side"
+    command.add_argument("--out", type=Path, action="append", help=about)
 
 
 def _add_importance(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_model(command)
     add("--kind", choices=("r", "er", "r2"), required=True, help="retrieval, enhanced retrieval, retrieval and reasoning")
+    add("--chat", choices=("raw", "template"), help="(default: raw)")
     add("--needles", choices=("text", "facts"), help="English sentences, or those of the embedded model (default: by model)")
     add("--haystack", type=Path, help="folder of .txt files (default: generated prose)")
     add("--max-length", type=int, help="tokens of the longest prompt (default: 10,000, or what the model has positions for)")
-    add("--lengths", type=int, default=5, help="evenly spaced up to the longest (default: %(default)s)")
-    add("--depths", type=int, default=10, help="evenly spaced (default: %(default)s)")
-    add("--attempts", type=int, default=100, help="needles hidden and asked for (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--lengths", type=int, help="evenly spaced up to the longest (default: 5)")
+    add("--depths", type=int, help="evenly spaced (default: 10)")
+    add("--attempts", type=int, help="needles hidden and asked for (default: 100)")
+    add("--seed", type=int, help="(default: 0)")
     add("--teacher-forced", action="store_true", help="our own option: feed the right answers, for models too weak to give them")
     add("--out", type=Path, help="file for the scores (default: results/head_scores/<model>_<kind>.json)")
 
@@ -161,12 +119,77 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     add("--trains", choices=("all", "kv"), help="every weight, or keys, values and routers (default: all)")
     add("--alpha", type=float, help="weight of mixSGA's consistency loss (default: 0.1)")
     add("--router-loss", choices=("logits", "sigmoid"), help="what its cross-entropy acts on (default: logits)")
-    add("--checkpointing", action="store_true", default=None, help="of activations: less memory, more time")
+    add("--checkpointing", action="store_true", help="of activations: less memory, more time")
     add("--shard-weights", action="store_true", help="with several processes: each holds a part of the weights (FSDP2)")
     add("--save-every", type=int, help="steps between checkpoints (default: 100)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--save-dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of saved weights (default: %(default)s)")
+    add("--seed", type=int, help="(default: 0)")
+    add("--save-dtype", choices=("float32", "bfloat16"), help="of saved weights (default: bfloat16)")
     add("--out", type=Path, help="folder of the variant (default: results/variants/<model>+<conversion>)")
+
+
+def _add_tokens(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    command.add_argument("--text", type=Path, required=True, help="file; its first tokens are read as one sequence")
+    command.add_argument("--tokens", type=int, help="(default: 128)")
+    command.add_argument("--out", type=Path, help="of .csv and .png (default: results/token_importance)")
+
+
+def _add_beta(command: argparse.ArgumentParser) -> None:
+    _add_request(command)
+    command.add_argument("--betas", help="with commas (default: the paper's grid)")
+
+
+def _add_score(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("benchmark", choices=("longbench",))
+    add("path", type=Path, help="<task>.jsonl (.gz, .xz) of LongBench's own form, or a folder of them")
+    add("--extended", action="store_true", help="LongBench-E: by length")
+    add("--workers", type=int, help="processes (default: one a core)")
+    add("--json", action="store_true", help="as JSON")
+
+
+def _add_reproduce(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("table", help="such as headkv:table2; `list papers` names them, with what each needs")
+    add("--model", help="reference, a folder or a hub id (default: the paper's)")
+    add("--paper-model", help="which of the paper's models, a part of its name (default: the first)")
+    add("--fair", action="store_true", help="a row a KV head and chat templates: equal bytes")
+    add("--limit", type=int, help="examples of each task (default: 200)")
+    add("--train", action="store_true", help="train the variants that are missing, by the paper's recipe")
+    add("--steps", type=int, help="of that training, instead of the recipe's epochs")
+    add("--epochs", type=float, help="of that training, instead of the recipe's")
+    add("--instruct", type=Path, help="of that training: a .jsonl with prompt and output instead of Dolly-15k")
+    add("--variants", type=Path, help="folder where trained variants are looked for and put (default: results/variants)")
+    add("--context", type=int, help="tokens of the prompt, for tables of time (default: the paper's)")
+    _add_data(command)
+    add("--head-scores", help="files or folders of head scores for HeadKV, with commas")
+    _add_device(command)
+    add("--out", type=Path, help="(default: results/papers)")
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "what",
+        choices=("sweep", "attention", "kernel"),
+        help="31 cells beside their prefills; decode attention; the Triton kernel",
+    )
+    add("--verify", action="store_true", help="sweep: decode every cell alone too, and count the answers that differ")
+    _add_device(command)
+
+
+def _add_new(command: argparse.ArgumentParser) -> None:
+    command.add_argument("kind", choices=("method", "allocator", "benchmark", "conversion"))
+    command.add_argument("name", help="of what it brings; the file is NAME.py")
+
+
+def _add_check(command: argparse.ArgumentParser) -> None:
+    command.add_argument("plugin", help="the file")
+
+
+def _add_plugin(command: argparse.ArgumentParser) -> None:
+    about = "a file of your own with methods, benchmarks or conversions (see `new`); may be given several times"
+    command.add_argument("--plugin", action="append", metavar="FILE.py", help=about)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -174,6 +197,34 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     _add_plugin(command)
     add("--model", required=True, help="reference, random:<shape>, a folder or a hub id")
     add("--revision", help="of a hub id")
-    add("--chat", choices=("raw", "template"), default="raw", help="(default: %(default)s)")
-    add("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU, bfloat16 on a GPU)")
+    _add_device(command)
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    command.add_argument("--dtype", choices=DTYPES, help="(default: float32 on a CPU, bfloat16 on a GPU)")
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    about = "folder with data sets and published head scores; looked into before the hub"
+    command.add_argument("--data-dir", type=Path, help=about)
+
+
+COMMANDS = {
+    "run": ("run a suite and write its report", _add_run),
+    "plan": ("what `run` would do; runs nothing", _add_plan),
+    "list": ("what there is", _add_list),
+    "report": ("tables and plots from stored rows; no model is needed", _add_report),
+    "train": ("convert a model to GQA, MQA, mixSGA or CLA, heal it, save it as a variant", _add_train),
+    "importance": ("estimate head scores for HeadKV, and draw them", _add_importance),
+    "beta": ("choose HeadKV's beta on held-out examples, for `run --examples test`", _add_beta),
+    "token-importance": (
+        "average one token's keys and values over all heads: what becomes of the perplexity (mixSGA's figure 1)",
+        _add_tokens,
+    ),
+    "score": ("official scores of predictions made elsewhere", _add_score),
+    "reproduce": ("a paper's table: its numbers beside those measured here", _add_reproduce),
+    "bench": ("what the harness itself costs; prints a JSON line", _add_bench),
+    "new": ("start a plugin of your own from an example that runs at once", _add_new),
+    "check": ("try what a plugin brings against what every method, benchmark and conversion must hold", _add_check),
+}

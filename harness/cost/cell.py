@@ -12,46 +12,25 @@ from __future__ import annotations
 import gc
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import latency, memory
-from harness.cache import Arena, Budget, LayerKV, Prefill, Selection, keep_all
-from harness.choices import choose
-from harness.cost.roofline import copy_bandwidth, floors, matmul_rate, weight_bytes
-from harness.engine.measure import OutOfMemory, give_back_freed_memory, memory_errors, peak_resident_bytes, wait_for
+from harness.cache import Arena, Budget, LayerKV, Prefill, Selection
+from harness.cost.meters import CpuMeter, CudaMeter, DeviceClock, free_bytes
+from harness.cost.request import CostCell
+from harness.cost.roofline import copy_bandwidth, matmul_rate, rooflines, weight_bytes
+from harness.engine.measure import OutOfMemory, memory_errors
 from harness.engine.model import Model
 from harness.engine.rows import Counts, RowCache, compact_and_free
 from harness.engine.static_decode import CannotCapture, Mode, StaticDecode, captures
 from harness.models.load import load
-from harness.plugins import plugged
-from methods import METHODS
-from methods.base import CannotRun, Eviction, Method, Scores, score_prefill
-
-
-@dataclass(frozen=True)
-class CostCell:
-    """What is measured. Its JSON is the row's identity, beside the environment."""
-
-    model: str
-    method: str
-    budget: str  # "" for full
-    context: int  # tokens
-    batch: int  # 0: the largest that fits
-    new_tokens: int
-    dtype: str
-    device: str
-    threads: int  # of the CPU
-    what: str = "latency"  # latency | memory
-    decode: str = "eager"  # eager | graph | compiled, see harness/engine/static_decode.py
-    round: int = 0
-    plugins: tuple[str, ...] = ()  # files that the method or model comes from
+from harness.registry import BUILTIN, Registry, registry_of
+from methods.base import CannotRun, Method, Scores, scores_for
 
 
 @dataclass
@@ -87,6 +66,13 @@ class CacheSubject:
     def within(self) -> dict[str, float]:
         return self.observed
 
+    @property
+    def total(self) -> int:
+        """Entries that the cache of one sequence may hold."""
+        if self.budget is None:
+            return self.model.shape.full_entries(len(self.ids))
+        return self.budget.entries(self.model.parent_shape, len(self.ids), "kv")
+
     def _read(self) -> None:
         """Every sequence's prefill; the last one's stays."""
         self.observed = {"observe": 0.0, "column sums": 0.0}
@@ -97,20 +83,14 @@ class CacheSubject:
             self.observed["column sums"] += seen.column_sums
 
     def _score(self) -> None:
-        if isinstance(self.method, Eviction):
-            assert self.prefill is not None
-            for _ in range(self.reads or self.batch):
-                self.scores = score_prefill(self.method.scorer, self.prefill)
+        assert self.prefill is not None
+        for _ in range(self.reads or self.batch):
+            self.scores = scores_for(self.method, self.prefill)
 
     def _select(self) -> None:
         assert self.prefill is not None
-        if not isinstance(self.method, Eviction) or self.budget is None:
-            self.selection = keep_all(self.prefill)
-            return
-        assert self.scores is not None
-        total = self.budget.entries(self.model.parent_shape, len(self.ids), "kv")
         for _ in range(self.reads or self.batch):
-            self.selection = self.method.compress(self.prefill, total, self.scores)
+            self.selection = self.method.compress(self.prefill, self.total, self.scores)
         self.scores = None
 
     def _compact(self) -> None:
@@ -118,9 +98,9 @@ class CacheSubject:
         selections = [self.selection] * self.batch
         self.next = self.prefill.logits.argmax().expand(self.batch)[:, None]
         held: list[LayerKV | None] = list(self.prefill.layers)
-        stripes, shape = self.prefill.stripes, self.prefill.shape
+        expert_groups, shape = self.prefill.expert_groups, self.prefill.shape
         self.prefill = self.selection = None
-        self.cache = compact_and_free(held, stripes, shape, selections, self.new_tokens)
+        self.cache = compact_and_free(held, expert_groups, shape, selections, self.new_tokens)
         self.counts = self.cache.counts()
 
     def _capture(self) -> None:
@@ -140,62 +120,7 @@ class CacheSubject:
         gc.collect()
 
 
-class DeviceClock:
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def now(self) -> float:
-        wait_for(self.device)
-        return time.perf_counter()
-
-
-class CpuMeter:
-    """The process's resident memory, from Linux; elsewhere only its peak since the start is known, and peaks stay as they are."""
-
-    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def held(self) -> int:
-        give_back_freed_memory()
-        return self._field("VmRSS") or peak_resident_bytes()
-
-    def forget_peak(self) -> None:
-        give_back_freed_memory()
-        try:
-            self.refs.write_text("5")
-        except OSError:
-            return
-
-    def peak(self) -> int:
-        return self._field("VmHWM") or peak_resident_bytes()
-
-    def _field(self, name: str) -> int:
-        try:
-            lines = self.status.read_text().splitlines()
-        except OSError:
-            return 0
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
-
-
-class CudaMeter:
-    """What torch's allocator has given out."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def held(self) -> int:
-        wait_for(self.device)
-        return torch.cuda.memory_allocated(self.device)
-
-    def forget_peak(self) -> None:
-        wait_for(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak(self) -> int:
-        wait_for(self.device)
-        return torch.cuda.max_memory_allocated(self.device)
-
-
-def measure_cell(cell: CostCell) -> dict[str, Any]:
+def measure_cell(cell: CostCell, registry: Registry = BUILTIN) -> dict[str, Any]:
     """What a row holds beside the cell itself; `reason` where nothing could be measured.
 
     Raises:
@@ -206,10 +131,10 @@ def measure_cell(cell: CostCell) -> dict[str, Any]:
     dtype = getattr(torch, cell.dtype)
     if cell.decode == "graph" and not captures(device):
         return {"status": "skipped", "reason": "a CUDA graph needs a GPU; without one there are --decode eager and compiled"}
-    _, method = choose("method", cell.method, METHODS)
+    _, method = registry.method(cell.method)
     try:
         with memory_errors():
-            model = load(cell.model, dtype, device)
+            model = load(cell.model, dtype, device, registry=registry)
             if cell.context + cell.new_tokens > model.max_tokens:
                 asked = f"{cell.context} tokens and {cell.new_tokens} more"
                 return {"status": "skipped", "reason": f"{asked} are over the model's {model.max_tokens} positions"}
@@ -224,7 +149,7 @@ def measure_cell(cell: CostCell) -> dict[str, Any]:
 
 def _measured(cell: CostCell, model: Model, method: Method, device: torch.device) -> dict[str, Any]:
     budget = Budget.parse(cell.budget) if cell.budget else None
-    if isinstance(method, Eviction) and budget is not None:
+    if budget is not None:
         why = method.cannot_run(model.least_shape, budget, cell.context, "kv", model.parent_shape)
         if why:
             return {"status": "skipped", "reason": why}
@@ -235,7 +160,6 @@ def _measured(cell: CostCell, model: Model, method: Method, device: torch.device
     return _rows_of(cell, CacheSubject(model, method, budget, ids, cell.batch, cell.new_tokens, decode=cell.decode), device)
 
 
-KEPT_FREE = 0.05  # of a device's memory, for what an allocator cannot use
 SMALLER = 0.9  # of a batch that did not fit after all
 TRIES = 8
 ONCE = ("compact", "capture")  # phases that are no sequence's own
@@ -271,19 +195,6 @@ def _largest(cell: CostCell, subject: CacheSubject, device: torch.device) -> dic
     raise OutOfMemory(f"out of memory: not even {batch} sequences fit")
 
 
-def free_bytes(device: torch.device) -> int:
-    """What a cell may take: of a GPU nearly all that is free, of a machine's memory half."""
-    if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        return int(free - KEPT_FREE * whole)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        raise CannotRun("how much memory is free is not known here: name --batches") from None
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return available // 2
-
-
 def _rows_of(cell: CostCell, subject: CacheSubject, device: torch.device) -> dict[str, Any]:
     """What one measurement says."""
     model = subject.model
@@ -300,7 +211,7 @@ def _rows_of(cell: CostCell, subject: CacheSubject, device: torch.device) -> dic
     found |= {"phases": lap.phases, "first_token": lap.first_token, "token": lap.median, "p10": lap.p10, "p90": lap.p90}
     sizes = _bytes(subject, model, cell)
     rate = {"bandwidth": copy_bandwidth(device), "flops": matmul_rate(device, model.network.dtype)}
-    return found | sizes | rate | floors(sizes, rate, model, cell.context, cell.batch)
+    return found | sizes | rate | rooflines(sizes, rate, model, cell.context, cell.batch)
 
 
 READ_IN = 8  # points of a footprint's prompt
@@ -330,8 +241,7 @@ def _bytes(subject: CacheSubject, model: Model, cell: CostCell) -> dict[str, int
 
 def main(arguments: list[str]) -> int:
     cell = CostCell(**json.loads(arguments[0]))
-    with plugged(cell.plugins):
-        print(json.dumps(measure_cell(cell)))
+    print(json.dumps(measure_cell(cell, registry_of(cell.plugins))))
     return 0
 
 

@@ -1,23 +1,36 @@
-"""The suites that measure the harness itself: `sweep-speed` and `attention-speed`. Each prints one JSON line.
+"""What the harness itself costs: `run_all.py bench sweep | attention | kernel`, each a JSON line of numbers by name.
 
-`sweep-speed`: what a sweep of 31 cells costs beside the plain prefills of its prompts.
-
-Floor, by arithmetic: the prefills, once; every kept entry read once a decode step; the weights read once a step.
+`sweep`: 31 cells beside the plain prefills of their prompts. Its least, by arithmetic: the prefills, once; every kept entry read
+once a decode step; the weights read once a step.
+`attention`: decode attention of one layer at shares of the full cache.
+`kernel`: decode attention over rows by the Triton kernel, beside the bandwidth of a copy and other kernels. Rows of unequal
+length sum to about a gigabyte of keys and values; their roofline is those bytes over the copy's rate. flash-attn's and torch's
+kernels for sequences of unequal length compute the same when each row is a sequence with one head: they check the kernel's
+numbers, and are timed on the same rows, laid side by side.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import cast
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_tokens import RandomTokens
-from harness.cache import Budget, LayerKV, ModelShape, Prefill, Row, Stripe
+from harness.cache import Budget, ExpertGroup, LayerKV, ModelShape, Prefill, Row
+from harness.cost.roofline import copy_bandwidth
+from harness.engine import flash, kernels
 from harness.engine.attention import attend
-from harness.engine.measure import keep_freed_memory, peak_resident_bytes
+from harness.engine.measure import OutOfMemory, keep_freed_memory, memory_errors, peak_resident_bytes, seconds_of
 from harness.engine.model import Model
 from harness.engine.rows import compact
+from harness.engine.split_plan import plan_split, split_length
+from harness.errors import BadRequest, first_line
 from harness.evaluation.prompts import Prompt, Protocol, tokenize
 from harness.evaluation.sweep import Cell, Sweep
 from harness.models.shapes import SHAPES
@@ -29,8 +42,8 @@ PROMPTS = 8
 NEW_TOKENS = 32
 
 
-def sweep_speed(methods: dict[str, Method], verify: bool = False) -> dict[str, float]:
-    """Runs it on one thread; `verify` decodes every cell alone as well and counts the answers that differ."""
+def sweep_speed(methods: Mapping[str, Method], verify: bool = False) -> dict[str, float]:
+    """Of 31 cells, on one thread; `verify` decodes every cell alone as well and counts the answers that differ."""
     torch.set_num_threads(1)
     keep_freed_memory()
     model = speed_model()
@@ -79,7 +92,7 @@ def attention_speed() -> dict[str, float]:
     keys, values = torch.randn(2, heads, tokens, dim).unbind(0)
     kv = LayerKV(0, tokens, keys, values, dim**-0.5, group, query_heads=heads * group)
     shape = ModelShape(1, heads * group, heads, dim, (None,), 4)
-    prefill = Prefill(torch.zeros(tokens), torch.zeros(1), (kv,), ((Stripe(group),),), shape)
+    prefill = Prefill(torch.zeros(tokens), torch.zeros(1), (kv,), ((ExpertGroup(group),),), shape)
     query, line = torch.randn(heads * group, 1, dim), {}
 
     def seconds(kept: int) -> float:
@@ -130,3 +143,99 @@ def _answers(sweep: Sweep, prompt: Prompt, cells: list[Cell]) -> dict[tuple[str,
             raise RuntimeError(f"{cell.name} {cell.budget}: {outcome.failed or outcome.skipped}")
         found[cell.name, str(cell.budget)] = outcome.answer.tokens
     return found
+
+
+DIM = 128  # of a head
+LAPS = 20  # launches between two looks at the clock
+Varlen = Callable[[], Tensor]
+
+
+def kernel_speed(
+    device: torch.device, dtype: torch.dtype, size: int = 2**30, rows: int = 256, width: int = 4
+) -> dict[str, float]:
+    """Milliseconds, and the share of the copy's bandwidth; the peers that are here, and how far their numbers are apart.
+
+    Args:
+        size: bytes of all rows' keys and values. rows: as of a layer with 8 KV heads and 32 sequences. width: queries on each.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    weight = np.random.default_rng(0).permutation(1 / np.arange(1, rows + 1) ** 0.5)  # far from equal, as of HeadKV
+    length = np.maximum(1, (weight / weight.sum() * size / (2 * DIM * dtype.itemsize)).astype(np.int64))
+    start = np.cumsum(length) - length
+    keys, values = (torch.randn(int(length.sum()), DIM, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    queries = torch.randn(rows * width, DIM, generator=generator, device=device, dtype=dtype)
+    widths = np.full(rows, width)
+    split = split_length(length, widths, device)
+    plan = plan_split(start, length, widths, np.arange(rows * width), rows * width, split).on(device)
+    held = torch.as_tensor(length).to(device)
+
+    def ours() -> Tensor:
+        return kernels.attend_split(queries, keys, values, held, plan, DIM**-0.5)
+
+    copied, read = copy_bandwidth(device), 2 * keys.numel() * dtype.itemsize
+    found = {"rows_gb": read / 1e9, "copy_gb_s": copied / 1e9, "kernel_ms": 1000 * _lap(ours, device)}
+    found["kernel_share_of_copy"] = read / (found["kernel_ms"] / 1000) / copied
+    expected = ours().float()
+    for name, peer in varlen_peers(queries, keys, values, length, width).items():
+        try:
+            found[f"{name}_apart"] = float((peer().float().view_as(expected) - expected).abs().max())
+        except (RuntimeError, TypeError) as error:  # a version without grouped queries, or not made for this GPU
+            print(f"{name} does not run here: {first_line(error)}", file=sys.stderr)
+            continue
+        found[f"{name}_ms"] = 1000 * _lap(peer, device)
+    return {name: float(f"{number:.4g}") for name, number in found.items()}
+
+
+def checked_kernel_speed(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """
+    Raises:
+        BadRequest: no GPU, no kernel for this type, or too little memory.
+    """
+    if device.type != "cuda":
+        raise BadRequest("bench kernel measures a GPU, and there is none here")
+    if reason := kernels.unsupported(dtype, DIM):
+        raise BadRequest(f"bench kernel has nothing to measure: {reason}")
+    try:
+        with memory_errors():
+            return kernel_speed(device, dtype)
+    except OutOfMemory as error:
+        raise BadRequest(f"bench kernel needs about 4 GB of the GPU's memory: {error}") from None
+
+
+def varlen_peers(queries: Tensor, keys: Tensor, values: Tensor, length: np.ndarray, width: int) -> dict[str, Varlen]:
+    """Other kernels over the same rows, those that are here: torch's own and flash-attn's.
+
+    A row is a sequence of one KV head, which the queries read as heads of one token: so they split long sequences.
+
+    Args:
+        queries: [R * width, D], row by row; keys, values: [P, D], the rows side by side without room; length: [R].
+    """
+    if queries.device.type != "cuda" or queries.dtype not in flash.TYPES:
+        return {}
+    ends = torch.as_tensor(np.concatenate([[0], np.cumsum(length)]), dtype=torch.int32).to(queries.device)
+    asked = torch.arange(len(length) + 1, dtype=torch.int32, device=queries.device)
+    rows = (queries.view(len(length), width, -1), keys[:, None], values[:, None], asked, ends, 1, int(length.max()))
+    found: dict[str, Varlen] = {}
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        found["torch_varlen"] = lambda: cast(Tensor, varlen_attn(*rows, enable_gqa=True))
+    except ImportError:
+        pass
+    if flash.installed():
+        from flash_attn import flash_attn_varlen_func
+
+        found["flash_attn"] = lambda: flash_attn_varlen_func(*rows)
+    return found
+
+
+def _lap(work: Varlen, device: torch.device) -> float:
+    """Seconds of one launch, in a row of many: the first ones warm up."""
+    laps = LAPS if device.type == "cuda" else 1
+
+    def many() -> None:
+        for _ in range(laps):
+            work()
+
+    many()
+    return min(seconds_of(many, device) for _ in range(3)) / laps

@@ -2,56 +2,118 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 from harness.cache import Budget
-from harness.choices import choose, split
-from harness.cost.cell import CostCell
-from harness.env import environment, environment_id, record_environment
-from harness.evaluation.plan import BadRequest
-from harness.evaluation.request import device_of
-from harness.models.load import check_name
+from harness.errors import BadRequest
+from harness.evaluation.request import DTYPES, OUT, RunRequest, at_least, narrowed, tell_apart
+from harness.registry import Registry
 from harness.suites import COST_SUITES, SUITES, CostSuite
-from methods import METHODS
 from results.record import DECODES
-from results.store import append_line, read_costs
 
+ROOT = Path(__file__).parents[2]
 HOUR = 3600.0
 MEMORY_STEPS = 8  # tokens decoded while memory is watched: it does not move from one to the next
+LARGEST = 0  # a batch of as many sequences as fit
 
 
-NARROWING = ("model", "methods", "budgets", "benchmarks", "prompt")
+@dataclass(frozen=True)
+class CostRequest:
+    """A cost suite, and what is changed of it. What is left empty is the suite's.
+
+    Raises:
+        BadRequest: a field that makes no sense by itself.
+    """
+
+    suite: str = "cost-small"
+    models: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    budgets: tuple[str, ...] = ()
+    contexts: tuple[int, ...] = ()  # tokens of the prompts
+    batches: tuple[int, ...] = ()  # sequences decoded together; LARGEST: as many as fit
+    decodes: tuple[str, ...] = ()  # eager | graph | compiled
+    new_tokens: int | None = None
+    rounds: int | None = None
+    out: Path = OUT
+    plugins: tuple[Path, ...] = ()
+    device: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        tell_apart(self, ("models", "methods", "budgets", "contexts", "batches", "decodes"))
+        at_least(self, rounds=1)
+        if self.new_tokens is not None and self.new_tokens < 2:
+            raise BadRequest("a cost suite needs 2 new tokens at least: the first is timed apart")
+        if any(context < 1 for context in self.contexts) or any(batch < LARGEST for batch in self.batches):
+            raise BadRequest("--contexts and --batches must be whole numbers above 0")
+        if unknown := [name for name in self.decodes if name not in DECODES]:
+            raise BadRequest(f"--decode {unknown[0]!r} must be some of {', '.join(DECODES)}, with commas")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise BadRequest(f"no dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
 
 
-def cost_behind(options: argparse.Namespace) -> int:
-    """Runs the cost suite behind a quality suite, if there is one and nothing of the request was narrowed."""
-    cost = SUITES[options.suite].cost
-    if not cost or any(getattr(options, name) for name in NARROWING):
-        return 0
-    return cost_request(argparse.Namespace(**{**vars(options), "suite": cost, "max_new_tokens": None}))
+@dataclass(frozen=True)
+class CostCell:
+    """What is measured. Its JSON is the row's identity, beside the environment."""
+
+    model: str
+    method: str
+    budget: str  # "" for full
+    context: int  # tokens
+    batch: int  # 0: the largest that fits
+    new_tokens: int
+    dtype: str
+    device: str
+    threads: int  # of the CPU
+    what: str = "latency"  # latency | memory
+    decode: str = "eager"  # eager | graph | compiled, see harness/engine/static_decode.py
+    round: int = 0
+    plugins: tuple[str, ...] = ()  # files that the method or model comes from
 
 
-def cost_request(options: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class CostPlan:
+    """How many cells `run` would measure."""
+
+    suite: str
+    cells: int
+    memory: int  # of these
+    latency: int
+    finished: int
+
+
+def cost_behind(request: RunRequest) -> CostRequest | None:
+    """The cost suite behind a quality suite, if there is one and nothing of the request was narrowed."""
+    suite = SUITES.get(request.suite)
+    if suite is None or not suite.cost or narrowed(request):
+        return None
+    return CostRequest(suite.cost, out=request.out, plugins=request.plugins, device=request.device, dtype=request.dtype)
+
+
+def run_cost(request: CostRequest, registry: Registry) -> int:
     """Runs what has no row yet, and gives how many cells failed.
 
     Raises:
-        BadRequest, UnknownChoice, UnknownModel: the request makes no sense.
+        UserError: the request makes no sense.
         StoreError: the folder cannot be written to.
     """
-    env = record_environment(options.out, device_of(options.device))
-    cells, _ = _left_to_do(options, env)
+    from tqdm import tqdm
+
+    from harness.env import record_environment
+    from harness.models.load import device_of
+    from results.store import append_line
+
+    env = record_environment(request.out, device_of(request.device))
+    cells, _ = _left_to_do(request, registry, env)
     failed = 0
     with tqdm(cells, unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar:
         for cell in bar:
@@ -60,77 +122,65 @@ def cost_request(options: argparse.Namespace) -> int:
             failed += found["status"] == "failed"
             shown = asdict(replace(cell, plugins=tuple(Path(path).name for path in cell.plugins)))  # no folder of a machine
             row = {"id": identity(cell, env), "cell": shown, "env": env, "sources": sources_of(cell), **found}
-            append_line(options.out / "cost" / "rows.jsonl", json.dumps(row))
+            append_line(request.out / "cost" / "rows.jsonl", json.dumps(row))
     return failed
 
 
-def cost_plan(options: argparse.Namespace) -> dict[str, Any]:
-    """How many cells `run` would measure; runs nothing."""
-    left, every = _left_to_do(options, environment_id(environment(device_of(options.device))))
-    kinds = {what: sum(cell.what == what for cell in left) for what in ("memory", "latency")}
-    return {"suite": options.suite, "cells": len(left), **kinds, "finished": every - len(left)}
+def plan_cost(request: CostRequest, registry: Registry) -> CostPlan:
+    """What `run_cost` would do; runs and writes nothing."""
+    from harness.env import environment, environment_id
+    from harness.models.load import device_of
+
+    left, every = _left_to_do(request, registry, environment_id(environment(device_of(request.device))))
+    memory, latency = (sum(cell.what == what for cell in left) for what in ("memory", "latency"))
+    return CostPlan(request.suite, len(left), memory, latency, every - len(left))
 
 
-def _left_to_do(options: argparse.Namespace, env: str) -> tuple[list[CostCell], int]:
+def _left_to_do(request: CostRequest, registry: Registry, env: str) -> tuple[list[CostCell], int]:
     """The cells without a row, and how many there are in all."""
-    suite = cost_suite_of(options)
+    from harness.models.load import check_name, device_of, dtype_of
+    from results.store import read_costs
+
+    suite = cost_suite_of(request, registry)
     for name in suite.models:
-        check_name(name)
-    device = device_of(options.device)
-    done = {row["id"] for row in read_costs(options.out) if row["status"] in ("ok", "skipped")}
-    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    plugins = tuple(str(Path(path).resolve()) for path in options.plugin or ())
-    every = [replace(cell, plugins=plugins) for cell in cells_of(suite, dtype, str(device))]
+        check_name(name, registry)
+    device = device_of(request.device)
+    dtype = str(dtype_of(request.dtype, device)).removeprefix("torch.")
+    done = {row["id"] for row in read_costs(request.out) if row["status"] in ("ok", "skipped")}
+    plugins = tuple(str(Path(path).resolve()) for path in request.plugins)
+    every = [replace(cell, plugins=plugins) for cell in cells_of(suite, registry, dtype, str(device))]
     return [cell for cell in every if identity(cell, env) not in done], len(every)
 
 
-def cost_suite_of(options: argparse.Namespace) -> CostSuite:
-    """The suite, with what the command line changes of it."""
-    changes: dict[str, Any] = {}
-    for field in ("models", "methods", "budgets"):
-        text = getattr(options, field if field != "models" else "model")
-        if text:
-            changes[field] = tuple(split(text))
-    for field in ("contexts", "batches"):
-        if text := getattr(options, field):
-            changes[field] = _numbers(field, text, largest=field == "batches")
-    if options.decode:
-        changes["decodes"] = decodes = tuple(split(options.decode))
-        if not decodes or any(name not in DECODES for name in decodes):
-            raise BadRequest(f"--decode {options.decode!r} must be some of {', '.join(DECODES)}, with commas")
-    if options.max_new_tokens is not None:
-        changes["new_tokens"] = options.max_new_tokens
-    if options.rounds is not None:
-        changes["rounds"] = options.rounds
-    suite = replace(COST_SUITES[options.suite], **changes)
-    if suite.new_tokens < 2 or suite.rounds < 1:
-        raise BadRequest("a cost suite needs at least one round, and 2 new tokens: the first is timed apart")
+def cost_suite_of(request: CostRequest, registry: Registry) -> CostSuite:
+    """The suite, with what the request changes of it.
+
+    Raises:
+        BadRequest, UnknownChoice: no such suite, a budget or method that makes no sense.
+    """
+    if request.suite not in COST_SUITES:
+        raise BadRequest(f"no cost suite {request.suite!r}; known: {', '.join(COST_SUITES)}")
+    names = ("models", "methods", "budgets", "contexts", "batches", "decodes", "new_tokens", "rounds")
+    changes: dict[str, Any] = {name: value for name in names if (value := getattr(request, name)) not in (None, ())}
+    suite = replace(COST_SUITES[request.suite], **changes)
     try:
         for budget in suite.budgets:
             Budget.parse(budget)
     except ValueError as error:
         raise BadRequest(str(error)) from None
     for method in suite.methods:
-        choose("method", method, METHODS)
+        registry.method(method)
     return suite
 
 
-def _numbers(field: str, text: str, largest: bool) -> tuple[int, ...]:
-    """Whole numbers; `largest` becomes 0, where it is one of the choices."""
-    parts = split(text)
-    if largest and parts and parts[-1] == "largest":
-        return (*(_numbers(field, ",".join(parts[:-1]), False) if parts[:-1] else ()), 0)
-    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise BadRequest(f"--{field} {text!r} must be whole numbers above 0, with commas")
-    return tuple(map(int, parts))
-
-
-def cells_of(suite: CostSuite, dtype: str, device: str) -> Iterator[CostCell]:
+def cells_of(suite: CostSuite, registry: Registry, dtype: str, device: str) -> Iterator[CostCell]:
     """Memory once a cell, decoded eagerly; then the rounds of latency, every cell once a round: what drifts drifts for all."""
+    import torch
+
     threads = torch.get_num_threads()
     asked = []
     for model, context, batch, method in product(suite.models, suite.contexts, suite.batches, suite.methods):
-        budgets: Sequence[str] = suite.budgets if choose("method", method, METHODS)[1].takes_budget else ("",)
+        budgets: Sequence[str] = suite.budgets if registry.method(method)[1].takes_budget else ("",)
         sizes = (context, batch, suite.new_tokens, dtype, device, threads)
         asked += [CostCell(model, method, budget, *sizes) for budget in budgets]
     yield from (replace(cell, what="memory", new_tokens=min(MEMORY_STEPS, cell.new_tokens)) for cell in asked)
@@ -158,10 +208,12 @@ def run_cell(cell: CostCell) -> dict[str, Any]:
 
 
 def _in_a_process(cell: CostCell) -> dict[str, Any]:
-    """What it printed, or why it printed nothing."""
+    """What it printed, or why it printed nothing. The process ends with this one, however this one ends."""
     command = [sys.executable, "-m", "harness.cost", json.dumps(asdict(cell))]
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    settings = {"env": os.environ | {"PYTHONPATH": paths}, "capture_output": True, "text": True, "timeout": HOUR, "check": False}
     try:
-        ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=HOUR, check=False)
+        ran = subprocess.run(command, **settings)  # type: ignore[call-overload]
     except subprocess.TimeoutExpired:
         return {"status": "failed", "reason": f"no result after {HOUR:.0f} s"}
     if ran.returncode < 0:

@@ -1,7 +1,7 @@
-"""Floors: bytes over the bandwidth of a copy, products over the rate of a large matrix product, measured in the same process.
+"""The roofline of a cell: bytes over the bandwidth of a copy, products over the rate of a large one, measured in its process.
 
 A copy reads and writes. What only reads may be a little faster on some devices, and weights that fit a processor's cache are
-not read from memory at all: a small model's time can be below its floor.
+not read from memory at all: a small model's time can be below its roofline.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def weight_bytes(model: Model) -> int:
     return every if tied else every - embedding.numel() * embedding.element_size()
 
 
-def floors(sizes: dict[str, int], rate: dict[str, float], model: Model, context: int, batch: int) -> dict[str, float]:
-    """Seconds: a token's bytes over the bandwidth, a prompt's products over their rate."""
+def rooflines(sizes: dict[str, int], rate: dict[str, float], model: Model, context: int, batch: int) -> dict[str, float]:
+    """Seconds, as rows name them (`token_floor`, `prefill_floor`): a token's bytes over the bandwidth, a prompt's products."""
     token = (sizes["weights"] + sizes["bytes_kept"]) / rate["bandwidth"]
     head = model.network.get_output_embeddings().weight.numel()  # only the last token's logits are made
     parameters = sizes["weights"] / model.network.dtype.itemsize - head

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from harness.engine import kernels
-from harness.engine.rows import Group, RowLayer, Step
+from harness.engine.rows import RowBlock, RowLayer, Step
+from harness.logits import hidden, softcapped
 
 
 def attend(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
@@ -33,13 +34,13 @@ def attend(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap
     where = torch.as_tensor(layer.readers(step), device=queries.device)
     asked = (queries * scaling).reshape(heads * tokens, dim)[where]  # [M, D], in the order of rows
     out = torch.empty_like(asked)
-    lse = asked.new_empty(len(asked), dtype=torch.float32) if layer.striped else None
+    lse = asked.new_empty(len(asked), dtype=torch.float32) if layer.routed else None
     done = 0
-    for group in layer.groups(step):
-        mine = slice(done, done + group.count * group.width * group.tokens)
+    for block in layer.blocks(step):
+        mine = slice(done, done + block.count * block.width * block.tokens)
         done = mine.stop
         if mine.stop > mine.start:
-            _attend_group(layer, group, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
+            _attend_block(layer, block, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
     placed = torch.empty_like(out).index_copy_(0, where, out) if lse is None else _merge(out, lse, where, heads * tokens)
     return placed.view(heads, tokens, dim)
 
@@ -49,18 +50,18 @@ def attend_by_kernel(layer: RowLayer, queries: Tensor, step: Step, scaling: floa
     heads, tokens, dim = queries.shape
     device = queries.device
     flat = queries.reshape(heads * tokens, dim).contiguous()  # a view where queries, keys and values came in one
-    pool = (layer.keys, layer.values, torch.as_tensor(layer.length.copy()).to(device))  # a column of the table
-    work = layer.pieces(step, heads * tokens)
+    pool = (layer.keys, layer.values, torch.as_tensor(layer.table.length).to(device, copy=True))  # lengths change in place
+    plan = layer.split_plan(step, heads * tokens)
     if layer.window is None and (step.counts <= 1).all():  # a lone new token lies behind all others
-        return kernels.attend_pieces(flat, *pool, work, scaling, softcap).view(heads, tokens, dim)
+        return kernels.attend_split(flat, *pool, plan, scaling, softcap).view(heads, tokens, dim)
     asking = torch.as_tensor(step.positions).to(device).repeat(heads)
     hide = (layer.positions, asking, layer.window)
-    return kernels.attend_pieces(flat, *pool, work, scaling, softcap, *hide).view(heads, tokens, dim)
+    return kernels.attend_split(flat, *pool, plan, scaling, softcap, *hide).view(heads, tokens, dim)
 
 
-def _attend_group(
+def _attend_block(
     layer: RowLayer,
-    group: Group,
+    block: RowBlock,
     step: Step,
     queries: Tensor,
     softcap: float | None,
@@ -68,17 +69,15 @@ def _attend_group(
     lse: Tensor | None,
 ) -> None:
     """Rows of equal length as one strided batch. queries: [rows * width * Q, D]. Writes `out` and, if asked, `lse`."""
-    if group.length == 0:
+    if block.length == 0:
         out.zero_()
         if lse is not None:
             lse.fill_(float("-inf"))
         return
-    keys, values = group.block(layer.keys), group.block(layer.values)  # [rows, length, D]
-    asked = queries.view(group.count, group.width * group.tokens, -1)
-    logits = torch.bmm(asked, keys.transpose(1, 2))  # [rows, width * Q, length]
-    if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    _hide(layer, group, step, logits.view(group.count, group.width, group.tokens, group.length))
+    keys, values = block.entries(layer.keys), block.entries(layer.values)  # [rows, length, D]
+    asked = queries.view(block.count, block.width * block.tokens, -1)
+    logits = softcapped(torch.bmm(asked, keys.transpose(1, 2)), softcap)  # [rows, width * Q, length]
+    _hide(layer, block, step, logits.view(block.count, block.width, block.tokens, block.length))
     if lse is not None:
         lse.copy_(torch.logsumexp(logits.float(), -1).view(lse.shape))
     if logits.dtype == torch.float32:
@@ -90,20 +89,17 @@ def _attend_group(
     torch.bmm(weights, values, out=out.view(asked.shape))
 
 
-def _hide(layer: RowLayer, group: Group, step: Step, logits: Tensor) -> None:
+def _hide(layer: RowLayer, block: RowBlock, step: Step, logits: Tensor) -> None:
     """Masks what a query must not see, in place. logits: [rows, width, Q, length]."""
-    tokens = group.tokens
-    if layer.window is None and (tokens == 1 or not layer.striped):  # a lone new token lies behind all others
+    tokens = block.tokens
+    if layer.window is None and (tokens == 1 or not layer.routed):  # a lone new token lies behind all others
         if tokens > 1:  # the new tokens are the last entries of every row
             logits[..., -tokens:].masked_fill_(_later(tokens, logits.device), float("-inf"))
         return
-    held = group.block(layer.positions[:, None])[:, None, None, :, 0]  # [rows, 1, 1, length]
-    new = step.starts[layer.cell[group.rows]][:, None] + np.arange(tokens)
+    held = block.entries(layer.positions[:, None])[:, None, None, :, 0]  # [rows, 1, 1, length]
+    new = step.starts[layer.table.cell[block.rows]][:, None] + np.arange(tokens)
     asking = torch.as_tensor(step.positions[new], device=logits.device)[:, None, :, None]  # [rows, 1, Q, 1]
-    hidden = held > asking
-    if layer.window is not None:
-        hidden |= held <= asking - layer.window
-    logits.masked_fill_(hidden, float("-inf"))
+    logits.masked_fill_(hidden(held, asking, layer.window), float("-inf"))
 
 
 @lru_cache(maxsize=64)
@@ -121,18 +117,13 @@ def probabilities(layer: RowLayer, queries: Tensor, step: Step, scaling: float, 
     Returns:
         [Hq, N, n] float32, n positions so far; 0 for those that have left the window.
     """
-    (group,) = layer.groups(step)  # every head holds the same positions
-    keys = group.block(layer.keys)  # [H, length, D]
-    asked = (queries.float() * scaling).unflatten(0, (group.count, -1)).flatten(1, 2)  # [H, G * N, D]
+    (block,) = layer.blocks(step)  # every head holds the same positions
+    keys = block.entries(layer.keys)  # [H, length, D]
+    asked = (queries.float() * scaling).unflatten(0, (block.count, -1)).flatten(1, 2)  # [H, G * N, D]
     logits = (asked @ keys.float().transpose(1, 2)).view(queries.shape[0], queries.shape[1], -1)  # [Hq, N, length]
-    if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    held = layer.positions[group.start : group.start + group.length].long()
-    asking = torch.as_tensor(step.positions, device=held.device)[:, None]
-    hidden = held > asking
-    if layer.window is not None:
-        hidden |= held <= asking - layer.window
-    weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+    held = layer.positions[block.start : block.start + block.length].long()
+    unseen = hidden(held, torch.as_tensor(step.positions, device=held.device)[:, None], layer.window)
+    weights = softcapped(logits, softcap).masked_fill_(unseen, float("-inf")).softmax(-1)
     if layer.window is None:
         return weights
     return weights.new_zeros(*weights.shape[:2], int(held[-1]) + 1).index_copy_(2, held, weights)
@@ -173,10 +164,9 @@ def attend_reference(layer: RowLayer, queries: Tensor, step: Step, scaling: floa
 
 def _entries_of(layer: RowLayer, cell: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keys [k, D], values [k, D] and positions [k] that one query head of one cell reads."""
-    rows = [
-        torch.arange(row[4], row[4] + row[6], device=layer.keys.device)
-        for row in layer.table.tolist()
-        if row[0] == cell and row[2] <= head < row[2] + row[3]
-    ]
-    where = torch.cat(rows)
+    table = layer.table
+    mine = (table.cell == cell) & (table.first <= head) & (head < table.first + table.width)
+    starts, lengths = table.start[mine].tolist(), table.length[mine].tolist()
+    spans = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    where = torch.cat(spans).to(layer.keys.device)
     return layer.keys[where], layer.values[where], layer.positions[where]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.engine.split_plan import BLOCK, TILE, Tables
+from harness.engine.split_plan import BLOCK, TILE, DevicePlan
 
 try:
     import triton
@@ -53,12 +53,12 @@ def can_run(dtype: torch.dtype, dim: int) -> bool:
     return reason is None
 
 
-def attend_pieces(
+def attend_split(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     length: Tensor,
-    work: Tables,
+    work: DevicePlan,
     scaling: float,
     softcap: float | None = None,
     positions: Tensor | None = None,
@@ -101,7 +101,7 @@ def row_attention(
     masked: bool,
     window: int,
 ) -> Tensor:
-    """Pieces, then their merging. Tables as in `pieces.Work`."""
+    """Pieces, then their merging. DevicePlan as in `split_plan.SplitPlan`."""
     count, dim = queries.shape
     items = item.shape[1]
     padded = _power_of_two(dim)
@@ -139,7 +139,7 @@ def append_rows(
     row: Tensor,
     seen: Tensor,
     experts: Tensor,
-    striped: bool,
+    routed: bool,
 ) -> None:
     """Writes one new token of each cell behind all of the cell's rows, and makes those longer that it belongs to.
 
@@ -147,8 +147,8 @@ def append_rows(
 
     Args:
         new_keys, new_values: [C * H, D], heads of a cell side by side. keys, values: [P, D] and positions: [P], the pool.
-        length: [R]. row: [4, R] first entry in the pool, line of the new keys, cell, stripe. seen: [C], the tokens' positions.
-        experts: [C], the stripe that takes each token, if `striped`.
+        length: [R]. row: [4, R] first entry in the pool, line of the new keys, cell, expert group. seen: [C], positions.
+        experts: [C], the expert group that takes each token, if `routed`.
     """
     dim, rows = keys.shape[1], length.shape[0]
     if not rows:
@@ -158,7 +158,7 @@ def append_rows(
         # one warp: all of its lanes have read the length before it is changed
         append[(rows,)](
             new_keys, new_values, keys, values, positions, length, row, seen, experts, rows,
-            D=dim, DP=_power_of_two(dim), STRIPED=striped, num_warps=1,
+            D=dim, DP=_power_of_two(dim), STRIPED=routed, num_warps=1,
         )  # fmt: skip
 
 

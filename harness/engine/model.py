@@ -212,7 +212,7 @@ class Model:
                 f"attention of model {self.name!r} was reached in {len(observer.reached)} of {self.depth} layers"
             )
         tail = logits[0] if scored else None
-        prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), tuple(observer.stripes), self.shape, tail)
+        prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), tuple(observer.expert_groups), self.shape, tail)
         return prefill, Observed(observer.lap.seconds, observer.sums.seconds)
 
     @torch.inference_mode()

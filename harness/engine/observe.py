@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from harness.cache import Arena, LayerKV, ModelShape, Needs, Stripe
+from harness.cache import Arena, ExpertGroup, LayerKV, ModelShape, Needs
 from harness.engine.measure import Lap, stopwatch
 from harness.layer_sharing import Place
 from harness.logits import hidden, softcapped
@@ -32,7 +32,7 @@ class Observer:
     prompt: int = 0  # checksum of the ids
     reached: list[int] = field(default_factory=list)  # layers that attended so far
     layers: list[LayerKV] = field(default_factory=list)
-    stripes: list[tuple[Stripe, ...]] = field(default_factory=list)  # of each layer
+    expert_groups: list[tuple[ExpertGroup, ...]] = field(default_factory=list)  # of each layer
     lap: Lap = field(default_factory=Lap)
     sums: Lap = field(default_factory=Lap)  # of `lap`, the column sums
 
@@ -54,7 +54,7 @@ class Observer:
             if not place.writes:
                 self.layers[stored] = _read_again(self.layers[stored], last, sums)
                 return
-            self.stripes.append(_stripes(settings, self.shape.group, candidates))
+            self.expert_groups.append(_expert_groups(settings, self.shape.group, candidates))
             self.layers.append(
                 LayerKV(
                     index=stored,
@@ -107,11 +107,11 @@ class AttentionSettings:
     experts: Tensor | None = None  # [N] the expert of each new token; None where there is only one
 
 
-def _stripes(settings: AttentionSettings, width: int, candidates: int) -> tuple[Stripe, ...]:
+def _expert_groups(settings: AttentionSettings, width: int, candidates: int) -> tuple[ExpertGroup, ...]:
     if settings.experts is None:
-        return (Stripe(width * settings.groups[0]),)
+        return (ExpertGroup(width * settings.groups[0]),)
     mine = settings.experts[-candidates:]
-    return tuple(Stripe(width * group, (mine == number).nonzero()[:, 0]) for number, group in enumerate(settings.groups))
+    return tuple(ExpertGroup(width * group, (mine == number).nonzero()[:, 0]) for number, group in enumerate(settings.groups))
 
 
 def column_sums(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> Tensor:

@@ -1,26 +1,26 @@
 """The one cache: rows of unequal length in flat pools, extended in place, counted by their storages.
 
 A row is one stored head of one sequence. All rows of a layer, of all the cells that are decoded together, lie in one pool
-of keys [P, D], values [P, D] and original positions [P]. Each has room for the tokens to come, so appending copies
-nothing. Rows of equal width and length lie side by side, so that attention can read them as one strided batch.
+of keys [P, D], values [P, D] and original positions [P]. Each has slack behind its entries for the tokens to come, so appending
+copies nothing. Rows of equal width and length lie side by side, so that attention can read them as one strided batch.
 Lengths belong to rows and token counts to cells: cells of one batch may be at different tokens of their answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.cache import Arena, LayerKV, ModelShape, Prefill, Row, Selection, Stripe
-from harness.engine.split_plan import Tables, plan, split_for, within_runs
+from harness.cache import Arena, ExpertGroup, LayerKV, ModelShape, Prefill, Row, Selection
+from harness.engine.split_plan import DevicePlan, plan_split, split_length, within_runs
 
-ROOM_STEP = 64  # the room behind a row is a multiple of this
-KEPT_PLANS = 8  # of steps that bring other numbers of tokens
+SLACK_STEP = 64  # the slack behind a row is a multiple of this
+KEPT_PLANS = 8  # split plans of a layer, of steps that bring other numbers of tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,30 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Group:
+class RowTable:
+    """The rows of one layer in the order of the pool, as columns [R] on the host. Lengths grow and shrink in place."""
+
+    cell: np.ndarray
+    expert_group: np.ndarray  # of the layer
+    first: np.ndarray  # first query head that reads the row
+    width: np.ndarray  # how many read it
+    start: np.ndarray  # in the pool
+    capacity: np.ndarray  # entries and slack
+    length: np.ndarray  # entries
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    def copy(self) -> RowTable:
+        return self.of(np.arange(len(self)))
+
+    def of(self, rows: np.ndarray) -> RowTable:
+        """Some of the rows, by number or as a mask; copies."""
+        return RowTable(*(getattr(self, column.name)[rows] for column in fields(self)))
+
+
+@dataclass(frozen=True)
+class RowBlock:
     """Neighbouring rows of equal width, length and capacity: `rows` of the table, one strided block of the pool."""
 
     rows: slice
@@ -51,15 +74,15 @@ class Group:
     def count(self) -> int:
         return self.rows.stop - self.rows.start
 
-    def block(self, pool: Tensor) -> Tensor:
+    def entries(self, pool: Tensor) -> Tensor:
         """[P, D] -> [rows, length, D], a view."""
         return self.whole(pool)[:, : self.length]
 
     def whole(self, pool: Tensor) -> Tensor:
-        """[P, D] -> [rows, capacity, D], with the room, a view."""
+        """[P, D] -> [rows, capacity, D], with the slack, a view."""
         return pool[self.start : self.start + self.count * self.capacity].view(self.count, self.capacity, -1)
 
-    def room(self, pool: Tensor) -> Tensor:
+    def slack(self, pool: Tensor) -> Tensor:
         """[P, D] -> [rows, capacity - length, D], a view."""
         return self.whole(pool)[:, self.length :]
 
@@ -78,125 +101,125 @@ class Step:
 
 
 class RowLayer:
-    """The rows of one layer: a table with one line a row, in the order of the pool, kept on the host."""
+    """The rows of one layer: their memory, and a table of where each lies.
+
+    Args:
+        pool: keys [P, D], values [P, D], positions [P].
+        expert_groups: of the layer: 1, or as many as mixSGA has experts.
+        cells: that are decoded together.
+    """
 
     def __init__(
         self,
         pool: tuple[Tensor, Tensor, Tensor],
         shape: ModelShape,
         window: int | None,
-        table: np.ndarray,
-        stripes: int = 1,
+        table: RowTable,
+        expert_groups: int = 1,
         cells: int = 0,
     ) -> None:
         self.keys, self.values, self.positions = pool
-        self.shape, self.window, self.table, self.stripes = shape, window, table, stripes
-        # the stripe of each token since compaction, if there are several
+        self.shape, self.window, self.table, self.expert_groups = shape, window, table, expert_groups
+        # the expert group of each token since compaction, by cell, if there are several
         self.taken: list[list[int]] = [[] for _ in range(cells)]
-        self._pieces: dict[bytes, Tables] = {}
-
-    cell = property(lambda self: self.table[:, 0])
-    stripe = property(lambda self: self.table[:, 1])
-    first = property(lambda self: self.table[:, 2])  # query head
-    width = property(lambda self: self.table[:, 3])
-    start = property(lambda self: self.table[:, 4])
-    capacity = property(lambda self: self.table[:, 5])
-    length = property(lambda self: self.table[:, 6])
+        self._plans: dict[bytes, DevicePlan] = {}
 
     @property
-    def striped(self) -> bool:
-        return self.stripes > 1
+    def routed(self) -> bool:
+        """Does each token go to one of several expert groups?"""
+        return self.expert_groups > 1
 
-    def append(self, keys: Tensor, values: Tensor, step: Step, stripes: np.ndarray | None = None) -> None:
+    def append(self, keys: Tensor, values: Tensor, step: Step, experts: np.ndarray | None = None) -> None:
         """Writes the new tokens behind the rows that take them.
 
         Args:
             keys, values: [H, N, D], the tokens of `step`.
-            stripes: [N], the stripe that takes each token; None where a layer has only one.
+            experts: [N], the expert group that takes each token; None where a layer has only one.
         """
+        table = self.table
         row, token = self.pairs(step)
-        if self.striped:
-            if stripes is None:
-                raise ValueError("rows of several stripes need to know which stripe takes each token")
-            takes = stripes[token] == self.stripe[row]
+        if self.routed:
+            if experts is None:
+                raise ValueError("rows of several expert groups need to know which one takes each token")
+            takes = experts[token] == table.expert_group[row]
             row, token = row[takes], token[takes]
             for taken, start, count in zip(self.taken, step.starts.tolist(), step.counts.tolist(), strict=True):
-                taken += stripes[start : start + count].tolist()
-        added = np.bincount(row, minlength=len(self.table))
-        if (self.length + added > self.capacity).any():
-            raise ValueError(f"no room for {int(added.max())} more tokens: make the cache with more room")
+                taken += experts[start : start + count].tolist()
+        added = np.bincount(row, minlength=len(table))
+        if (table.length + added > table.capacity).any():
+            raise ValueError(f"no slack for {int(added.max())} more tokens: make the cache with more")
         behind = within_runs(added)  # the how-manieth new entry of its row
-        where = self._index((self.start + self.length)[row] + behind)
-        source = self._index((self.first // self.shape.group)[row] * keys.shape[1] + token)
+        where = self._index((table.start + table.length)[row] + behind)
+        source = self._index((table.first // self.shape.group)[row] * keys.shape[1] + token)
         self.keys.index_copy_(0, where, keys.reshape(-1, keys.shape[2])[source])
         self.values.index_copy_(0, where, values.reshape(-1, values.shape[2])[source])
         self.positions.index_copy_(0, where, self._index(step.positions[token]).int())
-        self.length[:] += added
+        table.length[:] += added
 
     def pairs(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
         """Every row with every new token of its cell, as (row, token), row by row."""
-        counts = step.counts[self.cell]
+        counts = step.counts[self.table.cell]
         row = np.repeat(np.arange(len(self.table)), counts)
-        within = within_runs(counts)
-        return row, step.starts[self.cell[row]] + within
+        return row, step.starts[self.table.cell[row]] + within_runs(counts)
 
-    def groups(self, step: Step) -> list[Group]:
+    def blocks(self, step: Step) -> list[RowBlock]:
         """Runs of rows of equal width, length and capacity, whose cells bring equally many tokens."""
-        if not len(self.table):
+        table = self.table
+        if not len(table):
             return []
-        table, news = self.table, step.counts[self.cell]
-        follows = (table[1:, 4] == table[:-1, 4] + table[:-1, 5]) & (news[1:] == news[:-1])
-        follows &= (table[1:, [3, 5, 6]] == table[:-1, [3, 5, 6]]).all(1)
+        news = step.counts[table.cell]
+        follows = table.start[1:] == table.start[:-1] + table.capacity[:-1]
+        for column in (news, table.width, table.capacity, table.length):
+            follows &= column[1:] == column[:-1]
         edges = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(table)]
-        found = []
-        for a, b in pairwise(edges):
-            width, start, capacity, length = table[a, 3:7].tolist()
-            found.append(Group(slice(a, b), width, start, capacity, length, int(news[a])))
-        return found
+        columns = [column[edges[:-1]].tolist() for column in (table.width, table.start, table.capacity, table.length, news)]
+        return [RowBlock(slice(a, b), *sizes) for (a, b), sizes in zip(pairwise(edges), zip(*columns, strict=True), strict=True)]
 
     def readers(self, step: Step) -> np.ndarray:
         """Which query (head * N + token) reads, row by row: the row's first head's new tokens, its second head's, ..."""
-        news = step.counts[self.cell]
-        sizes = self.width * news
-        row = np.repeat(np.arange(len(self.table)), sizes)
-        within = within_runs(sizes)
-        head, token = np.divmod(within, news[row])
-        return (self.first[row] + head) * len(step.positions) + step.starts[self.cell[row]] + token
+        table = self.table
+        news = step.counts[table.cell]
+        sizes = table.width * news
+        row = np.repeat(np.arange(len(table)), sizes)
+        head, token = np.divmod(within_runs(sizes), news[row])
+        return (table.first[row] + head) * len(step.positions) + step.starts[table.cell[row]] + token
 
-    def pieces(self, step: Step, queries: int) -> Tables:
-        """The kernel's work, on the device: for rows as long as they can become, so that it holds until cells leave."""
+    def split_plan(self, step: Step, queries: int) -> DevicePlan:
+        """The kernel's work items, on the device: for rows as long as they can become, so that it holds until cells leave."""
         asked = step.counts.tobytes()
-        if asked not in self._pieces:
-            if len(self._pieces) == KEPT_PLANS:
-                self._pieces.clear()
-            readers = self.width * step.counts[self.cell]
-            split = split_for(self.capacity, readers, self.keys.device)
-            work = plan(self.start, self.capacity, readers, self.readers(step), queries, split)
-            self._pieces[asked] = work.on(self.keys.device)
-        return self._pieces[asked]
+        if asked not in self._plans:
+            if len(self._plans) == KEPT_PLANS:
+                self._plans.clear()
+            table = self.table
+            readers = table.width * step.counts[table.cell]
+            split = split_length(table.capacity, readers, self.keys.device)
+            plan = plan_split(table.start, table.capacity, readers, self.readers(step), queries, split)
+            self._plans[asked] = plan.on(self.keys.device)
+        return self._plans[asked]
 
     def _index(self, numbers: np.ndarray) -> Tensor:
         return torch.as_tensor(numbers, device=self.keys.device)
 
     def crop(self, drop: np.ndarray) -> None:
         """Forgets each cell's last `drop[cell]` tokens."""
-        if not self.striped:  # every row took every token
-            self.length[:] -= drop[self.cell]
+        table = self.table
+        if not self.routed:  # every row took every token
+            table.length[:] -= drop[table.cell]
             return
-        lost = np.zeros((len(drop), self.stripes), dtype=np.int64)
+        lost = np.zeros((len(drop), self.expert_groups), dtype=np.int64)
         for cell, count in enumerate(drop.tolist()):
             if count:
                 np.add.at(lost[cell], self.taken[cell][-count:], 1)
                 del self.taken[cell][-count:]
-        self.length[:] -= lost[self.cell, self.stripe]
+        table.length[:] -= lost[table.cell, table.expert_group]
 
     def keep(self, cells: Sequence[int]) -> None:
         """Only these cells stay; they are renumbered in this order."""
         number = {cell: new for new, cell in enumerate(cells)}
-        self.table = self.table[np.isin(self.cell, list(cells))]
-        self.taken = [self.taken[cell] for cell in cells] if self.striped else []
-        self._pieces.clear()
-        self.cell[:] = [number[cell] for cell in self.cell.tolist()]
+        self.table = self.table.of(np.isin(self.table.cell, list(cells)))
+        self.taken = [self.taken[cell] for cell in cells] if self.routed else []
+        self._plans.clear()
+        self.table.cell[:] = [number[cell] for cell in self.table.cell.tolist()]
 
 
 class RowCache:
@@ -213,8 +236,7 @@ class RowCache:
     def step(self, counts: Sequence[int]) -> Step:
         """The next `counts[cell]` tokens of each cell, not yet read."""
         many = np.asarray(counts, dtype=np.int64)
-        within = within_runs(many)
-        return Step(many, np.repeat(self.seen, many) + within)
+        return Step(many, np.repeat(self.seen, many) + within_runs(many))
 
     def crop(self, drop: Sequence[int] | np.ndarray) -> None:
         """Takes back the last `drop[cell]` tokens, all of them appended after compaction."""
@@ -230,7 +252,7 @@ class RowCache:
             layer.keep(cells)
 
     def counts(self) -> list[Counts]:
-        """Of each cell. Allocated: its share of the pools, so keys, values, positions, slack and room.
+        """Of each cell. Allocated: its share of the pools, so keys, values, positions and slack.
 
         Kept: keys and values, and the bits that name each token's expert where a layer has several. Rows do not need them; they
         are counted as mixSGA's paper counts them, for the tokens seen or as many as a layer has entries.
@@ -238,73 +260,77 @@ class RowCache:
         entries, allocated = np.zeros(self.cells, np.int64), np.zeros(self.cells, np.int64)
         bits = np.zeros(self.cells, np.int64)
         for layer in self.layers:
-            mine = np.bincount(layer.cell, layer.length, minlength=self.cells).astype(np.int64)
+            table = layer.table
+            mine = np.bincount(table.cell, table.length, minlength=self.cells).astype(np.int64)
             entries += mine
-            bits += (layer.stripes - 1).bit_length() * np.minimum(mine, self.seen)
+            bits += (layer.expert_groups - 1).bit_length() * np.minimum(mine, self.seen)
             size = self.shape.entry_bytes() + layer.positions.element_size()
-            np.add.at(allocated, layer.cell, layer.capacity * size)
+            np.add.at(allocated, table.cell, table.capacity * size)
         kept = entries * self.shape.entry_bytes() + -(-bits // 8)
         return [Counts(int(e), int(k), int(a)) for e, k, a in zip(entries, kept, allocated, strict=True)]
 
 
-def compact(prefill: Prefill, selections: Sequence[Selection], room: int, arena: Arena | None = None) -> RowCache:
-    """Copies each cell's entries out of the prefill, one cell a selection, with room for `room` more tokens."""
+def slack_for(tokens: int) -> int:
+    """Entries of slack behind a row for so many tokens to come."""
+    return -(-tokens // SLACK_STEP) * SLACK_STEP
+
+
+def compact(prefill: Prefill, selections: Sequence[Selection], tokens: int, arena: Arena | None = None) -> RowCache:
+    """Copies each cell's entries out of the prefill, one cell a selection, with slack for `tokens` more tokens."""
     arena = arena or Arena()
-    room = -(-room // ROOM_STEP) * ROOM_STEP
-    plans = [_plan(kv, [s[kv.index] for s in selections], room) for kv in prefill.layers]
-    sizes = [int(table[:, 5].sum()) for table, _ in plans]
+    plans = [_plan(kv, [s[kv.index] for s in selections], slack_for(tokens)) for kv in prefill.layers]
+    sizes = [int(table.capacity.sum()) for table, _ in plans]
     like = prefill.layers[0].keys[0]
     keys, values = arena.take("keys", sum(sizes), like), arena.take("values", sum(sizes), like)
     positions = arena.take("positions", sum(sizes), torch.zeros(0, dtype=torch.int32, device=like.device))
     layers, offset = [], 0
     for kv, (table, rows), size in zip(prefill.layers, plans, sizes, strict=True):
         pool = (keys[offset : offset + size], values[offset : offset + size], positions[offset : offset + size])
-        stripes = len(prefill.stripes[kv.index])
-        layers.append(_filled(kv, table, rows, RowLayer(pool, prefill.shape, kv.window, table, stripes, len(selections))))
+        groups = len(prefill.expert_groups[kv.index])
+        layers.append(_filled(kv, rows, RowLayer(pool, prefill.shape, kv.window, table, groups, len(selections))))
         offset += size
     return RowCache(layers, prefill.shape, [prefill.tokens] * len(selections))
 
 
 def compact_and_free(
     held: list[LayerKV | None],
-    stripes: Sequence[tuple[Stripe, ...]],
+    expert_groups: Sequence[tuple[ExpertGroup, ...]],
     shape: ModelShape,
     selections: Sequence[Selection],
-    room: int,
+    tokens: int,
 ) -> RowCache:
     """As `compact`, but a layer at a time into pools of their own, and each layer of `held` is dropped once it was copied.
 
     Nobody else may hold the layers, or nothing is freed: no more than the full cache and one layer lie in memory.
     """
-    room = -(-room // ROOM_STEP) * ROOM_STEP
-    layers, tokens = [], 0
+    layers, seen = [], 0
     for index, kv in enumerate(held):
         assert kv is not None
-        table, rows = _plan(kv, [selection[index] for selection in selections], room)
-        size, tokens = int(table[:, 5].sum()), kv.tokens
+        table, rows = _plan(kv, [selection[index] for selection in selections], slack_for(tokens))
+        size, seen = int(table.capacity.sum()), kv.tokens
         keys, values = (kv.keys.new_empty(size, shape.head_dim) for _ in range(2))
         pool = (keys, values, torch.empty(size, dtype=torch.int32, device=keys.device))
-        layers.append(_filled(kv, table, rows, RowLayer(pool, shape, kv.window, table, len(stripes[index]), len(selections))))
+        groups = len(expert_groups[index])
+        layers.append(_filled(kv, rows, RowLayer(pool, shape, kv.window, table, groups, len(selections))))
         held[index] = kv = None
-    return RowCache(layers, shape, [tokens] * len(selections))
+    return RowCache(layers, shape, [seen] * len(selections))
 
 
-def _filled(kv: LayerKV, table: np.ndarray, rows: list[Row], layer: RowLayer) -> RowLayer:
-    for row, start, length in zip(rows, table[:, 4].tolist(), table[:, 6].tolist(), strict=True):
-        _fill(layer, slice(start, start + length), kv, row)
-    return layer
-
-
-def _plan(kv: LayerKV, cells: Sequence[tuple[Row, ...]], room: int) -> tuple[np.ndarray, list[Row]]:
+def _plan(kv: LayerKV, cells: Sequence[tuple[Row, ...]], slack: int) -> tuple[RowTable, list[Row]]:
     """The table of one layer, rows of equal width and length side by side, and the rows in that order."""
     candidates = kv.keys.shape[1]
     rows = [(cell, row, row.entries(candidates)) for cell, layer in enumerate(cells) for row in layer]
     rows.sort(key=lambda item: (item[1].width, item[2], item[0], item[1].first))
-    table = np.zeros((len(rows), 7), dtype=np.int64)
-    for number, (cell, row, length) in enumerate(rows):
-        table[number] = (cell, row.stripe, row.first, row.width, 0, length + room, length)
-    table[1:, 4] = np.cumsum(table[:-1, 5])
-    return table, [row for _, row, _ in rows]
+    numbers = [(cell, row.expert_group, row.first, row.width, length) for cell, row, length in rows]
+    cell, group, first, width, length = np.array(numbers, dtype=np.int64).reshape(-1, 5).T.copy()
+    capacity = length + slack
+    return RowTable(cell, group, first, width, np.cumsum(capacity) - capacity, capacity, length), [row for _, row, _ in rows]
+
+
+def _filled(kv: LayerKV, rows: list[Row], layer: RowLayer) -> RowLayer:
+    for row, start, length in zip(rows, layer.table.start.tolist(), layer.table.length.tolist(), strict=True):
+        _fill(layer, slice(start, start + length), kv, row)
+    return layer
 
 
 def _fill(layer: RowLayer, where: slice, kv: LayerKV, row: Row) -> None:
@@ -314,7 +340,11 @@ def _fill(layer: RowLayer, where: slice, kv: LayerKV, row: Row) -> None:
         layer.keys[where].copy_(kv.keys[head])
         layer.values[where].copy_(kv.values[head])
     else:
-        torch.index_select(kv.keys[head], 0, row.kept, out=layer.keys[where])
-        torch.index_select(kv.values[head], 0, row.kept, out=layer.values[where])
         positions = positions[row.kept]
+        if row.merged is None:
+            torch.index_select(kv.keys[head], 0, row.kept, out=layer.keys[where])
+            torch.index_select(kv.values[head], 0, row.kept, out=layer.values[where])
+        else:
+            for part, into in zip(row.merged, (layer.keys, layer.values), strict=True):
+                into[where].copy_(part)
     layer.positions[where].copy_(positions)

@@ -1,7 +1,7 @@
-"""Rows cut into pieces of work for the kernels: who reads what, as tables.
+"""Split-KV work items: rows cut into stretches that the kernels work on at once, and who reads what, as tables.
 
-A piece is at most 16 of the queries that read a row (a tensor core's least number of rows; fewer are padded) against a stretch
-of its entries. So a row of 100,000 entries is worked on by many programs at once, and one of 10 by a single one.
+A work item is at most 16 of the queries that read a row (a tensor core's least number of rows; fewer are padded) against a
+stretch of its entries. So a row of 100,000 entries is worked on by many programs at once, and one of 10 by a single one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ PROGRAMS = 4  # wanted at once on each of a device's processors
 
 
 @dataclass(frozen=True)
-class Work:
-    """R rows, M readers (every query that reads a row, row by row), I pieces, P partial results, N queries."""
+class SplitPlan:
+    """R rows, M readers (every query that reads a row, row by row), I work items, P partial results, N queries."""
 
     row: np.ndarray  # [3, R] first entry in the pool, first reader, how many read it
     item: np.ndarray  # [4, I] the row, which of its readers in tiles, from which of its entries to which
@@ -28,13 +28,13 @@ class Work:
     parts: np.ndarray  # [P] lines of the partial results, query by query
     span: np.ndarray  # [N + 1] where those of each query begin
 
-    def on(self, device: torch.device) -> Tables:
-        return Tables(*(torch.as_tensor(getattr(self, field.name)).to(device) for field in fields(self)))
+    def on(self, device: torch.device) -> DevicePlan:
+        return DevicePlan(*(torch.as_tensor(getattr(self, field.name)).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True)
-class Tables:
-    """`Work` on a device, int64."""
+class DevicePlan:
+    """A `SplitPlan` on a device, int64."""
 
     row: Tensor
     item: Tensor
@@ -43,8 +43,10 @@ class Tables:
     span: Tensor
 
 
-def plan(start: np.ndarray, length: np.ndarray, readers: np.ndarray, query: np.ndarray, queries: int, split: int) -> Work:
-    """Cuts rows into pieces of at most `split` entries. A row without entries has one piece, which is empty.
+def plan_split(
+    start: np.ndarray, length: np.ndarray, readers: np.ndarray, query: np.ndarray, queries: int, split: int
+) -> SplitPlan:
+    """Cuts rows into stretches of at most `split` entries. A row without entries has one work item, which is empty.
 
     Rows may turn out shorter than they were planned for, never longer.
 
@@ -67,7 +69,7 @@ def plan(start: np.ndarray, length: np.ndarray, readers: np.ndarray, query: np.n
     parts = np.repeat(first[order], many) + within_runs(many) * np.repeat(tiles[mine][order] * TILE, many)
     per_query = np.bincount(query, weights=splits[mine], minlength=queries).astype(np.int64)
     span = np.concatenate([[0], np.cumsum(per_query)])
-    return Work(np.stack([start, np.cumsum(readers) - readers, readers]), item, query.astype(np.int64), parts, span)
+    return SplitPlan(np.stack([start, np.cumsum(readers) - readers, readers]), item, query.astype(np.int64), parts, span)
 
 
 def within_runs(counts: np.ndarray) -> np.ndarray:
@@ -75,8 +77,8 @@ def within_runs(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def split_for(length: np.ndarray, readers: np.ndarray, device: torch.device) -> int:
-    """Entries of a piece: so few that every processor of the device has its share, and not fewer than a loop's step."""
+def split_length(length: np.ndarray, readers: np.ndarray, device: torch.device) -> int:
+    """Entries of a work item: so few that every processor of the device has its share, and not fewer than a loop's step."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     every = int((length * np.maximum(1, -(-readers // TILE))).sum())
     share = -(-every // (PROGRAMS * processors))

@@ -1,8 +1,8 @@
 """Decoding from static buffers: nothing of a step is decided on the host, so a step can be compiled, captured and replayed.
 
 The lengths of a layer's rows stand on the device. A step writes one token of every cell behind its rows, attends to them, and
-leaves the likeliest next token where the next step reads it. Where a layer has several stripes (mixSGA) every row gets the
-token's keys and values, and only the rows of its expert become longer: what the others got lies in their room, is read by
+leaves the likeliest next token where the next step reads it. Where a layer has several expert_groups (mixSGA) every row gets the
+token's keys and values, and only the rows of its expert become longer: what the others got lies in their slack, is read by
 nobody and overwritten by the next.
 
 A step runs as it is, or made by torch.compile without graph breaks; where there is a GPU either is captured once as a CUDA graph
@@ -22,9 +22,10 @@ from harness.engine import kernels
 from harness.engine.measure import OutOfMemory
 from harness.engine.model import Dense, Model
 from harness.engine.observe import AttentionSettings
-from harness.engine.rows import Group, RowCache, RowLayer, Step
-from harness.engine.split_plan import plan, split_for
+from harness.engine.rows import RowBlock, RowCache, RowLayer, Step
+from harness.engine.split_plan import plan_split, split_length
 from harness.layer_sharing import Place
+from harness.logits import softcapped
 
 Mode = Literal["graph", "compiled"]  # captured as it is; compiled, and captured where there is a GPU
 WARM_UP = 3  # steps before a capture: kernels are built, libraries take their workspaces
@@ -55,51 +56,52 @@ class StaticLayer:
 
     Args:
         layer: its memory is used from here on; its table is not kept up.
-        steps: to come, at most; there must be room for them.
-        by_kernel: attend with the Triton kernel; else in plain torch, over the whole room, masked.
+        steps: to come, at most; there must be slack for them.
+        by_kernel: attend with the Triton kernel; else in plain torch, over entries and slack, masked.
     """
 
     def __init__(self, layer: RowLayer, cells: int, steps: int, by_kernel: bool) -> None:
-        self.layer, self.window, self.striped, self.by_kernel = layer, layer.window, layer.striped, by_kernel
+        self.layer, self.window, self.routed, self.by_kernel = layer, layer.window, layer.routed, by_kernel
         self.heads = layer.shape.query_heads
         device = layer.keys.device
-        self.length = torch.as_tensor(layer.length.copy()).to(device)  # [R]
-        source = layer.cell * layer.shape.kv_heads + layer.first // layer.shape.group
-        self.row = torch.as_tensor(np.stack([layer.start, source, layer.cell, layer.stripe])).to(device)  # [4, R]
+        self.length = torch.as_tensor(layer.table.length.copy()).to(device)  # [R]
+        table = layer.table
+        source = table.cell * layer.shape.kv_heads + table.first // layer.shape.group
+        self.row = torch.as_tensor(np.stack([table.start, source, table.cell, table.expert_group])).to(device)  # [4, R]
         step = Step(np.ones(cells, np.int64), np.zeros(cells, np.int64))
         head, cell = np.divmod(layer.readers(step), cells)
         query = cell * self.heads + head  # [M] cell by cell, its heads side by side
         if by_kernel:
-            longest = layer.length + steps
-            split = split_for(longest, layer.width, device)
-            self.work = plan(layer.start, longest, layer.width, query, cells * self.heads, split).on(device)
+            longest = table.length + steps
+            split = split_length(longest, table.width, device)
+            self.plan = plan_split(table.start, longest, table.width, query, cells * self.heads, split).on(device)
         else:
             self._without_kernel(query, step)
 
     def _without_kernel(self, query: np.ndarray, step: Step) -> None:
         device = self.layer.keys.device
-        self.groups: list[Group] = self.layer.groups(step)
-        for group in self.groups:  # weights of 0 must not meet what is no number
+        self.blocks: list[RowBlock] = self.layer.blocks(step)
+        for block in self.blocks:  # weights of 0 must not meet what is no number
             for pool in (self.layer.keys, self.layer.values):
-                group.room(pool).zero_()
+                block.slack(pool).zero_()
         self.query = torch.as_tensor(query).to(device)  # [M]
         order = np.argsort(query, kind="stable").reshape(len(step.counts) * self.heads, -1)
-        self.parts = torch.as_tensor(order).to(device)  # [N, stripes], where in M
+        self.parts = torch.as_tensor(order).to(device)  # [N, expert_groups], where in M
 
     def append(self, keys: Tensor, values: Tensor, seen: Tensor, experts: Tensor | None) -> None:
-        """keys, values: [H, C, D]; seen: [C], the new tokens' positions; experts: [C], the stripe that takes each."""
+        """keys, values: [H, C, D]; seen: [C], the new tokens' positions; experts: [C], the expert_group that takes each."""
         pool = (self.layer.keys, self.layer.values, self.layer.positions)
         new = [part.transpose(0, 1).reshape(-1, part.shape[2]).contiguous() for part in (keys, values)]  # [C * H, D]
         taken_by = seen if experts is None else experts
         if self.by_kernel:
-            kernels.append_rows(*new, *pool, self.length, self.row, seen, taken_by, self.striped)
+            kernels.append_rows(*new, *pool, self.length, self.row, seen, taken_by, self.routed)
             return
-        start, source, cell, stripe = self.row
+        start, source, cell, expert_group = self.row
         where = start + self.length
         for part, into in zip(new, pool, strict=False):
             into.index_copy_(0, where, part[source])
         self.layer.positions.index_copy_(0, where, seen[cell].int())
-        self.length.add_((taken_by[cell] == stripe).long() if self.striped else 1)
+        self.length.add_((taken_by[cell] == expert_group).long() if self.routed else 1)
 
     def attend(self, queries: Tensor, seen: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """queries: [Hq, C, D] of the tokens just written. Gives [Hq, C, D]."""
@@ -111,29 +113,28 @@ class StaticLayer:
     def _kernel(self, queries: Tensor, asking: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
         pool = (self.layer.keys, self.layer.values, self.length)
         hide = () if asking is None else (self.layer.positions, asking, self.window)
-        return kernels.attend_pieces(queries, *pool, self.work, scaling, softcap, *hide)
+        return kernels.attend_split(queries, *pool, self.plan, scaling, softcap, *hide)
 
     def _plain(self, queries: Tensor, asking: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
         asked = (queries * scaling)[self.query]  # [M, D]
         at = None if asking is None else asking[self.query]  # [M]
         outs, weights, done = [], [], 0
-        for group in self.groups:
-            mine = slice(done, done + group.count * group.width)
+        for block in self.blocks:
+            mine = slice(done, done + block.count * block.width)
             done = mine.stop
-            keys, values = (group.whole(pool) for pool in (self.layer.keys, self.layer.values))  # [rows, capacity, D]
-            logits = (asked[mine].view(group.count, group.width, -1) @ keys.transpose(1, 2)).float()
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            there = torch.arange(group.capacity, device=logits.device) < self.length[group.rows, None, None]
+            keys, values = (block.whole(pool) for pool in (self.layer.keys, self.layer.values))  # [rows, capacity, D]
+            logits = (asked[mine].view(block.count, block.width, -1) @ keys.transpose(1, 2)).float()
+            logits = softcapped(logits, softcap)
+            there = torch.arange(block.capacity, device=logits.device) < self.length[block.rows, None, None]
             if at is not None and self.window is not None:
-                held = group.whole(self.layer.positions[:, None])[:, None, :, 0]  # [rows, 1, capacity]
-                there = there & (held > at[mine].view(group.count, group.width, 1) - self.window)
+                held = block.whole(self.layer.positions[:, None])[:, None, :, 0]  # [rows, 1, capacity]
+                there = there & (held > at[mine].view(block.count, block.width, 1) - self.window)
             logits = logits.masked_fill(~there, float("-inf"))
             weights.append(torch.logsumexp(logits, -1).flatten())
             shares = logits.softmax(-1).masked_fill(~there.any(-1, keepdim=True), 0.0)  # of a row without entries nothing
             outs.append((shares.to(values.dtype) @ values).flatten(0, 1))
-        out = torch.cat(outs)[self.parts]  # [N, stripes, D]
-        if not self.striped:
+        out = torch.cat(outs)[self.parts]  # [N, expert_groups, D]
+        if not self.routed:
             return out[:, 0]
         shares = torch.cat(weights)[self.parts].softmax(-1)
         return (shares[..., None] * out.float()).sum(1).to(out.dtype)
@@ -151,15 +152,15 @@ class StaticDecode:
     Raises:
         CannotCapture: see there. Where a capture failed, the process may be unfit for another.
         OutOfMemory: while the step was compiled or captured.
-        ValueError: no room for so many tokens.
+        ValueError: no slack for so many tokens.
     """
 
     def __init__(self, model: Model, cache: RowCache, first: Tensor, steps: int, mode: Mode | None = None) -> None:
         device = model.device
         if mode == "graph" and not captures(device):
             raise CannotCapture("a CUDA graph needs a GPU")
-        if any((layer.length + steps > layer.capacity).any() for layer in cache.layers):
-            raise ValueError(f"no room for {steps} more tokens: make the cache with more room")
+        if any((layer.table.length + steps > layer.table.capacity).any() for layer in cache.layers):
+            raise ValueError(f"no slack for {steps} more tokens: make the cache with more")
         self.model, self.left = model, steps
         by_kernel = device.type == "cuda" and kernels.can_run(model.network.dtype, model.shape.head_dim)
         self.layers = [StaticLayer(layer, cache.cells, steps, by_kernel) for layer in cache.layers]
@@ -224,7 +225,7 @@ class StaticDecode:
         return graph.replay
 
     def _taken_back(self, run: Callable[[], None]) -> None:
-        """Runs it, and sets back what says where decoding stands; what was written lies in the rooms."""
+        """Runs it, and sets back what says where decoding stands; what was written lies in the slack."""
         state = [self.seen, self.next, *(layer.length for layer in self.layers)]
         before = [part.clone() for part in state]
         run()

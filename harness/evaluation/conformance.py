@@ -6,8 +6,9 @@ Each check gives nothing, or says in plain words what is violated, with the numb
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ from benchmarks.base import Task
 from harness.cache import Budget, Needs, Prefill, Selection, keep_all
 from harness.engine.model import Model
 from harness.engine.rows import compact
+from harness.errors import first_line
 from harness.evaluation.prompts import CannotPrompt, Protocol, tokenize
 from harness.families import CannotConvert, shape_of
 from harness.models.load import byte_tokenizer
-from harness.plugins import Plugin
-from methods.base import CannotRun, Conversion, Eviction, Scores, score_prefill
+from harness.registry import BadPlugin, Plugin
+from methods.base import CannotRun, Conversion, Eviction, Method, Protected, Scores, scores_for
 from methods.headkv import HeadScores
+from methods.snapkv import WindowAttention
 
 TOKENS = 60  # of a prompt, or more where a method protects many
 SMALL = 14  # entries a head, likewise
@@ -47,9 +50,10 @@ class Finding:
 
 def check_plugin(plugin: Plugin) -> Iterator[Finding]:
     """Every check of everything that a plugin brings."""
-    for name, method in plugin.tables.get("METHODS", {}).items():
-        if isinstance(method, Eviction):
-            yield from _findings(name, METHOD_CHECKS, method)
+    methods = dict(plugin.tables.get("METHODS", {}))
+    methods |= {name: Eviction(WindowAttention(), allocator) for name, allocator in plugin.tables.get("ALLOCATORS", {}).items()}
+    for name, method in methods.items():
+        yield from _findings(name, METHOD_CHECKS, method)
     for name, task in plugin.tables.get("BENCHMARKS", {}).items():
         yield from _findings(name, TASK_CHECKS, task)
     for name, conversion in plugin.tables.get("CONVERSIONS", {}).items():
@@ -61,15 +65,19 @@ def _findings(name: str, checks: Mapping[str, Callable[[Any], str | None]], entr
         try:
             yield Finding(name, check, run(entry))
         except Exception as error:  # the user's code
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             if "Inplace update to inference tensor" in reason:  # torch guards what came out of the model
                 reason = "it writes to the prefill, which other methods read too: work on a copy"
             yield Finding(name, check, f"{type(error).__name__}: {reason}")
 
 
-def _sizes(method: Eviction) -> tuple[int, int]:
+def _protected(method: Method) -> Protected:
+    return Protected() if method.scorer is None else method.scorer.protected
+
+
+def _sizes(method: Method) -> tuple[int, int]:
     """Tokens of a prompt, and a small budget, that leave the method something to choose."""
-    protected = method.scorer.protected
+    protected = _protected(method)
     small = max(SMALL, protected.first + protected.last + 4)
     return max(TOKENS, 4 * small), small
 
@@ -87,7 +95,7 @@ def _model(which: str, window: int = 24) -> Model:
     return Model(network, byte_tokenizer(), which, "0")
 
 
-def _prefills(method: Eviction, more: Needs | None = None) -> Iterator[tuple[str, Model, Prefill]]:
+def _prefills(method: Method, more: Needs | None = None) -> Iterator[tuple[str, Model, Prefill]]:
     tokens, small = _sizes(method)
     ids = torch.randint(3, 250, (tokens,), generator=torch.Generator().manual_seed(1))
     for which in MODELS:
@@ -95,7 +103,7 @@ def _prefills(method: Eviction, more: Needs | None = None) -> Iterator[tuple[str
         yield which, model, model.prefill(ids, method.needs | (more or Needs()))[0]
 
 
-def _ready(method: Eviction) -> Eviction:
+def _ready(method: Method) -> Method:
     """With head scores, if it wants any."""
     if not method.head_scores:
         return method
@@ -103,10 +111,10 @@ def _ready(method: Eviction) -> Eviction:
     return method.with_head_scores(HeadScores("check", "0", method.head_scores, runs, attempts=1))  # type: ignore[arg-type]
 
 
-def _selections(method: Eviction) -> Iterator[tuple[str, Model, Prefill, Scores, int, Selection]]:
+def _selections(method: Method) -> Iterator[tuple[str, Model, Prefill, Scores | None, int, Selection]]:
     method = _ready(method)
     for which, model, prefill in _prefills(method):
-        scores = score_prefill(method.scorer, prefill)
+        scores = scores_for(method, prefill)
         for text in (str(_sizes(method)[1]), "60%", "100%"):
             total = Budget.parse(text).entries(prefill.shape, prefill.tokens, "kv")
             try:
@@ -115,16 +123,17 @@ def _selections(method: Eviction) -> Iterator[tuple[str, Model, Prefill, Scores,
                 raise ValueError(f"{which}, budget {text}: it cannot run: {reason}") from None
 
 
-def _scores_are_numbers(method: Eviction) -> str | None:
+def _scores_are_numbers(method: Method) -> str | None:
     for _, _, prefill in _prefills(_ready(method)):
-        score_prefill(method.scorer, prefill)  # raises with layer, shape, and what was expected
+        scores_for(method, prefill)  # raises with layer, shape, and what was expected
     return None
 
 
-def _spends_the_budget(method: Eviction) -> str | None:
+def _spends_the_budget(method: Method) -> str | None:
     for where, _, prefill, _, total, kept in _selections(method):
         held = _entries(prefill, kept)
-        wanted = min(total, _entries(prefill, keep_all(prefill)))
+        everything = _entries(prefill, keep_all(prefill))
+        wanted = min(total, everything) if method.takes_budget else everything
         if held != wanted:
             return f"{where}: {held} entries kept, {wanted} were asked for"
     return None
@@ -134,15 +143,17 @@ def _entries(prefill: Prefill, kept: Selection) -> int:
     return sum(row.entries(kv.keys.shape[1]) for kv, rows in zip(prefill.layers, kept, strict=True) for row in rows)
 
 
-def _keeps_the_best(method: Eviction) -> str | None:
-    if method.scorer.protected.recent_share:
+def _keeps_the_best(method: Method) -> str | None:
+    if _protected(method).recent_share:
         return None  # a part of each row is kept by age
     for where, _, prefill, scores, _, kept in _selections(method):
+        if scores is None:
+            return None  # it ranks nothing
         for kv, rows, values in zip(prefill.layers, kept, scores.values, strict=True):
             for number, row in enumerate(rows):
                 if row.kept is None:
                     continue
-                mine = values[row.stripe][number]
+                mine = values[row.expert_group][number]
                 evicted = torch.ones(len(mine), dtype=torch.bool)
                 evicted[row.kept] = False
                 if evicted.any() and len(row.kept) and float(mine[evicted].max()) > float(mine[row.kept].min()):
@@ -153,12 +164,12 @@ def _keeps_the_best(method: Eviction) -> str | None:
     return None
 
 
-def _leaves_the_prefill_alone(method: Eviction) -> str | None:
+def _leaves_the_prefill_alone(method: Method) -> str | None:
     method = _ready(method)
     for which, _, prefill in _prefills(method):
         before = [tensor.clone() for tensor in _tensors(prefill)]
         total = _sizes(method)[1] * prefill.shape.layers * prefill.shape.kv_heads
-        method.compress(prefill, total, score_prefill(method.scorer, prefill))
+        method.compress(prefill, total, scores_for(method, prefill))
         for number, (old, new) in enumerate(zip(before, _tensors(prefill), strict=True)):
             if not torch.equal(old, new):
                 changed = float((old - new).abs().max())
@@ -173,7 +184,7 @@ def _tensors(prefill: Prefill) -> list[Tensor]:
     return [part for part in parts if part is not None]
 
 
-def _says_the_same_again(method: Eviction) -> str | None:
+def _says_the_same_again(method: Method) -> str | None:
     method = _ready(method)
     alone = [_kept(method, prefill) for _, _, prefill in _prefills(method)]
     again = [_kept(method, prefill) for _, _, prefill in _prefills(method)]
@@ -185,16 +196,16 @@ def _says_the_same_again(method: Eviction) -> str | None:
     return None
 
 
-def _kept(method: Eviction, prefill: Prefill) -> list[list[int]]:
+def _kept(method: Method, prefill: Prefill) -> list[list[int]]:
     torch.seed()  # whoever draws from a global generator draws something else each time
     random.seed()
     np.random.seed()
     total = _sizes(method)[1] * prefill.shape.layers * prefill.shape.kv_heads
-    rows = method.compress(prefill, total, score_prefill(method.scorer, prefill))
+    rows = method.compress(prefill, total, scores_for(method, prefill))
     return [[] if row.kept is None else row.kept.tolist() for layer in rows for row in layer]
 
 
-def _whole_budget_is_full_attention(method: Eviction) -> str | None:
+def _whole_budget_is_full_attention(method: Method) -> str | None:
     for where, model, prefill, _, total, kept in _selections(method):
         if total < _entries(prefill, keep_all(prefill)):
             continue
@@ -206,10 +217,12 @@ def _whole_budget_is_full_attention(method: Eviction) -> str | None:
 
 
 def _settings_are_on_record(entry: Any) -> str | None:
-    parts = [entry, getattr(entry, "scorer", None), getattr(entry, "allocator", None)]
+    parts = [entry] + [getattr(entry, field.name) for field in fields(entry)] if is_dataclass(entry) else [entry]
     for part in parts:
+        if part is None or isinstance(part, str | int | float | tuple | Path):
+            continue
         settings: Any = getattr(part, "__dataclass_params__", None)
-        if part is not None and (settings is None or not settings.frozen):
+        if settings is None or not settings.frozen:
             return f"{type(part).__name__} is no frozen dataclass: its settings would not be part of a row"
         if " at 0x" in repr(part):
             return f"the repr of {type(part).__name__} is not the same from run to run: {repr(part)[:80]}"
@@ -315,4 +328,12 @@ def first_fault(plugin: Plugin) -> str | None:
     return None if broken is None else f"{broken.entry}: {broken.check}: {broken.wrong}"
 
 
-__all__ = ["Finding", "check_plugin", "first_fault"]
+def check_all(plugins: Iterable[Plugin]) -> None:
+    """Tries the files among them before they are run; installed packages are their authors' to check.
+
+    Raises:
+        BadPlugin: the first thing that is violated.
+    """
+    for plugin in plugins:
+        if plugin.path.is_file() and (fault := first_fault(plugin)):
+            raise BadPlugin(f"plugin {plugin.path}: {fault} (run `run_all.py check {plugin.path}` for all of it)")

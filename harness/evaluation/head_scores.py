@@ -7,27 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.engine.model import Model
-from harness.evaluation.plan import Work
+from harness.evaluation.plan import Grid
 from harness.models.load import REFERENCE
-from methods.base import Eviction
 from methods.headkv import BadScores, HeadScores
 
 
-def with_head_scores(work: Work, model: Model, given: Sequence[Path], data_dir: Path | None) -> Work:
-    """The same work, its methods given the model's own scores. A method without any stays, and says why it cannot run.
+def with_head_scores(grid: Grid, model: Model, given: Sequence[Path], data_dir: Path | None) -> Grid:
+    """The same grid, its methods given the model's own scores. A method without any stays, and says why it cannot run.
 
     Raises:
         BadScores: a file cannot be read, or the only one given for a kind is another model's.
     """
-    kinds = {method.head_scores for method in work.methods.values() if isinstance(method, Eviction)} - {None}
+    kinds = {method.head_scores for method in grid.methods.values()} - {None}
     found = {kind: _scores(str(kind), model, given, data_dir) for kind in kinds}
     methods = {
-        name: method.with_head_scores(scores)
-        if isinstance(method, Eviction) and (scores := found.get(method.head_scores)) is not None
-        else method
-        for name, method in work.methods.items()
+        name: method if (scores := found.get(method.head_scores)) is None else method.with_head_scores(scores)
+        for name, method in grid.methods.items()
     }
-    return replace(work, methods=methods)
+    return replace(grid, methods=methods)
 
 
 def _scores(kind: str, model: Model, given: Sequence[Path], data_dir: Path | None) -> HeadScores | None:

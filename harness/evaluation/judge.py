@@ -11,18 +11,23 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
-from results.store import StoreError, append_line, judge_lines, slug
+from tqdm import tqdm
+
+from benchmarks.base import Judged, Task
+from harness.evaluation.request import JudgeOptions
+from results.store import StoreError, append_line, judge_lines, read_rows, slug
 
 VERSION = 1  # raised when the prompt below changes
 RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
@@ -137,6 +142,22 @@ class Tally:
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.statuses.items()))
         return f"{counts or 'none asked'}, {self.again} known from before"
+
+
+def judge_answers(options: JudgeOptions, tasks: Mapping[str, Task], out: Path) -> Tally:
+    """Has the judge rate the stored answers to these tasks, by the names that rows give them."""
+    asked = {name: task for name, task in tasks.items() if isinstance(task, Judged)}
+    cases = []
+    for row in read_rows(out):
+        task = asked.get(row.key.benchmark)
+        if task is not None and row.status == "ok" and (row.key.benchmark_params, row.key.data) == (repr(task), task.data):
+            reference = task.example(row.key.example, row.key.seed, len).answers[0]
+            cases.append(Case(row.key.id, task.question(row.key.example), reference, row.answer or ""))
+    judge = Judge(options.url, options.model, workers=options.workers)
+    with tqdm(total=len(cases), unit="answer", desc=f"judge {judge.model}", disable=not cases, file=sys.stderr) as bar:
+        tally = judge_rows(judge, cases, out, bar.update)
+    print(f"judge {judge.model}: {tally}", file=sys.stderr)
+    return tally
 
 
 def judge_rows(judge: Judge, cases: Sequence[Case], out: Path, progress: Callable[[int], Any]) -> Tally:

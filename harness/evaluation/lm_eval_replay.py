@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.base import Task
 from benchmarks.lm_eval_tasks import LmEval, aggregate
-from harness.evaluation.plan import benchmark_name
+from harness.evaluation.plan import Grid
 from results.record import Key, Record
 from results.store import read_rows, write_json
 
 
-def replay(out: Path, tasks: Mapping[str, Task]) -> list[Path]:
+def replay(out: Path, grid: Grid) -> list[Path]:
     """Writes `<out>/lm_eval/<id>.json` for every cell of these tasks that has answers, and gives the paths.
 
     Raises:
         StoreError: the folder cannot be written to.
     """
-    mine = {benchmark_name(name, task): task for name, task in tasks.items() if isinstance(task, LmEval)}
+    mine = {grid.benchmark_name(label): task for label, task in grid.tasks.items() if isinstance(task, LmEval)}
     cells: dict[str, list[Record]] = {}
     for row in read_rows(out) if mine else ():
         task = mine.get(row.key.benchmark)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from benchmarks.base import Example, Request
 from harness.evaluation.prompts import Branch, CannotPrompt, Prompt, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

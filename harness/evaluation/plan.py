@@ -1,54 +1,34 @@
-"""From a request to records: which cells there are, which are left, and the loop that runs them."""
+"""From a request to units of work: which cells there are, which of them have rows, and which cannot run."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import product
-from typing import Any, Literal
+from itertools import chain, product
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
-from benchmarks.base import Example, Task
+from benchmarks.base import Example, Task, reads_data, scores_likelihoods
 from harness.cache import Budget
-from harness.engine.generate import Answer
 from harness.engine.model import Model
+from harness.errors import BadRequest
 from harness.evaluation.loglikelihood import likelihood_prompts
 from harness.evaluation.prompts import CannotPrompt, Prompt, Protocol, has_example, tokenize
-from harness.evaluation.sweep import Cell, Outcome, Sweep
-from harness.plugins import mark
-from methods.base import Eviction, Method
-from results.record import Key, Record
+from harness.evaluation.request import Part, RunRequest, Shard
+from harness.evaluation.sweep import Cell
+from harness.registry import BUILTIN, Registry
+from harness.suites import COST_SUITES, SUITES, Suite
+from methods.base import Method
+from results.record import Key
 from results.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NOTHING_TO_COMPRESS = (
     "a text scored in the pass that reads it never meets a cache that could be compressed: only `full` applies, here and for "
     "variants; the benchmark `perplexity` compresses what it has read before it scores"
 )
-
-
-class BadRequest(ValueError):
-    """A request that makes no sense: one line for the user, exit code 2."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Examples `index` with index % of == number - 1."""
-
-    number: int = 1
-    of: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        number, _, of = text.partition("/")
-        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-            raise BadRequest(f"shard {text!r} is not of the form i/n with 1 <= i <= n")
-        return cls(int(number), int(of))
-
-
-Part = Literal["all", "held_out", "test"]
 
 
 def is_held_out(example: int) -> bool:
@@ -57,8 +37,8 @@ def is_held_out(example: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What to run on one model."""
+class Grid:
+    """What to run on one model: tasks x protocols x seeds x examples, and on each prompt methods x budgets."""
 
     tasks: dict[str, Task]
     methods: dict[str, Method]
@@ -66,9 +46,10 @@ class Work:
     protocols: tuple[Protocol, ...]
     limit: int
     seeds: tuple[int, ...]
-    shard: Shard = Shard()
+    shard: Shard = field(default_factory=Shard)
     part: Part = "all"
     fidelity: bool = True
+    registry: Registry = field(default=BUILTIN, repr=False)
 
     def cells(self) -> list[Cell]:
         found = []
@@ -82,78 +63,204 @@ class Work:
         numbers = range(self.shard.number - 1, count, self.shard.of)
         return [n for n in numbers if self.part == "all" or is_held_out(n) == (self.part == "held_out")]
 
+    @property
+    def size(self) -> int:
+        """Cells in all, as far as can be told before a text is cut into examples."""
+        prompts = sum(len(self.examples(task)) * len(protocols_of(task, self)) for task in self.tasks.values())
+        return prompts * len(self.seeds) * len(self.cells())
+
+    def benchmark_name(self, label: str) -> str:
+        """As asked for, with the version of its prompts and scores, and where it comes from if it is not ours."""
+        return f"{label}@{self.tasks[label].name.split('@')[1]}{self.registry.mark('BENCHMARKS', label)}"
+
+    def method_name(self, cell: Cell) -> str:
+        return f"{cell.name}@{cell.method.version}{self.registry.mark('METHODS', cell.name)}"
+
 
 @dataclass(frozen=True)
-class Todo:
-    """One prompt and the cells of it that have no row yet."""
+class Unit:
+    """One prompt and the cells that are asked of it: what is worked on together, since the cells share its prefill."""
 
+    label: str  # of the task
     task: Task
     example: Example
     protocol: Protocol
     seed: int
-    limit: int  # tokens
+    limit: int  # tokens of the prompt
     keys: dict[Cell, Key]
+    finished: frozenset[Cell] = frozenset()  # those that have a row
+
+    @property
+    def left(self) -> list[Cell]:
+        return [cell for cell in self.keys if cell not in self.finished]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A unit's prompts, one but where likelihoods are asked for, and the cells that cannot run on them, with reasons."""
+
+    prompts: list[Prompt]
+    skipped: dict[Cell, str]
 
 
 @dataclass
-class Tally:
-    ok: int = 0
-    skipped: int = 0
-    failed: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
+class Plan:
+    """What `run` would do on one model."""
 
-    def add(self, status: str, reason: str | None) -> None:
-        setattr(self, status, getattr(self, status) + 1)
-        if reason:
-            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+    model: str
+    cells: int = 0
+    prefills: int = 0
+    finished: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # cells, by the reason why they cannot run
 
 
-def left_to_do(model: Model, work: Work, store: Store | None) -> Iterator[Todo]:
-    """Prompts with at least one cell that has no finished row. Without a store: all of them."""
-    for label, task in work.tasks.items():
-        wanted = product(protocols_of(task, work, bool(model.routers)), work.seeds, work.examples(task))
+def suite_of(request: RunRequest, registry: Registry) -> Suite:
+    """The suite, with what the request changes of it.
+
+    Raises:
+        BadRequest: no such suite, or one of costs.
+    """
+    if request.suite in COST_SUITES:
+        raise BadRequest(f"suite {request.suite} measures cost: `run` and `plan` take it, this command needs a suite of scores")
+    if request.suite not in SUITES:
+        raise BadRequest(f"no suite {request.suite!r}; known: {', '.join((*SUITES, *COST_SUITES))}")
+    suite = SUITES[request.suite]
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("models", "methods", "budgets", "benchmarks", "prompts", "limit", "seeds", "temperature", "fidelity")
+        if (value := getattr(request, name)) not in (None, ())
+    }
+    if request.models or request.methods:
+        changes["variants"] = ()
+    suite = replace(suite, **changes)
+    return replace(suite, benchmarks=tuple(registry.benchmark_names(suite.benchmarks)))
+
+
+def tasks_of(request: RunRequest, suite: Suite, registry: Registry) -> dict[str, Task]:
+    """The benchmarks by label, told where the user's data lie.
+
+    Raises:
+        BadRequest: two that would have one label, or no such folder.
+        UnknownChoice: a name or setting that is not there.
+    """
+    found: dict[str, Task] = {}
+    for text in suite.benchmarks:
+        label, task = registry.benchmark(text)
+        if found.setdefault(label, task) != task:
+            raise BadRequest(f"two benchmarks would both be named {label}: rename one of the files")
+    if request.data_dir is None:
+        return found
+    reading = {label: task for label, task in found.items() if reads_data(task)}
+    if reading and not request.data_dir.is_dir():
+        raise BadRequest(f"--data-dir {request.data_dir}: no such folder")
+    told: dict[str, Any] = {label: replace(task, data_dir=request.data_dir) for label, task in reading.items()}  # type: ignore[type-var]
+    return found | told
+
+
+def grid_of(request: RunRequest, suite: Suite, registry: Registry) -> Grid:
+    """
+    Raises:
+        BadRequest, UnknownChoice: a budget, method or benchmark that makes no sense.
+    """
+    try:
+        budgets = tuple(dict.fromkeys(Budget.parse(text) for text in suite.budgets))
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    methods = dict(registry.method(text) for text in suite.methods)
+    if not budgets and any(method.takes_budget for method in methods.values()):
+        raise BadRequest("these methods need --budgets, such as 128,25%")
+    shared = (request.chat, request.granularity, "eos", request.truncation, request.max_new_tokens, suite.temperature)
+    return Grid(
+        tasks=tasks_of(request, suite, registry),
+        methods=methods,
+        budgets=budgets,
+        protocols=tuple(Protocol(prompt, *shared, routing) for prompt, routing in product(suite.prompts, request.routings)),  # type: ignore[arg-type]
+        limit=suite.limit,
+        seeds=suite.seeds,
+        shard=request.shard,
+        part=request.examples,
+        fidelity=suite.fidelity,
+        registry=registry,
+    )
+
+
+def grids_of(request: RunRequest, registry: Registry) -> dict[str, Grid]:
+    """What to run on each model of the suite, by the model's name."""
+    suite = suite_of(request, registry)
+    found = dict.fromkeys(suite.models, grid_of(request, suite, registry))
+    if suite.variants:
+        found |= dict.fromkeys(suite.variants, grid_of(request, replace(suite, methods=suite.variant_methods), registry))
+    return found
+
+
+def units(model: Model, grid: Grid, store: Store | None = None) -> Iterator[Unit]:
+    """Every prompt of the grid with its cells; those that have a finished row in the store are marked."""
+    cells = grid.cells()
+    for label, task in grid.tasks.items():
+        wanted = product(protocols_of(task, grid, bool(model.routers)), grid.seeds, grid.examples(task))
         for protocol, seed, index in wanted:
             example = _example(model, label, task, index, seed)
             if not has_example(model.tokenizer, example):
                 continue
-            limit = protocol.truncation or model.max_tokens - _most(example, protocol)
-            if protocol.truncation and protocol.truncation > model.max_tokens:
-                raise BadRequest(
-                    f"--truncation {protocol.truncation} is more than the {model.max_tokens} positions of {model.name}"
-                )
-            if limit < 2:
-                raise BadRequest(f"{task.name}: answers of {_most(example, protocol)} tokens leave no room for a prompt")
-            todo = Todo(task, example, protocol, seed, limit, {})
-            name = benchmark_name(label, task)
-            for cell in work.cells():
-                key = key_of(model, work, name, todo, cell)
-                if store is None or not store.finished(key):
-                    todo.keys[cell] = key
-            if todo.keys:
-                yield todo
+            unit = Unit(label, task, example, protocol, seed, _limit(model, task, example, protocol), {})
+            unit.keys.update((cell, key_of(model, grid, unit, cell)) for cell in cells)
+            finished = [] if store is None else [cell for cell, key in unit.keys.items() if store.finished(key)]
+            yield replace(unit, finished=frozenset(finished))
 
 
-def protocols_of(task: Task, work: Work, routed: bool = True) -> tuple[Protocol, ...]:
+def checked(model: Model, found: Iterator[Unit]) -> Iterator[Unit]:
+    """The same units, once it is known that one of their cells can run, finished or not.
+
+    Raises:
+        BadRequest: none can.
+    """
+    seen: list[Unit] = []
+    reason = "no method, benchmark or example is left of this request"
+    for unit in found:
+        seen.append(unit)
+        skipped = opened(model, unit).skipped
+        if len(skipped) < len(unit.keys):
+            return chain(seen, found)
+        reason = next((f"{cell.name} at {cell.budget or 'no budget'}: {why}" for cell, why in skipped.items()), reason)
+    raise BadRequest(f"nothing can run: {reason}" if seen else f"nothing to run: {reason}")
+
+
+def check_shares(model: Model, grid: Grid) -> None:
+    """
+    Raises:
+        BadRequest: rows for each query head are asked of a model whose layers share rows.
+    """
+    if model.depth > model.shape.layers and any(protocol.granularity == "query" for protocol in grid.protocols):
+        raise BadRequest(f"{model.name}: layers share its rows, so that none can belong to one query head: use --granularity kv")
+
+
+def check_tasks(model: Model, grid: Grid) -> None:
+    """Makes the first example of every task, so that what makes no sense is refused before anything has run.
+
+    Raises:
+        BadRequest: it cannot be made, or leaves no room for a prompt.
+    """
+    for label, task in grid.tasks.items():
+        for protocol, index in product(protocols_of(task, grid), grid.examples(task)[:1]):
+            _limit(model, task, _example(model, label, task, index, grid.seeds[0]), protocol)
+
+
+def protocols_of(task: Task, grid: Grid, routed: bool = True) -> tuple[Protocol, ...]:
     """Those asked for, as far as they apply to the task, and to a model that does not route its tokens.
 
     A likelihood has no question: what is scored always comes after the compressed context. Some tasks are never put into a chat
     template.
     """
-    found = work.protocols
+    found = grid.protocols
     if task.forced:
         found = tuple(replace(protocol, prompt="question_after") for protocol in found)
-    if scores_likelihoods(task):
+    if task.forced or scores_likelihoods(task):  # nothing is generated then, so no setting of generation matters
         found = tuple(replace(protocol, temperature=0.0, max_new_tokens=None) for protocol in found)
     if not task.chat:
         found = tuple(replace(protocol, chat="raw") for protocol in found)
     if not routed:
         found = tuple(replace(protocol, routing="expert_choice") for protocol in found)
     return tuple(dict.fromkeys(found))
-
-
-def scores_likelihoods(task: Task) -> bool:
-    """Nothing is generated then, so no setting of generation matters."""
-    return task.forced or bool(getattr(task, "likelihoods", False))
 
 
 def _example(model: Model, label: str, task: Task, index: int, seed: int) -> Example:
@@ -167,21 +274,31 @@ def _example(model: Model, label: str, task: Task, index: int, seed: int) -> Exa
     return example
 
 
-def benchmark_name(label: str, task: Task) -> str:
-    """As asked for, with the version of its prompts and scores, and where it comes from if it is not ours."""
-    return f"{label}@{task.name.split('@')[1]}{mark('BENCHMARKS', label)}"
+def _limit(model: Model, task: Task, example: Example, protocol: Protocol) -> int:
+    """Tokens that a prompt may have."""
+    if protocol.truncation and protocol.truncation > model.max_tokens:
+        raise BadRequest(f"--truncation {protocol.truncation} is more than the {model.max_tokens} positions of {model.name}")
+    limit = protocol.truncation or model.max_tokens - answer_tokens(example, protocol)
+    if limit < 2:
+        raise BadRequest(f"{task.name}: answers of {answer_tokens(example, protocol)} tokens leave no room for a prompt")
+    return limit
 
 
-def key_of(model: Model, work: Work, name: str, todo: Todo, cell: Cell) -> Key:
-    protocol, most = todo.protocol, _most(todo.example, todo.protocol)
+def answer_tokens(example: Example, protocol: Protocol) -> int:
+    """Of an answer, at most."""
+    return protocol.max_new_tokens or example.max_new_tokens
+
+
+def key_of(model: Model, grid: Grid, unit: Unit, cell: Cell) -> Key:
+    protocol, most = unit.protocol, answer_tokens(unit.example, unit.protocol)
     return Key(
         model=model.name,
         revision=model.revision,
-        benchmark=name,
-        benchmark_params=repr(todo.task),
-        data=todo.task.data,
-        example=todo.example.index,
-        method=f"{cell.name}@{cell.method.version}{mark('METHODS', cell.name)}",
+        benchmark=grid.benchmark_name(unit.label),
+        benchmark_params=repr(unit.task),
+        data=unit.task.data,
+        example=unit.example.index,
+        method=grid.method_name(cell),
         params=repr(cell.method),
         budget="" if cell.budget is None else str(cell.budget),
         prompt=protocol.prompt,
@@ -192,144 +309,51 @@ def key_of(model: Model, work: Work, name: str, todo: Todo, cell: Cell) -> Key:
         stop=protocol.stop,
         max_new_tokens=most,
         dtype=str(model.network.dtype).removeprefix("torch."),
-        seed=todo.seed,
+        seed=unit.seed,
         temperature=protocol.temperature,
-        fidelity=work.fidelity and not getattr(todo.task, "likelihoods", False),
+        fidelity=grid.fidelity and not scores_likelihoods(unit.task),
     )
 
 
-def check(model: Model, work: Work) -> list[str]:
-    """Reasons for which cells of the first prompt cannot run.
-
-    Raises:
-        BadRequest: none of them can.
-    """
-    if model.depth > model.shape.layers and any(protocol.granularity == "query" for protocol in work.protocols):
-        raise BadRequest(f"{model.name}: layers share its rows, so that none can belong to one query head: use --granularity kv")
-    reasons: list[str] = []
-    for todo in left_to_do(model, work, None):
-        _, skipped = _open(model, todo)
-        reasons = [f"{cell.name} at {cell.budget or 'no budget'}: {why}" for cell, why in skipped.items()]
-        if len(skipped) < len(todo.keys):
-            return reasons
-    if reasons:
-        raise BadRequest(f"nothing can run: {reasons[0]}")
-    raise BadRequest("nothing to run: no method, benchmark or example is left of this request")
-
-
-def cannot_run(model: Model, todo: Todo) -> list[str]:
-    """The reason of each cell of a prompt that cannot run."""
-    return [f"{cell.name}: {why}" for cell, why in _open(model, todo)[1].items()]
-
-
-def run(
-    sweep_of: Callable[[Protocol, int], Sweep], model: Model, work: Work, store: Store, env: str, progress: Callable[[int], Any]
-) -> Tally:
-    """Runs what has no row and stores a record a cell, as they are finished."""
-    tally = Tally()
-    sweeps: dict[tuple[Protocol, int], Sweep] = {}
-    for todo in left_to_do(model, work, store):
-        sweep = sweeps.setdefault((todo.protocol, todo.seed), sweep_of(todo.protocol, todo.seed))
-        prompts, skipped = _open(model, todo)
-        for cell, outcome in _outcomes(sweep, todo, prompts, skipped):
-            try:
-                record = record_of(model, todo, prompts, cell, outcome, env)
-            except Exception as error:  # a benchmark's own scoring, which may be a plugin's or lm-eval's
-                reason = f"scoring: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                record = Record(todo.keys[cell], "failed", env, reason=reason, columns=todo.example.columns)
-            store.write(record)
-            tally.add(record.status, record.reason)
-            progress(1)
-    return tally
-
-
-def _open(model: Model, todo: Todo) -> tuple[list[Prompt], dict[Cell, str]]:
-    """The prompts, one but where likelihoods are asked for, and the cells that cannot run on them, with reasons."""
+def opened(model: Model, unit: Unit) -> Opened:
+    """The prompts of a unit, and which of its cells cannot run on them."""
     try:
-        if todo.example.requests:
-            prompts = likelihood_prompts(model.tokenizer, todo.example, todo.protocol, todo.limit)
+        if unit.example.requests:
+            prompts = likelihood_prompts(model.tokenizer, unit.example, unit.protocol, unit.limit)
         else:
-            prompts = [tokenize(model.tokenizer, todo.example, todo.protocol, todo.limit, todo.task.forced)]
+            prompts = [tokenize(model.tokenizer, unit.example, unit.protocol, unit.limit, unit.task.forced)]
     except CannotPrompt as reason:
-        return [], dict.fromkeys(todo.keys, str(reason))
-    skipped = {}
-    for cell in todo.keys:
-        for prompt in prompts:
-            if (why := _why_not(model, todo, cell, prompt)) is not None:
-                skipped[cell] = why
-    return prompts, skipped
+        return Opened([], dict.fromkeys(unit.keys, str(reason)))
+    reasons = {cell: why for cell in unit.keys for prompt in prompts if (why := _why_not(model, unit, cell, prompt)) is not None}
+    return Opened(prompts, reasons)
 
 
-def _why_not(model: Model, todo: Todo, cell: Cell, prompt: Prompt) -> str | None:
-    if not isinstance(cell.method, Eviction) or cell.budget is None:
+def _why_not(model: Model, unit: Unit, cell: Cell, prompt: Prompt) -> str | None:
+    if cell.budget is None:
         return None
     if prompt.one_pass:
         return NOTHING_TO_COMPRESS
-    where = (prompt.context, todo.protocol.granularity)
+    where = (prompt.context, unit.protocol.granularity)
     return cell.method.cannot_run(model.least_shape, cell.budget, *where, model.parent_shape)
 
 
-def _outcomes(sweep: Sweep, todo: Todo, prompts: Sequence[Prompt], skipped: dict[Cell, str]) -> Iterator[tuple[Cell, Outcome]]:
-    yield from ((cell, Outcome(skipped=why)) for cell, why in skipped.items())
-    cells = [cell for cell in todo.keys if cell not in skipped]
-    if not prompts or not cells:
-        return
-    done: set[Cell] = set()
-    first: dict[Cell, Outcome] = {}  # of all prompts but the last
-    most = _most(todo.example, todo.protocol)
-    try:
-        for prompt in prompts[:-1]:
-            for cell, outcome in sweep.example(prompt, cells, most):
-                first[cell] = first[cell].joined(outcome) if cell in first else outcome
-        for cell, outcome in sweep.example(prompts[-1], cells, most):
-            done.add(cell)
-            yield cell, first[cell].joined(outcome) if cell in first else outcome
-    except (ValueError, RuntimeError, IndexError) as error:  # where a prompt may fail without ending the run
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        yield from ((cell, Outcome(failed=reason)) for cell in cells if cell not in done)
-
-
-def record_of(model: Model, todo: Todo, prompts: Sequence[Prompt], cell: Cell, outcome: Outcome, env: str) -> Record:
-    key = todo.keys[cell]
-    reason = outcome.failed or outcome.skipped
-    if reason or not prompts:
-        return Record(key, "failed" if outcome.failed else "skipped", env, reason=reason, columns=todo.example.columns)
-    assert outcome.answer is not None and outcome.counts is not None
-    text = said(model, todo.example, prompts[0], outcome.answer)
-    end = outcome.answer.end
-    full = sum(model.parent_shape.full_entries(prompt.context) for prompt in prompts)
-    return Record(
-        key,
-        "ok",
-        env,
-        answer=text,
-        stop_reason=outcome.answer.stop_reason,
-        metrics={"nll": outcome.fidelity["loss"]} if prompts[0].forced else todo.task.score(str(text), todo.example),
-        fidelity=outcome.fidelity,
-        columns=todo.example.columns,
-        prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
-        new_tokens=len(outcome.answer.tokens),
-        compressed=outcome.compressed,
-        entries_asked=outcome.entries_asked,
-        entries=outcome.counts.entries,
-        bytes_kept=outcome.counts.bytes_kept,
-        bytes_allocated=outcome.counts.bytes_allocated,
-        entries_end=end.entries if end else None,
-        bytes_kept_end=end.bytes_kept if end else None,
-        bytes_full=full * model.parent_shape.entry_bytes(),
-        kept=outcome.kept if key.example == 0 else None,
-    )
-
-
-def said(model: Model, example: Example, prompt: Prompt, answer: Answer) -> str | None:
-    """The answer in words, up to a text that ends it; or, where likelihoods were asked for, those as JSON, in order."""
-    if prompt.forced:
-        return None
-    if prompt.asks_likelihoods:
-        found = [answer.likelihoods[number] for number in sorted(answer.likelihoods)]
-        return json.dumps([[one.logprob, one.greedy, one.tokens] for one in found])
-    text = model.words(answer.tokens)
-    return text[: min((at for end in example.until if (at := text.find(end)) >= 0), default=len(text))]
+def plan_of(model: Model, grid: Grid, store: Store | None) -> Plan:
+    """
+    Raises:
+        BadRequest: nothing of it can run.
+    """
+    check_shares(model, grid)
+    check_tasks(model, grid)
+    plan = Plan(model.name)
+    for unit in checked(model, units(model, grid, store)):
+        left = unit.left
+        reasons = [f"{cell.name}: {why}" for cell, why in opened(model, unit).skipped.items() if cell in left] if left else []
+        for reason in reasons:
+            plan.skipped[reason] = plan.skipped.get(reason, 0) + 1
+        plan.cells += len(left) - len(reasons)
+        plan.prefills += len(left) > len(reasons)
+        plan.finished += len(unit.finished)
+    return plan
 
 
 def token_counter(model: Model) -> Callable[[str], int]:
@@ -342,7 +366,3 @@ def _counter(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[str], int]:
     if tokenizer is None:
         return lambda text: len(text.split())
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _most(example: Example, protocol: Protocol) -> int:
-    return protocol.max_new_tokens or example.max_new_tokens

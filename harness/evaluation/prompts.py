@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal
 
 from benchmarks.base import Example
-from harness.cache import Routing
+from harness.cache import Chat, Granularity, PromptProtocol, Routing
+from harness.errors import UserError
 
-PromptProtocol = Literal["question_in", "question_after"]
-Chat = Literal["raw", "template"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Protocol:
 
     prompt: PromptProtocol = "question_in"
     chat: Chat = "raw"
-    granularity: Literal["kv", "query"] = "kv"
+    granularity: Granularity = "kv"
     stop: Literal["eos", "none"] = "eos"
     truncation: int | None = None  # tokens; None: what the model has positions for
     max_new_tokens: int | None = None  # None: the benchmark's own
@@ -55,7 +54,7 @@ class Protocol:
     routing: Routing = "expert_choice"  # of a mixSGA variant's prefill
 
 
-class CannotPrompt(ValueError):
+class CannotPrompt(UserError):
     """This example has no prompt under this protocol: it is skipped with this reason."""
 
 

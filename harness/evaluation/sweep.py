@@ -1,6 +1,7 @@
 """One prefill, many cells: every method and budget of an example from one dense pass, decoded together.
 
-`Sweep.example` does the work for one prompt; `run` goes through tasks and examples and stores a record a cell.
+`Sweep.example` does the work for one prompt; harness/evaluation/run.py goes through tasks and examples and makes the records.
+No method is known here by name or class: the sweep calls the members that every `Method` has.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from harness.cache import Arena, Budget, Needs, Prefill, Selection, keep_all
-from harness.engine.generate import MOST_DRAFTS, Answer, Chooser, Drafts, FullAnswer, Likelihood, Stop, branch, generate
+from harness.engine.generate import MOST_DRAFTS, Answer, Decoder, NgramTable, Sampler, Stop, generate
 from harness.engine.measure import Lap, OutOfMemory, memory_errors, stopwatch
 from harness.engine.model import Model
-from harness.engine.rows import ROOM_STEP, Counts, RowCache, compact
+from harness.engine.rows import Counts, RowCache, compact, slack_for
+from harness.engine.scoring import FullAnswer, Likelihood, branch
 from harness.evaluation.prompts import Prompt, Protocol
-from methods.base import CannotRun, Eviction, Method, Scorer, Scores, score_prefill
+from methods.base import CannotRun, Method, Scorer, Scores, score_prefill
 
 CELL_BYTES = 600_000_000  # rows of the cells decoded together, unless asked otherwise
 
@@ -118,7 +120,7 @@ class _Example:
     most: int
     scores: dict[Scorer, Scores] = field(default_factory=dict)
     full: FullAnswer | None = None
-    drafts: Drafts = field(default_factory=Drafts)
+    ngrams: NgramTable = field(default_factory=NgramTable)
 
     def read(self, needs: Needs) -> None:
         laps, model = self.sweep.laps, self.sweep.model
@@ -130,21 +132,25 @@ class _Example:
         laps.prefill.seconds -= observed.seconds
         laps.observe.seconds += observed.seconds
         self.prefill: Prefill = prefill.at(self.sweep.protocol.granularity)
-        self.drafts.learn(self.prompt.ids)
+        self.ngrams.learn(self.prompt.ids)
 
     def select(self, cell: Cell) -> Selection | Outcome:
         """The rows that a cell keeps, or why it keeps none."""
-        if not isinstance(cell.method, Eviction):
-            return keep_all(self.prefill)
         try:
             with memory_errors(), stopwatch(self.sweep.model.device, self.sweep.laps.score):
-                if cell.method.scorer not in self.scores:
-                    self.scores[cell.method.scorer] = score_prefill(cell.method.scorer, self.prefill)
-                return cell.method.compress(self.prefill, self.asked(cell), self.scores[cell.method.scorer])
+                return cell.method.compress(self.prefill, self.asked(cell), self._scores(cell.method.scorer))
         except CannotRun as reason:
             return Outcome(skipped=str(reason))
         except (ValueError, OutOfMemory) as error:
             return Outcome(failed=f"{type(error).__name__}: {error}")
+
+    def _scores(self, scorer: Scorer | None) -> Scores | None:
+        """Once for all methods and budgets that rank by the same scorer."""
+        if scorer is None:
+            return None
+        if scorer not in self.scores:
+            self.scores[scorer] = score_prefill(scorer, self.prefill)
+        return self.scores[scorer]
 
     def asked(self, cell: Cell) -> int:
         if cell.budget is None:
@@ -164,15 +170,15 @@ class _Example:
         return found
 
     @property
-    def room(self) -> int:
-        """Tokens that a cell may yet take: the question, its answer, and drafts that are taken back."""
+    def to_come(self) -> int:
+        """Tokens that a cell may yet take: the question, its answer, and draft tokens that may be rejected."""
         appended = max((len(b.ids) for b in self.prompt.branches), default=len(self.prompt.forced))
         return len(self.prompt.ids) - self.prompt.context + appended + self.most + MOST_DRAFTS
 
     def answer_all(self, cells: list[tuple[Cell, Selection]]) -> Iterator[tuple[Cell, Outcome]]:
         if self.prompt.forced or (self.sweep.with_fidelity and not self.prompt.asks_likelihoods):
-            mine = [pair for pair in cells if not isinstance(pair[0].method, Eviction)]
-            cells = [pair for pair in cells if isinstance(pair[0].method, Eviction)]
+            mine = [pair for pair in cells if pair[0].method.is_reference]
+            cells = [pair for pair in cells if not pair[0].method.is_reference]
             outcome = self._answer_full()
             yield from ((cell, outcome) for cell, _ in mine)
             if outcome.failed:
@@ -192,7 +198,7 @@ class _Example:
                 outcome.answer = self._generate(cache, logits)[0]
                 cache.crop(cache.seen - read)
                 with stopwatch(self.sweep.model.device, self.sweep.laps.fidelity):
-                    self.full = FullAnswer.of(self.sweep.model, cache, outcome.answer, self._lead(logits))
+                    self.full = FullAnswer.of(self.sweep.model, cache, outcome.answer.tokens, self._lead(logits))
                     outcome.fidelity = self.full.fidelity(self.sweep.model, cache, self._lead(logits))[0]
         except OutOfMemory as error:
             return Outcome(failed=str(error))
@@ -201,7 +207,7 @@ class _Example:
     def _batches(self, cells: list[tuple[Cell, Selection]]) -> Iterator[list[tuple[Cell, Selection]]]:
         """Cells in as many batches as the byte limit asks for; a cell over the limit goes alone.
 
-        Small cells go first: their steps are cheap, and what they say are the drafts of the large ones.
+        Small cells go first: their steps are cheap, and what they say are the draft tokens of the large ones.
         """
         batch: list[tuple[Cell, Selection]] = []
         held = 0
@@ -216,7 +222,7 @@ class _Example:
 
     def _bytes(self, selection: Selection) -> int:
         rows = sum(len(layer) for layer in selection)
-        entries = self.entries(selection) + rows * (-(-self.room // ROOM_STEP) * ROOM_STEP)
+        entries = self.entries(selection) + rows * slack_for(self.to_come)
         return entries * (self.prefill.shape.entry_bytes() + 4)
 
     def _answer_or_split(self, batch: list[tuple[Cell, Selection]]) -> Iterator[tuple[Cell, Outcome]]:
@@ -249,7 +255,7 @@ class _Example:
         """A cache that has read the whole prompt, and each cell's logits for the first token, [C, V]."""
         laps, model = self.sweep.laps, self.sweep.model
         with stopwatch(model.device, laps.compact):
-            cache = compact(self.prefill, selections, self.room, self.sweep.arena)
+            cache = compact(self.prefill, selections, self.to_come, self.sweep.arena)
             self.counts = cache.counts()
         question = self.prompt.ids[self.prompt.context :]
         if not question:
@@ -274,10 +280,10 @@ class _Example:
         model, protocol = self.sweep.model, self.sweep.protocol
         stop_ids = model.stop_ids if protocol.stop == "eos" else frozenset()
         stop = Stop(stop_ids, self.most, self.prompt.until, model.words)
-        chooser = Chooser(protocol.temperature, f"{self.sweep.seed}/{self.prompt.ids}" if protocol.temperature else "")
+        sampler = Sampler(protocol.temperature, f"{self.sweep.seed}/{self.prompt.ids}" if protocol.temperature else "")
         with stopwatch(model.device, self.sweep.laps.decode):
-            first = chooser.choose(logits, [0] * cache.cells)
-            return generate(model, cache, first, self.drafts, stop, chooser)
+            first = sampler.sample(logits, [0] * cache.cells)
+            return generate(model, cache, first, Decoder(self.ngrams, stop, sampler))
 
     def _likelihoods(self, cache: RowCache, logits: Tensor) -> list[Answer]:
         answers = [Answer([], "forced") for _ in range(cache.cells)]

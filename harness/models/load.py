@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -12,16 +12,61 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from harness.engine.model import Model, UnsupportedModel
+from harness.engine.model import Model
+from harness.errors import BadRequest, UserError, first_line
 from harness.models.shapes import SHAPES
-from harness.models.variants import conversion_of, convert, digest_of, is_variant, open_variant
+from harness.models.variants import convert, digest_of, is_variant, open_variant
+from harness.registry import BUILTIN, Registry
 
 transformers_logging.disable_progress_bar()  # a bar a checkpoint, amid our own
 REFERENCE = Path(__file__).parents[1] / "reference"
 
 
-class UnknownModel(ValueError):
+class UnknownModel(UserError):
     """No such model, or no way to get it from here."""
+
+
+def device_of(name: str | None) -> torch.device:
+    """
+    Args:
+        name: cpu, cuda, cuda:1; None: a GPU if there is one.
+
+    Raises:
+        BadRequest: no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadRequest(f"device {name!r} is not here: {first_line(error)}") from None
+    return device
+
+
+def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
+    """By name; None: float32 on a CPU, bfloat16 on a GPU."""
+    found: torch.dtype = getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
+    return found
+
+
+class LoadOptions(Protocol):
+    """The part of a request that says how models are loaded."""
+
+    @property
+    def device(self) -> str | None: ...
+
+    @property
+    def dtype(self) -> str | None: ...
+
+    @property
+    def revision(self) -> str | None: ...
+
+
+def load_model(name: str, options: LoadOptions, registry: Registry = BUILTIN) -> Model:
+    """See `load`."""
+    device = device_of(options.device)
+    return load(name, dtype_of(options.dtype, device), device, options.revision, registry)
 
 
 def _on(network: Any, device: torch.device) -> Any:
@@ -29,15 +74,15 @@ def _on(network: Any, device: torch.device) -> Any:
     return network.to(device)
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, registry: Registry = BUILTIN) -> None:
     """Refuses what can be refused before anything is loaded.
 
     Raises:
-        UnknownModel: no such shape or folder.
+        UnknownModel, UnknownChoice: no such shape, folder or conversion.
     """
     whole, (name, plus, conversion) = name, name.partition("+")
     if plus and not Path(whole).is_dir():
-        conversion_of(conversion)
+        registry.conversion(conversion)
     shape = name.removeprefix("random:")
     if shape != name and shape not in SHAPES:
         raise UnknownModel(f"no shape {shape!r}; known: {', '.join(SHAPES)}")
@@ -45,7 +90,7 @@ def check_name(name: str) -> None:
         raise UnknownModel(f"model {name!r}: no such folder")
 
 
-def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Model:
+def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, registry: Registry = BUILTIN) -> Model:
     """
     Args:
         name: `reference`, `random:<shape>`, a folder with a config and safetensors, or a hub id.
@@ -55,15 +100,14 @@ def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | No
         UnknownModel: nothing there, or not reachable.
         UnsupportedModel: a family that the harness does not reach.
     """
-    check_name(name)
+    check_name(name, registry)
     parent, plus, conversion = name.partition("+")
     if plus and not Path(name).is_dir():
-        shipped = REFERENCE / "variants" / conversion.replace(":", "_")
-        if parent == "reference" and is_variant(shipped):
-            return _variant(shipped, dtype, device)
-        return convert(load(parent, dtype, device, revision), conversion)
+        if parent == "reference" and is_variant(shipped_variant(conversion)):
+            return _variant(shipped_variant(conversion), dtype, device, registry)
+        return convert(load(parent, dtype, device, revision, registry), conversion, registry)
     if is_variant(Path(name)):
-        return _variant(Path(name), dtype, device)
+        return _variant(Path(name), dtype, device, registry)
     if name.startswith("random:"):
         return _random(name, dtype, device)
     folder = REFERENCE if name == "reference" else Path(name)
@@ -72,8 +116,13 @@ def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | No
     return _from_hub(name, dtype, device, revision)
 
 
-def _variant(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
-    network, about, digest = open_variant(folder, dtype)
+def shipped_variant(conversion: str) -> Path:
+    """Where a variant of the embedded model lies, if it is shipped with it."""
+    return REFERENCE / "variants" / conversion.replace(":", "_")
+
+
+def _variant(folder: Path, dtype: torch.dtype, device: torch.device, registry: Registry) -> Model:
+    network, about, digest = open_variant(folder, dtype, registry)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if _has_tokenizer(folder) else None
     if tokenizer is None and about.parent == "reference":
         tokenizer = AutoTokenizer.from_pretrained(REFERENCE, local_files_only=True)
@@ -99,8 +148,7 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, device: torch.devi
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if _has_tokenizer(folder) else None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UnknownModel(f"model {name!r} cannot be read from {folder}: {reason}") from None
+        raise UnknownModel(f"model {name!r} cannot be read from {folder}: {first_line(error)}") from None
     shown = name if name == "reference" else folder.name
     return Model(_on(network, device), tokenizer, shown, digest_of(folder))
 
@@ -112,9 +160,10 @@ def _from_hub(name: str, dtype: torch.dtype, device: torch.device, revision: str
         network = AutoModelForCausalLM.from_pretrained(name, revision=commit, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         advice = "give a folder that holds it, or go online; a gated model needs its licence accepted and `hf auth login`"
-        raise UnknownModel(f"model {name!r} is neither a folder here nor reachable on the hub: {reason} ({advice})") from None
+        raise UnknownModel(
+            f"model {name!r} is neither a folder here nor reachable on the hub: {first_line(error)} ({advice})"
+        ) from None
     return Model(_on(network, device), tokenizer, name, str(commit))
 
 
@@ -129,6 +178,3 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-__all__ = ["UnknownModel", "UnsupportedModel", "byte_tokenizer", "check_name", "load"]

@@ -20,36 +20,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from harness.cache import ModelShape
 from harness.engine.model import Model
+from harness.errors import UserError, first_line
 from harness.families import CannotConvert, wrapped
-from harness.plugins import mark
-from methods import CONVERSIONS
-from methods.base import Converter
+from harness.files import whole
+from harness.registry import BUILTIN, Registry
 
 ABOUT, WEIGHTS = "variant.json", "variant.safetensors"
 FORMAT = "variant/1"
 
 
-class BadVariant(ValueError):
-    """A conversion that is not known, or a saved variant that is missing parts, in one line."""
-
-
-def conversion_of(text: str) -> Converter:
-    """What is done to a model, from how it is written: none, gqa-2, mqa, mixsga-3:1:6, with an ablation behind it.
-
-    Raises:
-        BadVariant: no such conversion, or numbers that it cannot have.
-    """
-    kind, *parts = text.split("-")
-    if kind not in CONVERSIONS:
-        raise BadVariant(f"no conversion {text!r}; known: {', '.join(CONVERSIONS)}")
-    known = CONVERSIONS[kind]
-    try:
-        if known.numbers and not parts:
-            raise ValueError(f"it needs {known.numbers} behind it")
-        numbers = tuple(int(number) for number in parts.pop(0).split(":")) if known.numbers else ()
-        return known.make(numbers, "-".join(parts))
-    except ValueError as error:
-        raise BadVariant(f"conversion {text!r}: {error} ({known.about})") from None
+class BadVariant(UserError):
+    """A saved variant that is missing parts, in one line."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +49,13 @@ class About:
         return f"{self.parent}+{self.conversion}"
 
 
-def convert(parent: Model, text: str) -> Model:
+def convert(parent: Model, text: str, registry: Registry = BUILTIN) -> Model:
     """The parent, converted in place and not healed.
 
     Raises:
-        BadVariant, CannotConvert: see there.
+        UnknownChoice, CannotConvert: see there.
     """
-    conversion = conversion_of(text)
+    conversion = registry.conversion(text)
     if parent.name.count("+"):
         raise CannotConvert(f"model {parent.name} is a variant already: convert its parent")
     conversion.apply(parent.network)
@@ -82,7 +63,7 @@ def convert(parent: Model, text: str) -> Model:
         parent.network,
         parent.tokenizer,
         f"{parent.name}+{text} (unhealed)",
-        f"{parent.revision}-unhealed{mark('CONVERSIONS', text)}",
+        f"{parent.revision}-unhealed{registry.mark('CONVERSIONS', text)}",
         parent.parent_shape,
     )
 
@@ -106,9 +87,8 @@ def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, w
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     text = json.dumps({"format": FORMAT, **asdict(about)}, indent=1)
-    draft = folder / f"{ABOUT}.draft"
-    draft.write_text(text + "\n")
-    draft.replace(folder / ABOUT)
+    with whole(folder / ABOUT) as draft:
+        draft.write_text(text + "\n")
 
 
 def _tied(network: PreTrainedModel) -> set[str]:
@@ -140,14 +120,15 @@ def read_about(folder: Path) -> About:
         ) from None
 
 
-def open_variant(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, About, str]:
+def open_variant(folder: Path, dtype: torch.dtype, registry: Registry = BUILTIN) -> tuple[PreTrainedModel, About, str]:
     """The network of a saved variant, what it says of itself, and the hash of its weights.
 
     Raises:
         BadVariant: parts are missing or do not fit together.
+        UnknownChoice: its conversion is not known.
     """
     about = read_about(folder)
-    conversion = conversion_of(about.conversion)
+    conversion = registry.conversion(about.conversion)
     weights = folder / WEIGHTS
     try:
         if weights.exists():
@@ -170,7 +151,7 @@ def open_variant(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Abo
     except BadVariant:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise BadVariant(f"variant {folder} cannot be read: {(str(error).splitlines() or [''])[0]}") from None
+        raise BadVariant(f"variant {folder} cannot be read: {first_line(error)}") from None
     return network.eval(), about, digest_of(folder, about.conversion)
 
 
@@ -184,11 +165,11 @@ def digest_of(folder: Path, conversion: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
-def bytes_a_token(shape: ModelShape, text: str) -> float:
+def bytes_a_token(shape: ModelShape, text: str, registry: Registry = BUILTIN) -> float:
     """Bytes that a token adds to the cache of a variant, windows aside, with the bits that name its experts.
 
     mixSGA's Table 9 cuts the fraction of a byte off.
     """
-    conversion = conversion_of(text)
-    whole = shape.layers * shape.kv_heads * shape.entry_bytes()
-    return whole * conversion.share(shape) + shape.layers * conversion.index_bits / 8
+    conversion = registry.conversion(text)
+    every = shape.layers * shape.kv_heads * shape.entry_bytes()
+    return every * conversion.share(shape) + shape.layers * conversion.index_bits / 8

@@ -6,21 +6,21 @@ the examples, all betas' means are written down, and the other 85 % are what `ru
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-from benchmarks import BENCHMARKS
-from harness.choices import choose, split
-from harness.evaluation.plan import BadRequest
-from harness.evaluation.request import run_request, suite_of
-from methods import METHODS
-from methods.base import Eviction
+from benchmarks.base import Metric
+from harness.errors import BadRequest
+from harness.evaluation.plan import suite_of
+from harness.evaluation.request import RunRequest
+from harness.evaluation.run import run_request
+from harness.registry import Registry
 from results.record import Record
-from results.store import StoreError, read_rows
+from results.store import read_rows, write_json
 
+METHODS = ("headkv_r", "headkv_er", "headkv_r2")
 BETAS = (1.005, 1.01, 1.1, 1.2, 1.5, 2.0, 5.0, 10.0)  # the paper's grid
 
 
@@ -37,42 +37,52 @@ class Choice:
     means: dict[str, float]  # by beta: the mean of task means; higher is better
 
 
-def beta_request(options: argparse.Namespace) -> tuple[list[Choice], Path]:
-    """Runs every beta on the held-out examples, and gives the best of each method and budget with the file that holds them."""
-    named = split(options.methods or "headkv_r,headkv_er,headkv_r2")
+@dataclass(frozen=True)
+class Chosen:
+    """All choices of a request, and the file that holds them."""
+
+    choices: list[Choice]
+    path: Path
+
+
+def choose_beta(request: RunRequest, registry: Registry, betas: Sequence[float] = BETAS) -> Chosen:
+    """Runs every beta on the held-out examples, and gives the best of each method and budget.
+
+    Args:
+        request: what to run; its methods, or all that have a beta.
+
+    Raises:
+        UserError: a method without a beta, a benchmark without a score, or cells that failed.
+    """
+    named = request.methods or METHODS
     for name in named:
-        method = choose("method", name, METHODS)[1]
-        if not (isinstance(method, Eviction) and method.head_scores):
-            raise BadRequest(f"method {name!r} has no beta to choose; headkv_r, headkv_er and headkv_r2 have")
-    try:
-        betas = [float(text) for text in split(options.betas)] if options.betas else list(BETAS)
-    except ValueError:
-        raise BadRequest(f"--betas {options.betas!r} are not numbers with commas") from None
-    labels = {name: {beta: _with_beta(name, beta) for beta in betas} for name in named}
-    options.methods = ",".join(label for mine in labels.values() for label in mine.values())
-    options.examples = "held_out"
-    for text in suite_of(options).benchmarks:
-        if not choose("benchmark", text, BENCHMARKS)[1].metrics:
+        if registry.method(name)[1].head_scores is None:
+            raise BadRequest(f"method {name!r} has no beta to choose; {', '.join(METHODS)} have")
+    labels = {name: {beta: _with_beta(name, beta, registry) for beta in betas} for name in named}
+    methods = tuple(label for mine in labels.values() for label in mine.values())
+    request = replace(request, methods=methods, examples="held_out")
+    metrics = {}
+    for text in suite_of(request, registry).benchmarks:
+        label, task = registry.benchmark(text)
+        if not task.metrics:
             raise BadRequest(f"benchmark {text} has no score to choose by")
-    keys: set[str] = set()
-    if run_request(options, keys):
+        metrics[label] = task.metrics[0]
+    ran = run_request(request, registry)
+    if ran.failed:
         raise BadRequest("some cells failed, so no beta was chosen; see the messages above")
-    choices = _choices([row for row in read_rows(options.out) if row.key.id in keys], labels)
-    path = options.out / "beta.json"
-    try:
-        path.write_text(json.dumps([asdict(choice) for choice in choices], indent=1) + "\n")
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}") from None
-    return choices, path
+    choices = _choices([row for row in read_rows(request.out) if row.key.id in ran.keys], labels, metrics)
+    path = request.out / "beta.json"
+    write_json(path, [asdict(choice) for choice in choices])
+    return Chosen(choices, path)
 
 
-def _with_beta(name: str, beta: float) -> str:
+def _with_beta(name: str, beta: float, registry: Registry) -> str:
     """The method as it is named in rows, with this beta beside its other settings."""
     inside = f"{name[:-1]}," if name.endswith(")") else f"{name}("
-    return choose("method", f"{inside}beta={beta!r})", METHODS)[0]
+    return registry.method(f"{inside}beta={beta!r})")[0]
 
 
-def _choices(records: list[Record], labels: dict[str, dict[float, str]]) -> list[Choice]:
+def _choices(records: list[Record], labels: dict[str, dict[float, str]], metrics: Mapping[str, Metric]) -> list[Choice]:
     """One for each model, prompt protocol, method and budget; of equal means the larger beta, which trusts the scores less."""
     done = [record for record in records if record.status == "ok"]
     found = []
@@ -80,7 +90,7 @@ def _choices(records: list[Record], labels: dict[str, dict[float, str]]) -> list
         mine = [record for record in done if _where(record) == where]
         for name, named in labels.items():
             by_beta = {beta: [r for r in mine if r.key.method.split("@")[0] == label] for beta, label in named.items()}
-            means = {beta: _mean_of_means(rows) for beta, rows in by_beta.items() if rows}
+            means = {beta: _mean_of_means(rows, metrics) for beta, rows in by_beta.items() if rows}
             if means:
                 best = max(means, key=lambda beta: (round(means[beta], 9), beta))
                 count = len(by_beta[best])
@@ -95,10 +105,10 @@ def _where(record: Record) -> tuple[str, str, str]:
     return (record.key.model, record.key.prompt, record.key.budget)
 
 
-def _mean_of_means(records: list[Record]) -> float:
+def _mean_of_means(records: list[Record], metrics: Mapping[str, Metric]) -> float:
     tasks: dict[str, list[float]] = {}
     for record in records:
-        metric = choose("benchmark", record.key.benchmark.split("@")[0], BENCHMARKS)[1].metrics[0]
+        metric = metrics[record.key.benchmark.split("@")[0]]
         value = record.metrics[metric.name]
         tasks.setdefault(record.key.benchmark, []).append(value if metric.higher_is_better else -value)
     return mean(mean(values) for values in tasks.values())

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,19 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.haystack import Haystack
 from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, TEXTS, Needle
 from benchmarks.wording import english_f1, rouge
-from harness.cache import Arena, Needs, keep_all
-from harness.engine.generate import Drafts, Stop, generate
+from harness.cache import Arena, Chat, Needs, keep_all
+from harness.engine.generate import Decoder, NgramTable, Stop, generate
 from harness.engine.model import Model
 from harness.engine.rows import RowCache, compact
-from harness.evaluation.plan import BadRequest
-from harness.evaluation.prompts import Chat, encode
+from harness.errors import BadRequest
+from harness.evaluation.prompts import encode
+from harness.models.load import check_name, load_model
+from harness.registry import Registry
 from methods.headkv import HeadScores, Kind, attended, copied
-from results.store import append_line
+from results.store import append_line, slug
 
 LONGEST_NEEDLE = 64  # tokens of an answer, at most
 
@@ -72,6 +76,67 @@ class Estimate:
         turn, place = divmod(number, written)
         order = random.Random(f"{self.seed}/{turn}").sample(range(written), written)
         return draw(order[place], random.Random(f"importance/{self.needles}/{self.kind}/{self.seed}/{number}"))
+
+
+@dataclass(frozen=True)
+class ImportanceRequest:
+    """Whose head scores to estimate, and how. What is None follows from the model."""
+
+    model: str
+    kind: Kind
+    needles: str | None = None  # text, or facts for the embedded model
+    haystack: Path | None = None  # folder of .txt files; None: generated prose
+    max_length: int | None = None  # 10,000 tokens, or what the model has positions for
+    lengths: int = 5
+    depths: int = 10
+    attempts: int = 100
+    seed: int = 0
+    chat: Chat = "raw"
+    teacher_forced: bool = False
+    out: Path | None = None  # a .json file; None: results/head_scores/<model>_<kind>.json
+    plugins: tuple[Path, ...] = ()
+    revision: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.out or Path("results/head_scores") / f"{slug(self.model)}_{self.kind}.json"
+
+
+def estimate_importance(request: ImportanceRequest, registry: Registry) -> HeadScores:
+    """Estimates head scores, and keeps them in the request's file.
+
+    Raises:
+        UserError: the request makes no sense, or the model answers nothing.
+    """
+    check_name(request.model, registry)
+    out = request.path
+    if out.suffix != ".json" or out.is_dir():
+        raise BadRequest(f"--out {out} must name a .json file")
+    haystack = Haystack.of(request.haystack)
+    model = load_model(request.model, request, registry)
+    if model.routers or model.depth > model.shape.layers:
+        raise BadRequest(f"{model.name}: heads of this variant do not each hold every token, which the estimator needs")
+    room = model.max_tokens - LONGEST_NEEDLE
+    estimate = Estimate(
+        kind=request.kind,
+        needles=request.needles or ("facts" if model.name == "reference" else "text"),
+        haystack=haystack.sha256,
+        max_length=min(10_000, room) if request.max_length is None else request.max_length,
+        lengths=request.lengths,
+        depths=request.depths,
+        attempts=request.attempts,
+        seed=request.seed,
+        chat=request.chat,
+        teacher_forced=request.teacher_forced,
+    )
+    if estimate.max_length > room:
+        raise BadRequest(
+            f"--max-length {estimate.max_length} leaves no room for an answer: {model.name} has {model.max_tokens} positions"
+        )
+    with tqdm(total=estimate.attempts, unit="attempt", desc=model.name, file=sys.stderr) as bar:
+        return estimate_scores(model, estimate, haystack, out, bar.update)
 
 
 @dataclass(frozen=True)
@@ -127,7 +192,7 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, ch
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Observed:
     """What came of one attempt."""
 
     answer: str
@@ -135,7 +200,7 @@ class Outcome:
     scores: np.ndarray | None  # [L, Hq]
 
 
-def observe(model: Model, work: Attempt, estimate: Estimate, arena: Arena) -> Outcome:
+def observe(model: Model, work: Attempt, estimate: Estimate, arena: Arena) -> Observed:
     """Runs one attempt. The last token of the prompt is the first step's query."""
     ids = torch.tensor(work.ids, device=model.device)
     prefill = model.prefill(ids[:-1], Needs(), arena)[0]
@@ -148,14 +213,14 @@ def observe(model: Model, work: Attempt, estimate: Estimate, arena: Arena) -> Ou
         said, text = _answer(model, cache, work, max(steps, len(work.answer)))
         success = succeeded(estimate.kind, text, work.words)
     scores = _look(model, cache, work, estimate.kind, said[:steps]) if success and said else None
-    return Outcome(text, scores is not None, scores)
+    return Observed(text, scores is not None, scores)
 
 
 def _answer(model: Model, cache: RowCache, work: Attempt, most: int) -> tuple[list[int], str]:
     """What the model says, greedily, without its end token. The cache is left as it was."""
     read = cache.seen.copy()
     first = model.decode(cache, torch.tensor([work.ids[-1:]], device=model.device))[0, -1].argmax().item()
-    answer = generate(model, cache, [int(first)], Drafts(), Stop(model.stop_ids, most))[0]
+    answer = generate(model, cache, [int(first)], Decoder(NgramTable(), Stop(model.stop_ids, most)))[0]
     cache.crop(cache.seen - read)
     said = [token for token in answer.tokens if token not in model.stop_ids]
     assert model.tokenizer is not None
@@ -204,17 +269,17 @@ def estimate_scores(
     arena = Arena()
     for number in range(estimate.attempts):
         if number not in done:
-            outcome = observe(model, attempt(model.tokenizer, estimate, haystack, number), estimate, arena)
-            done[number] = None if outcome.scores is None else outcome.scores.ravel().tolist()
-            journal.add(number, done[number], outcome.answer)
+            found = observe(model, attempt(model.tokenizer, estimate, haystack, number), estimate, arena)
+            done[number] = None if found.scores is None else found.scores.ravel().tolist()
+            journal.add(number, done[number], found.answer)
             progress(1)
-    found = [scores for _, scores in sorted(done.items()) if scores is not None]
-    if not found:
+    kept = [scores for _, scores in sorted(done.items()) if scores is not None]
+    if not kept:
         raise BadRequest(
             f"model {model.name} answered none of {estimate.attempts} attempts (0 successes): raise --attempts, choose other "
             "--needles, or take --teacher-forced, an option of our own that feeds the right answers"
         )
-    runs = np.array(found).reshape(len(found), model.shape.layers, model.shape.query_heads)
+    runs = np.array(kept).reshape(len(kept), model.shape.layers, model.shape.query_heads)
     scores = HeadScores(model.name, model.revision, estimate.kind, runs, estimate.attempts, settings)
     try:
         scores.save(out)

@@ -1,33 +1,30 @@
-"""`run_all.py reproduce headkv:table2`: runs what a paper's table asks for, so that its numbers can stand beside ours."""
+"""Runs what a paper's table asks for (`reproduce headkv:table2`), so that its numbers can stand beside ours."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from benchmarks import BENCHMARKS
+from benchmarks.base import reads_data
 from benchmarks.data import BadData
-from harness.choices import choose
-from harness.cost.request import cost_request
-from harness.evaluation.plan import BadRequest
-from harness.evaluation.request import device_of, run_request
+from harness.cost.request import CostRequest, run_cost
+from harness.errors import BadRequest
+from harness.evaluation.request import RunRequest, at_least
+from harness.evaluation.run import run_request
 from harness.families import shape_of
-from harness.models.load import check_name
+from harness.models.load import check_name, device_of
 from harness.models.shapes import SHAPES
-from harness.models.variants import bytes_a_token, conversion_of
+from harness.models.variants import bytes_a_token
 from harness.papers.needs import needs
 from harness.papers.tables import (
     HUB,
     LENGTHS,
     SHAPE,
     TRUNCATION,
+    VARIANTS,
     Asked,
     PaperTable,
     asked_for,
@@ -37,12 +34,43 @@ from harness.papers.tables import (
     rows_of,
     table_of,
 )
-from harness.training.request import train_request
+from harness.papers.token_importance import TokenImportanceRequest
+from harness.registry import Registry
+from harness.training.request import train
 from results.store import read_costs
 
-Parse = Callable[[list[str]], argparse.Namespace]
 MEAN_LENGTH = 5000  # entries a head while 10,000 tokens are generated, on average: where table 10 is measured
 TRIALS = 5
+METHODS = {"FullKV": "full", "SnapKV": "snapkv", "PyramidKV": "pyramidkv", "Ada-SnapKV": "ada_snapkv"}  # of figure 6
+
+
+@dataclass(frozen=True)
+class ReproduceRequest:
+    """A table of a paper, and what is changed of its setting.
+
+    Raises:
+        BadRequest: a field that makes no sense by itself.
+    """
+
+    table: str  # headkv:table2
+    model: str | None = None  # None: the paper's
+    paper_model: str | None = None  # a part of the name of one of the paper's models; None: the first
+    fair: bool = False  # a row a KV head and chat templates: equal bytes
+    limit: int = 200  # examples of each task
+    train: bool = False  # the variants that are missing, by the paper's recipe
+    steps: int | None = None  # of that training, instead of the recipe's epochs
+    epochs: float | None = None
+    instruct: Path | None = None  # of that training: a .jsonl instead of Dolly-15k
+    variants: Path = VARIANTS  # where trained variants are looked for and put
+    context: int | None = None  # tokens of the prompt, for tables of time
+    data_dir: Path | None = None
+    head_scores: tuple[Path, ...] = ()
+    device: str | None = None
+    dtype: str | None = None
+    out: Path = Path("results/papers")
+
+    def __post_init__(self) -> None:
+        at_least(self, limit=1, steps=1, context=1)
 
 
 @dataclass(frozen=True)
@@ -61,44 +89,54 @@ class Reproduced:
     failed: int = 0  # cells
 
 
-def reproduce_request(options: argparse.Namespace, parse: Parse) -> Reproduced:
+def reproduce(request: ReproduceRequest, registry: Registry) -> Reproduced:
     """
-    Args:
-        parse: of a command line of ours.
-
     Raises:
-        BadRequest: an unknown table or model of the paper, or nothing of the table that can be run.
+        UserError: an unknown table or model of the paper, or nothing of the table that can be run.
     """
-    table = table_of(options.table)
-    theirs = _paper_model(table, options.paper_model)
-    if options.limit < 1:
-        raise BadRequest(f"--limit {options.limit} must be at least 1")
+    table = table_of(request.table)
+    theirs = _paper_model(table, request.paper_model)
     if table.kind != "scores":
-        return _without_scores(options, table, theirs, parse)
-    model = options.model or HUB[theirs]
-    check_name(model)
-    if is_theirs(options, theirs):
-        _check_gpu(table, theirs, options)
+        return _without_scores(request, table, theirs, registry)
+    model = request.model or HUB[theirs]
+    check_name(model, registry)
+    if is_theirs(request, theirs):
+        _check_gpu(table, theirs, request)
     rows = rows_of(table, theirs)
 
     def ask() -> list[Asked]:
-        return [asked_for(table, row, model, options.fair, options.variants) for row in rows]
+        return [asked_for(table, row, model, request.fair, request.variants) for row in rows]
 
-    if options.train:
-        _train(options, ask(), parse)
+    if request.train:
+        _train(request, ask(), registry)
     asked = ask()
     wanted = requests(asked)
     if not wanted:
         raise BadRequest(f"{table.name}: no row of it can be run on {model}: add --train, or first {asked[0].command}")
     facts = model == "reference"
-    benchmarks = _at_hand(_benchmarks(table, rows, facts), options.data_dir)
-    failed = 0
-    keys: dict[tuple[str, str], set[str]] = {}
+    benchmarks = tuple(_at_hand(_benchmarks(table, rows, facts), request.data_dir, registry))
+    failed, keys = 0, dict[tuple[str, str], set[str]]()
+    shared = _run_request(request, table, theirs)
     for (name, budget), methods in wanted.items():
-        mine = keys.setdefault((name, budget), set())
-        failed += run_request(parse(_arguments(options, table, theirs, name, budget, methods, benchmarks)), mine)
-    settings = _settings(table, options, theirs, model)
+        budgets = (budget,) if budget else ()
+        ran = run_request(
+            replace(shared, models=(name,), methods=tuple(methods), budgets=budgets, benchmarks=benchmarks), registry
+        )
+        failed += ran.failed
+        keys[name, budget] = ran.keys
+    settings = _settings(table, request, theirs, model)
     return Reproduced(table, theirs, model, rows, asked, settings, facts, keys, failed=failed)
+
+
+def tokens_behind(request: ReproduceRequest) -> TokenImportanceRequest | None:
+    """What a figure of single tokens asks for; None: the table is another."""
+    table = table_of(request.table)
+    if table.kind != "tokens":
+        return None
+    text = (request.data_dir or Path()) / "lm" / "wikitext2" / "wiki.test.raw"
+    out = request.out / "report" / f"paper_{table.name.replace(':', '_')}"
+    model = request.model or HUB[_paper_model(table, request.paper_model)]
+    return TokenImportanceRequest(model, text, out=out, device=request.device, dtype=request.dtype)
 
 
 def _paper_model(table: PaperTable, wanted: str | None) -> str:
@@ -109,14 +147,14 @@ def _paper_model(table: PaperTable, wanted: str | None) -> str:
     return found[0]
 
 
-def _check_gpu(table: PaperTable, theirs: str, options: argparse.Namespace) -> None:
+def _check_gpu(table: PaperTable, theirs: str, request: ReproduceRequest) -> None:
     """
     Raises:
         BadRequest: the GPU is too small for the paper's model; says by how much.
     """
-    need = needs(table, theirs, options.data_dir, options.variants)
-    wanted = need.gigabytes if options.train or not need.variants else need.measuring_gigabytes
-    if device_of(options.device).type == "cuda" and wanted > need.gpu_gigabytes:
+    need = needs(table, theirs, request.data_dir, request.variants)
+    wanted = need.gigabytes if request.train or not need.variants else need.measuring_gigabytes
+    if device_of(request.device).type == "cuda" and wanted > need.gpu_gigabytes:
         short = wanted - need.gpu_gigabytes
         raise BadRequest(
             f"{table.name} with {theirs} needs about {wanted:.0f} GB, {need.gpu} has {need.gpu_gigabytes:.0f} GB: {short:.0f} GB "
@@ -124,14 +162,14 @@ def _check_gpu(table: PaperTable, theirs: str, options: argparse.Namespace) -> N
         )
 
 
-def _train(options: argparse.Namespace, asked: Sequence[Asked], parse: Parse) -> None:
+def _train(request: ReproduceRequest, asked: Sequence[Asked], registry: Registry) -> None:
     """Makes the variants that are not there."""
-    for command in dict.fromkeys(one.train for one in asked if not one.model):
+    for one in {one.train: one for one in asked if not one.model and one.train}.values():
+        assert one.train is not None
         names = ("steps", "epochs", "instruct", "data_dir", "device", "dtype")
-        given = {name: value for name in names if (value := getattr(options, name)) is not None}
-        more = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-        print("training:", " ".join(command), file=sys.stderr)
-        train_request(parse([*command, *more]))
+        given = {name: value for name in names if (value := getattr(request, name)) is not None}
+        print("training:", one.command, file=sys.stderr)
+        train(replace(one.train, **given), registry)
 
 
 def _benchmarks(table: PaperTable, rows: list[dict[str, Any]], facts: bool) -> list[str]:
@@ -140,7 +178,7 @@ def _benchmarks(table: PaperTable, rows: list[dict[str, Any]], facts: bool) -> l
     return list(dict.fromkeys(found))
 
 
-def _at_hand(benchmarks: list[str], data_dir: Path | None) -> list[str]:
+def _at_hand(benchmarks: list[str], data_dir: Path | None, registry: Registry) -> list[str]:
     """Those whose records can be had; the others are told, and their cells stay empty.
 
     Raises:
@@ -148,12 +186,10 @@ def _at_hand(benchmarks: list[str], data_dir: Path | None) -> list[str]:
     """
     found, missing = [], []
     for text in benchmarks:
-        task = choose("benchmark", text, BENCHMARKS)[1]
-        if not hasattr(task, "records"):  # made, not read
-            found.append(text)
-            continue
+        task = registry.benchmark(text)[1]
         try:
-            replace(task, data_dir=data_dir).records()  # type: ignore[type-var, call-arg]
+            if reads_data(task):
+                replace(task, data_dir=data_dir).records()  # type: ignore[type-var]
             found.append(text)
         except BadData as error:
             missing.append(error)
@@ -163,120 +199,114 @@ def _at_hand(benchmarks: list[str], data_dir: Path | None) -> list[str]:
     return found
 
 
-def _arguments(
-    options: argparse.Namespace,
-    table: PaperTable,
-    theirs: str,
-    model: str,
-    budget: str,
-    methods: list[str],
-    benchmarks: list[str],
-) -> list[str]:
-    """The request as it would be typed."""
-    found = ["run", "--suite", "smoke", "--model", model, "--methods", ",".join(methods), "--benchmarks", ",".join(benchmarks)]
-    found += ["--prompt", "question_in", "--limit", str(options.limit), "--out", str(options.out), "--no-fidelity"]
-    found += ["--budgets", budget] if budget else []
-    if table.query_rows:
-        found += ["--granularity", "kv" if options.fair else "query"]
-    if is_theirs(options, theirs):
-        found += ["--truncation", str(TRUNCATION[theirs])] if theirs in TRUNCATION else []
-        found += ["--chat", "template"] if options.fair or table.chat == "template" else []
-    for name in ("data_dir", "head_scores", "device", "dtype"):
-        if value := getattr(options, name):
-            found += [f"--{name.replace('_', '-')}", str(value)]
-    return found
+def _run_request(request: ReproduceRequest, table: PaperTable, theirs: str) -> RunRequest:
+    """What all rows of a table share."""
+    own = is_theirs(request, theirs)
+    return RunRequest(
+        "smoke",
+        prompts=("question_in",),
+        limit=request.limit,
+        fidelity=False,
+        chat="template" if own and (request.fair or table.chat == "template") else "raw",
+        granularity="query" if table.query_rows and not request.fair else "kv",
+        truncation=TRUNCATION.get(theirs) if own else None,
+        out=request.out,
+        data_dir=request.data_dir,
+        head_scores=request.head_scores,
+        device=request.device,
+        dtype=request.dtype,
+    )
 
 
-def is_theirs(options: argparse.Namespace, theirs: str) -> bool:
+def is_theirs(request: ReproduceRequest, theirs: str) -> bool:
     """Is it the paper's model, from the hub or a folder of the same name? Then the paper's protocol fits it."""
-    return options.model is None or Path(options.model).name == Path(HUB[theirs]).name
+    return request.model is None or Path(request.model).name == Path(HUB[theirs]).name
 
 
-def _settings(table: PaperTable, options: argparse.Namespace, theirs: str, model: str) -> list[str]:
+def _settings(table: PaperTable, request: ReproduceRequest, theirs: str, model: str) -> list[str]:
     """What differs from the paper, in words."""
     found = []
-    if not is_theirs(options, theirs):
+    if not is_theirs(request, theirs):
         found.append(f"The model is {model}, not {theirs}: the numbers are not comparable, the path is.")
         found.append("Prompts are cut to what this model has positions for, and no chat template is put around them.")
-    found.append(f"At most {options.limit} examples a task; the paper takes 100 to 200, or a whole set.")
-    shortened = [f"--{name} {value}" for name in ("steps", "epochs", "instruct") if (value := getattr(options, name)) is not None]
-    if options.train and shortened:
+    found.append(f"At most {request.limit} examples a task; the paper takes 100 to 200, or a whole set.")
+    shortened = [f"--{name} {value}" for name in ("steps", "epochs", "instruct") if (value := getattr(request, name)) is not None]
+    if request.train and shortened:
         found.append(f"Variants that were missing were trained with {', '.join(shortened)}, not as the paper has it.")
-    return [*found, *(table.fair_notes if options.fair and table.fair_notes else table.notes)]
+    return [*found, *(table.fair_notes if request.fair and table.fair_notes else table.notes)]
 
 
-def _without_scores(options: argparse.Namespace, table: PaperTable, theirs: str, parse: Parse) -> Reproduced:
+def _without_scores(request: ReproduceRequest, table: PaperTable, theirs: str, registry: Registry) -> Reproduced:
     """Sizes, times and memory: random weights of the paper's shape are enough."""
-    model = options.model or f"random:{SHAPE[theirs]}"
-    check_name(model)
+    model = request.model or f"random:{SHAPE[theirs]}"
+    check_name(model, registry)
     rows = rows_of(table, theirs)
     if table.kind == "sizes":
-        numbers, failed = [_sizes(row, model) for row in rows], 0
+        numbers, failed = [_sizes(row, model, registry) for row in rows], 0
     elif table.kind == "decoding":
-        numbers, failed = _decoding(options, table, model, parse)
+        numbers, failed = _decoding(request, rows, model, registry)
     else:
-        numbers, failed = _latency(options, rows, model, parse)
+        numbers, failed = _latency(request, rows, model, registry)
     settings = list(table.notes)
-    if options.model:
+    if request.model:
         settings.insert(0, f"The shape is {model}, not {theirs}: the numbers are not comparable, the path is.")
     asked = [Asked(model, "", "") for _ in rows]
     return Reproduced(table, theirs, model, rows, asked, settings, numbers=numbers, failed=failed)
 
 
-def _sizes(row: Mapping[str, Any], model: str) -> dict[str, float]:
+def _sizes(row: Mapping[str, Any], model: str, registry: Registry) -> dict[str, float]:
     """Parameters, and bytes of a token in float32, without weights. mixSGA's table cuts fractions of a byte off."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     if not model.startswith("random:"):
         raise BadRequest(f"sizes are told of shapes: --model random:<shape>, not {model}; `list models` names them")
     with torch.device("meta"):
         network: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[model.removeprefix("random:")]))
     shape = replace(shape_of(network), itemsize=4)
     text = conversion_of_row(row)[0]
-    conversion_of(text).apply(network)
+    registry.conversion(text).apply(network)
     every = {id(weight): weight.numel() for weight in network.parameters()}
     return {"parameters": float(sum(every.values())), "cache bytes a token": float(int(bytes_a_token(shape, text)))}
 
 
-def _cost(options: argparse.Namespace, parse: Parse, model: str, *more: str) -> tuple[list[dict[str, Any]], int]:
-    """The cost cells of these models, run where they are missing."""
-    arguments = ["run", "--suite", "cost", "--model", model, "--decode", "eager", "--out", str(options.out), *more]
-    for name in ("device", "dtype"):
-        if value := getattr(options, name):
-            arguments += [f"--{name}", value]
-    asked = parse(arguments)
-    failed = cost_request(asked)
-    models, contexts = model.split(","), str(asked.contexts).split(",")
-    rows = [row for row in read_costs(options.out) if row["status"] == "ok" and row["cell"]["model"] in models]
+def _cost(request: ReproduceRequest, registry: Registry, asked: CostRequest) -> tuple[list[dict[str, Any]], int]:
+    """The rows of cost cells, decoded eagerly at a batch of one, run where they are missing."""
+    asked = replace(asked, decodes=("eager",), batches=(1,), out=request.out, device=request.device, dtype=request.dtype)
+    failed = run_cost(asked, registry)
+    rows = [row for row in read_costs(request.out) if row["status"] == "ok" and row["cell"]["model"] in asked.models]
     rows = [row for row in rows if row["cell"].get("decode", "eager") == "eager"]
-    return [row for row in rows if str(row["cell"]["context"]) in contexts], failed
+    return [row for row in rows if row["cell"]["context"] in asked.contexts], failed
 
 
-def _decoding(options: argparse.Namespace, table: PaperTable, model: str, parse: Parse) -> tuple[list[dict[str, float]], int]:
+def _decoding(
+    request: ReproduceRequest, rows: Sequence[Mapping[str, Any]], model: str, registry: Registry
+) -> tuple[list[dict[str, float]], int]:
     """Tokens a second of GQA and mixSGA, each the median of its trials."""
     variants = {"GQA": f"{model}+gqa-2", "mixSGA": f"{model}+mixsga-3:1:6"}
-    context = options.context or MEAN_LENGTH
-    more = ("--methods", "full", "--contexts", str(context), "--batches", "1", "--rounds", str(TRIALS))
-    rows, failed = _cost(options, parse, ",".join(variants.values()), *more)
+    contexts = (request.context or MEAN_LENGTH,)
+    asked = CostRequest("cost", tuple(variants.values()), ("full",), contexts=contexts, rounds=TRIALS)
+    costs, failed = _cost(request, registry, asked)
     found = {}
     for name, variant in variants.items():
-        times = sorted(row["token"] for row in rows if row["cell"]["model"] == variant and "token" in row)
+        times = sorted(row["token"] for row in costs if row["cell"]["model"] == variant and "token" in row)
         if times:
             found[name] = 1 / times[len(times) // 2]
     if len(found) == 2:
         found["mixSGA slower by"] = 100 * (1 - found["mixSGA"] / found["GQA"])
-    return [found] * len(rows_of(table, _paper_model(table, options.paper_model))), failed
+    return [found] * len(rows), failed
 
 
 def _latency(
-    options: argparse.Namespace, rows: Sequence[Mapping[str, Any]], model: str, parse: Parse
+    request: ReproduceRequest, rows: Sequence[Mapping[str, Any]], model: str, registry: Registry
 ) -> tuple[list[dict[str, float]], int]:
     """Seconds of a whole answer by its length, from the phases of one, and the peak of the memory above the weights."""
-    methods = {"FullKV": "full", "SnapKV": "snapkv", "PyramidKV": "pyramidkv", "Ada-SnapKV": "ada_snapkv"}
-    context = options.context or 32_000
-    more = ("--methods", ",".join(methods.values()), "--budgets", "128", "--contexts", str(context), "--batches", "1")
-    costs, failed = _cost(options, parse, model, *more)
+    contexts = (request.context or 32_000,)
+    asked = CostRequest("cost", (model,), tuple(METHODS.values()), ("128",), contexts=contexts)
+    costs, failed = _cost(request, registry, asked)
     numbers = []
     for row in rows:
-        mine = [cost for cost in costs if cost["cell"]["method"] == methods.get(str(row["method"]))]
+        mine = [cost for cost in costs if cost["cell"]["method"] == METHODS.get(str(row["method"]))]
         timed = sorted((sum(c["phases"].values()) + c["first_token"], c["token"]) for c in mine if "token" in c)
         peaks = [cost["prefill_peak"] for cost in mine if "prefill_peak" in cost]
         found = {}

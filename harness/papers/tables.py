@@ -14,7 +14,8 @@ from typing import Any, Literal
 from benchmarks.instruct import SETS
 from benchmarks.longbench import ENGLISH, HEADKV
 from benchmarks.loogle import KINDS
-from harness.evaluation.plan import BadRequest
+from harness.errors import BadRequest
+from harness.training.request import TrainRequest
 from results.store import slug
 
 FOLDER = Path(__file__).parents[2] / "reports" / "papers"
@@ -203,11 +204,18 @@ class Asked:
     model: str  # "" where the variant has to be trained first
     method: str
     budget: str
-    train: tuple[str, ...] = ()  # the arguments of the command that makes the variant
+    train: TrainRequest | None = None  # what makes the variant
 
     @property
     def command(self) -> str:
-        return " ".join(("python run_all.py", *self.train, "--data-dir D")) if self.train else ""
+        """What makes the variant, as it is typed."""
+        if self.train is None:
+            return ""
+        asked = self.train
+        parts = ["python run_all.py train", f"--model {asked.model}", *_conversion_options(asked.conversion)]
+        parts += [f"--alpha {asked.alpha:g}"] if asked.alpha is not None else []
+        parts += [f"--recipe {asked.recipe}"] if asked.recipe else []
+        return " ".join([*parts, f"--out {asked.out}", "--data-dir D"])
 
 
 FAIR = {"HeadKV-R": "headkv_r", "HeadKV-ER": "headkv_er", "HeadKV-R2": "headkv_r2"}
@@ -227,22 +235,20 @@ def asked_for(table: PaperTable, row: Mapping[str, Any], model: str, fair: bool,
         return Asked(model, f"headkv_paper({','.join(part for part in (beta, f'kind={kind}') if part)})", budget)
     conversion, alpha = conversion_of_row(row)
     method, budget = ("h2o", _half(str(row["h2o keeps"]))) if "h2o keeps" in row else ("full", "")
-    out = variants / (variant_folder(model, conversion) + ("+alpha0" if alpha == "0" else ""))
-    train = ["train", "--model", model, *_train_options(conversion), *(["--alpha", alpha] if alpha else [])]
-    train += [*(["--recipe", table.recipe] if table.recipe else []), "--out", str(out)]
-    return Asked(variant(model, conversion, out, alpha), method, budget, tuple(train))
+    out = variants / (variant_folder(model, conversion) + ("+alpha0" if alpha == 0 else ""))
+    train = TrainRequest(model, conversion, table.recipe or None, alpha=alpha, out=out)
+    return Asked(variant(model, conversion, out, alpha), method, budget, train)
 
 
-def conversion_of_row(row: Mapping[str, Any]) -> tuple[str, str]:
+def conversion_of_row(row: Mapping[str, Any]) -> tuple[str, float | None]:
     """Ours, and the weight of the consistency loss where it is another."""
     if row["method"] == "GQA":
-        return "gqa-2", ""
+        return "gqa-2", None
     if row["method"] == "CLA":
-        return f"cla-{row.get('percent', 50)}", ""
+        return f"cla-{row.get('percent', 50)}", None
     ratios = str(row.get("ratios", "3:1:6")).removesuffix(":0")
-    return f"mixsga-{ratios}" + ("-random" if row["method"] == "random router" else ""), (
-        "0" if row["method"] == "no auxiliary loss" else ""
-    )
+    name = f"mixsga-{ratios}" + ("-random" if row["method"] == "random router" else "")
+    return name, 0.0 if row["method"] == "no auxiliary loss" else None
 
 
 def _half(keep: str) -> str:
@@ -250,11 +256,11 @@ def _half(keep: str) -> str:
     return f"{float(keep.rstrip('%')) / 2:g}%"
 
 
-def _train_options(conversion: str) -> list[str]:
+def _conversion_options(conversion: str) -> list[str]:
     name, _, numbers = conversion.partition("-")
     ratios, _, ablation = numbers.partition("-")
     option = {"gqa": "--groups", "cla": "--percent", "mixsga": "--ratios"}[name]
-    return ["--conversion", name, option, ratios, *(["--ablation", ablation] if ablation else [])]
+    return [f"--conversion {name} {option} {ratios}", *([f"--ablation {ablation}"] if ablation else [])]
 
 
 def variant_folder(model: str, conversion: str) -> str:
@@ -262,12 +268,13 @@ def variant_folder(model: str, conversion: str) -> str:
     return slug(f"{Path(model).name if Path(model).is_dir() else model}+{conversion}")
 
 
-def variant(model: str, conversion: str, saved: Path, alpha: str = "") -> str:
+def variant(model: str, conversion: str, saved: Path, alpha: float | None = None) -> str:
     """The trained variant as a model's name: a saved one, or the one shipped with the embedded model; "" if there is none."""
     if (saved / "variant.json").exists():
         return str(saved)
     shipped = Path(__file__).parents[1] / "reference" / "variants" / conversion.replace(":", "_")
-    return f"{model}+{conversion}" if model == "reference" and not alpha and (shipped / "variant.json").exists() else ""
+    there = model == "reference" and alpha is None and (shipped / "variant.json").exists()
+    return f"{model}+{conversion}" if there else ""
 
 
 def requests(asked: Sequence[Asked]) -> dict[tuple[str, str], list[str]]:

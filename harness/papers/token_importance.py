@@ -6,17 +6,68 @@ change of the sequence's perplexity says how much it mattered.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 from harness.engine.model import Model, own_attention
+from harness.errors import BadRequest
 from harness.families import Grouping, handles, wrap
+from harness.files import check_writable
+from harness.models.load import check_name, load_model
+from harness.registry import Registry
 from harness.training.data import BadText
+
+AVERAGED_NUMBERS = 2**26  # logits held at once when tokens are averaged one by one
+
+
+@dataclass(frozen=True)
+class TokenImportanceRequest:
+    """Whose tokens to average, one by one."""
+
+    model: str
+    text: Path  # its first tokens are read as one sequence
+    tokens: int = 128
+    out: Path = Path("results/token_importance")  # of .csv and .png
+    plugins: tuple[Path, ...] = ()
+    revision: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenImportance:
+    """What averaging each token does."""
+
+    model: str
+    words: list[str]
+    changes: list[float]  # of the perplexity, by token
+    plain: float  # the perplexity as it is
+
+
+def token_importance(request: TokenImportanceRequest, registry: Registry) -> TokenImportance:
+    """
+    Raises:
+        UserError: the model or the text cannot be used.
+    """
+    check_name(request.model, registry)
+    check_writable(request.out.parent)
+    model = load_model(request.model, request, registry)
+    if not 2 <= request.tokens <= model.max_tokens:
+        raise BadRequest(f"--tokens {request.tokens} must lie between 2 and the model's {model.max_tokens} positions")
+    ids = first_tokens(model, request.text, request.tokens)
+    rows = max(1, min(16, AVERAGED_NUMBERS // (len(ids) * model.network.config.vocab_size)))
+    with tqdm(total=len(ids), unit="token", desc=model.name, file=sys.stderr) as bar:
+        plain, changes = perplexity_changes(model, torch.tensor(ids, device=model.device), rows, bar.update)
+    assert model.tokenizer is not None
+    return TokenImportance(model.name, [str(model.tokenizer.decode([token])) for token in ids], changes, plain)
 
 
 class One(nn.Module):

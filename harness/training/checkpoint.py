@@ -19,11 +19,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from harness.errors import UserError, first_line
+from harness.files import whole
+
 CHECKPOINT = "checkpoint.pt"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class CannotTrain(ValueError):
+class CannotTrain(UserError):
     """The loss is no number any more, or the checkpoint is another training's: in one line."""
 
 
@@ -52,18 +55,21 @@ def save(folder: Path, training: str, network: PreTrainedModel, optimizers: Sequ
         states = [get_optimizer_state_dict(network, optimizer, options=WHOLE) for optimizer in optimizers]
     else:
         states = [optimizer.state_dict() for optimizer in optimizers]
-    luck = torch.get_rng_state()
-    state = {"training": training, "luck": luck, "network": whole_weights(network), "optimizers": states, "done": done}
+    state = {
+        "training": training,
+        "luck": torch.get_rng_state(),
+        "network": whole_weights(network),
+        "optimizers": states,
+        "done": done,
+    }
     if not PartialState().is_main_process:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{CHECKPOINT}.draft"
-    torch.save(state, draft)
-    draft.replace(folder / CHECKPOINT)
+    with whole(folder / CHECKPOINT) as draft:
+        torch.save(state, draft)
 
 
 def resume(folder: Path, training: str, network: PreTrainedModel, optimizers: Sequence[Any]) -> dict[str, Any] | None:
-    """Sets network, optimizers and luck as they were, and gives what else was saved; None: there is no checkpoint.
+    """Restores model, optimizer and RNG state, and gives what else was saved; None: there is no checkpoint.
 
     Raises:
         CannotTrain: it is another training's, or torn.
@@ -87,5 +93,4 @@ def resume(folder: Path, training: str, network: PreTrainedModel, optimizers: Se
         done: dict[str, Any] = state["done"]
         return done
     except (OSError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise CannotTrain(f"{path} is torn ({reason}): remove it, or choose another folder with --out") from None
+        raise CannotTrain(f"{path} is torn ({first_line(error, 100)}): remove it, or choose another folder with --out") from None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from harness.errors import UserError
 from harness.training.loop import IGNORED, Batch
 from harness.training.reference_data import Documents
 from harness.training.reference_model import WEIGHTS, Phase
@@ -21,7 +22,7 @@ from harness.training.reference_model import batch as reference_documents
 HELD_OUT = 10**6  # batches from this number on are never trained on
 
 
-class BadText(ValueError):
+class BadText(UserError):
     """Training text that is missing, empty or too short, in one line."""
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,49 +32,11 @@ from transformers import PreTrainedModel
 from harness.engine.model import own_attention
 from harness.families import routers
 from harness.training.checkpoint import CannotTrain, resume, save
-from methods.mixsga_router import Router, RouterLoss
+from harness.training.recipes import Recipe
+from methods.mixsga_router import Router
 
-Loss = Literal["lm", "distill"]
 IGNORED = -100
 MASK_FROM_US = ("opt",)  # families that do not make a block-diagonal mask from positions; none of them has sliding windows
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a variant is healed. All of it is written into its variant.json."""
-
-    steps: int = 400
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-3
-    router_lr: float = 1e-2  # the router starts from nothing, the weights do not
-    warmup: float = 0.03  # share of the steps
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    accumulate: int = 1  # batches a step
-    bf16: bool = True
-    checkpointing: bool = False  # of activations
-    loss: Loss = "lm"  # of labels, or to the parent's predictions
-    trains: Literal["all", "kv"] = "all"  # every weight, or keys, values and routers
-    alpha: float = 0.1  # weight of mixSGA's consistency loss
-    router_loss: RouterLoss = "logits"
-    seed: int = 0
-    save_every: int = 100  # steps
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if not (self.lr > 0 and self.router_lr > 0) or not 0 <= self.warmup < 1 or self.alpha < 0:
-            raise ValueError("--lr and --router-lr must be above 0, the warm-up a share below 1 and --alpha not below 0")
-
-    def rate(self, step: int) -> float:
-        """Share of the full rate: warm-up, then a cosine down to a tenth."""
-        warm = max(1, int(self.warmup * self.steps))
-        if step < warm:
-            return (step + 1) / warm
-        done = (step - warm) / max(1, self.steps - warm)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -111,75 +73,35 @@ class Progress:
     losses: list[dict[str, float]] = field(default_factory=list)  # means over ten steps
 
 
-def heal(
-    network: PreTrainedModel,
-    batches: Batches,
-    recipe: Recipe,
-    folder: Path,
-    teacher: PreTrainedModel | None = None,
-    about: str = "",
-    shard: bool = False,
-) -> Progress:
+@dataclass(frozen=True)
+class Course:
+    """How a network is to be healed, and on what."""
+
+    recipe: Recipe
+    batches: Batches
+    teacher: PreTrainedModel | None = None  # whose predictions are learned, if the recipe's loss is `distill`
+    about: str = ""  # what beside the recipe tells this training from others: model, conversion, text
+    shard: bool = False  # each of several processes holds a part of the weights and of the optimizer (FSDP2)
+
+
+def heal(network: PreTrainedModel, course: Course, folder: Path) -> Progress:
     """Trains the network in place. Goes on from the last checkpoint in `folder`, if it is of the same training.
 
     The last checkpoint stays, so that nothing is lost before the network is saved: `forget` removes it.
 
-    Args:
-        about: what beside the recipe tells this training from others: model, conversion, text.
-        shard: each of several processes holds a part of the weights and of the optimizer.
-
     Raises:
         CannotTrain: see there.
     """
+    recipe = course.recipe
     torch.manual_seed(recipe.seed)
-    accelerator = Accelerator(cpu=network.device.type == "cpu")
-    world, rank = accelerator.num_processes, accelerator.process_index
-    about += f" on {world} processes" if world > 1 else ""
-    if teacher is not None:
-        teacher.to(accelerator.device)  # type: ignore[arg-type]
-    network.set_attn_implementation(own_attention(network))
-    choose_trained(network, recipe)
-    if recipe.checkpointing:
-        network.gradient_checkpointing_enable()
-    network.float().train()
-    if shard:
-        if recipe.optimizer == "muon":
-            raise CannotTrain("Muon needs whole matrices: with --shard-weights use --optimizer adamw")
-        _shard(network.to(accelerator.device))  # type: ignore[arg-type]
-        wrapped, optimizers = network, _optimizers(network, recipe)
-    else:
-        wrapped, *optimizers = accelerator.prepare(network, *_optimizers(network, recipe))
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    plain = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # without accelerate's wrapper
-    training = json.dumps([asdict(recipe), about])
-    done = resume(folder, training, network, plain) or {"progress": {}, "recent": [], "step": 0}
+    training = _Training(network, course)
+    done = resume(folder, training.identity, network, training.plain) or {"progress": {}, "recent": [], "step": 0}
     progress, recent, begin = Progress(**done["progress"]), done["recent"], done["step"]
-    steps = range(begin, recipe.steps)
-    bar = tqdm(steps, initial=begin, total=recipe.steps, desc="train", file=sys.stderr, disable=rank > 0)
+    steps, quiet = range(begin, recipe.steps), not training.accelerator.is_main_process
+    bar = tqdm(steps, initial=begin, total=recipe.steps, desc="train", file=sys.stderr, disable=quiet)
     started = time.perf_counter() - progress.seconds
     for step in bar:
-        for optimizer, full in zip(optimizers, rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, full, strict=True):
-                group["lr"] = rate * recipe.rate(step)
-        parts: dict[str, float] = {}
-        for number in range(recipe.accumulate):
-            batch = batches((step * recipe.accumulate + number) * world + rank).to(accelerator.device)
-            waits = number + 1 < recipe.accumulate and world > 1 and not shard  # gradients meet once a step
-            with accelerator.no_sync(wrapped) if waits else nullcontext():
-                total, found = loss_of(wrapped, batch, recipe, teacher)
-                accelerator.backward(total / recipe.accumulate)
-            progress.tokens += batch.ids.numel() * world
-            parts = {name: parts.get(name, 0.0) + value / recipe.accumulate for name, value in found.items()}
-        if world > 1:
-            mean = accelerator.reduce(torch.tensor(list(parts.values()), device=accelerator.device), "mean").tolist()
-            parts = dict(zip(parts, mean, strict=True))
-        if not all(math.isfinite(value) for value in parts.values()):
-            raise CannotTrain(f"the loss is no number any more at step {step}: lower --lr, and choose another --out")
-        torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        recent.append(parts)
+        recent.append(training.step(step, progress))
         if len(recent) == 10 or step == recipe.steps - 1:
             means = {name: sum(part[name] for part in recent) / len(recent) for name in recent[0]}
             progress.losses.append({"step": step + 1, **{name: round(value, 5) for name, value in means.items()}})
@@ -188,10 +110,76 @@ def heal(
         progress.seconds = time.perf_counter() - started
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
             done = {"progress": asdict(progress), "recent": recent, "step": step + 1}
-            save(folder, training, network, plain, done)
-            accelerator.wait_for_everyone()
+            save(folder, training.identity, network, training.plain, done)
+            training.accelerator.wait_for_everyone()
     network.eval()
     return progress
+
+
+class _Training:
+    """A network prepared for training: on its device, wrapped for several processes, with optimizers and their rates."""
+
+    def __init__(self, network: PreTrainedModel, course: Course) -> None:
+        self.network, self.course, recipe = network, course, course.recipe
+        self.accelerator = Accelerator(cpu=network.device.type == "cpu")
+        if course.teacher is not None:
+            course.teacher.to(self.accelerator.device)  # type: ignore[arg-type]
+        network.set_attn_implementation(own_attention(network))
+        choose_trained(network, recipe)
+        if recipe.checkpointing:
+            network.gradient_checkpointing_enable()
+        network.float().train()
+        if course.shard:
+            if recipe.optimizer == "muon":
+                raise CannotTrain("Muon needs whole matrices: with --shard-weights use --optimizer adamw")
+            _shard(network.to(self.accelerator.device))  # type: ignore[arg-type]
+            self.wrapped, self.optimizers = network, _optimizers(network, recipe)
+        else:
+            self.wrapped, *self.optimizers = self.accelerator.prepare(network, *_optimizers(network, recipe))
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.plain = [getattr(optimizer, "optimizer", optimizer) for optimizer in self.optimizers]  # without accelerate's wrapper
+
+    @property
+    def identity(self) -> str:
+        """What a checkpoint must have been made by to be gone on with."""
+        world = self.accelerator.num_processes
+        return json.dumps([asdict(self.course.recipe), self.course.about + (f" on {world} processes" if world > 1 else "")])
+
+    def step(self, step: int, progress: Progress) -> dict[str, float]:
+        """One step of the optimizers: the mean parts of its loss over all processes.
+
+        Raises:
+            CannotTrain: the loss is no number any more.
+        """
+        for optimizer, full in zip(self.optimizers, self.rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, full, strict=True):
+                group["lr"] = rate * self.course.recipe.rate(step)
+        parts = self._backward(step, progress)
+        if not all(math.isfinite(value) for value in parts.values()):
+            raise CannotTrain(f"the loss is no number any more at step {step}: lower --lr, and choose another --out")
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.course.recipe.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return parts
+
+    def _backward(self, step: int, progress: Progress) -> dict[str, float]:
+        """Gradients of all batches of a step."""
+        accelerator, recipe = self.accelerator, self.course.recipe
+        world, rank = accelerator.num_processes, accelerator.process_index
+        parts: dict[str, float] = {}
+        for number in range(recipe.accumulate):
+            batch = self.course.batches((step * recipe.accumulate + number) * world + rank).to(accelerator.device)
+            waits = number + 1 < recipe.accumulate and world > 1 and not self.course.shard  # gradients meet once a step
+            with accelerator.no_sync(self.wrapped) if waits else nullcontext():
+                total, found = loss_of(self.wrapped, batch, recipe, self.course.teacher)
+                accelerator.backward(total / recipe.accumulate)
+            progress.tokens += batch.ids.numel() * world
+            parts = {name: parts.get(name, 0.0) + value / recipe.accumulate for name, value in found.items()}
+        if world > 1:
+            mean = accelerator.reduce(torch.tensor(list(parts.values()), device=accelerator.device), "mean").tolist()
+            parts = dict(zip(parts, mean, strict=True))
+        return parts
 
 
 def _shard(network: PreTrainedModel) -> None:

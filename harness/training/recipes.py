@@ -1,4 +1,4 @@
-"""The recipes of mixSGA's paper by name, with the data that they read: sections 3.1 (Dolly-15k) and 3.2 (MiniPile).
+"""How variants are healed: the settings of a training, and the recipes of mixSGA's paper by name (sections 3.1 and 3.2).
 
 Any conversion can be healed by either: `train --recipe mixsga-sft --conversion gqa --groups 2`. Where the paper is silent, the
 value is ours and docs/methods/mixsga.md says so.
@@ -6,37 +6,54 @@ value is ours and docs/methods/mixsga.md says so.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import math
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
+from harness.errors import UserError
 
-from benchmarks import data
-from benchmarks.data import BadData, Source
-from benchmarks.instruct import SETS
-from harness.training.data import BadText, ExampleBatches, PackedBatches
-from harness.training.loop import Recipe
+if TYPE_CHECKING:
+    from methods.mixsga_router import RouterLoss
 
-VALIDATION, TRAINING = 500, 14_000  # records of Dolly; its other 500 are DollyEval, which is measured
-DOLLY = Source(
-    ("instruct/databricks-dolly-15k", "databricks-dolly-15k"),
-    ("instruction", "context", "response"),
-    "CC BY-SA 3.0 (Dolly-15k)",
-    "databricks/databricks-dolly-15k",
-    "databricks-dolly-15k.jsonl",
-    filled=("instruction", "response"),
-)
-DOLLY_IN_PROMPTS = "instruct/dolly_train"  # the same in MiniLLM's form, with prompt and output, if the user has it
-MINIPILE = "JeanKaddour/minipile"
-TOKENS = Path("results/tokens")  # texts once read, as token ids
+Loss = Literal["lm", "distill"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a variant is healed. All of it is written into its variant.json."""
+
+    steps: int = 400
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    router_lr: float = 1e-2  # the router starts from nothing, the weights do not
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    accumulate: int = 1  # batches a step
+    bf16: bool = True
+    checkpointing: bool = False  # of activations
+    loss: Loss = "lm"  # of labels, or to the parent's predictions
+    trains: Literal["all", "kv"] = "all"  # every weight, or keys, values and routers
+    alpha: float = 0.1  # weight of mixSGA's consistency loss
+    router_loss: RouterLoss = "logits"
+    seed: int = 0
+    save_every: int = 100  # steps
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if not (self.lr > 0 and self.router_lr > 0) or not 0 <= self.warmup < 1 or self.alpha < 0:
+            raise UserError("--lr and --router-lr must be above 0, the warm-up a share below 1 and --alpha not below 0")
+
+    def rate(self, step: int) -> float:
+        """Share of the full rate: warm-up, then a cosine down to a tenth."""
+        warm = max(1, int(self.warmup * self.steps))
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -73,128 +90,3 @@ RECIPES: dict[str, NamedRecipe] = {
         length=2048,
     ),
 }
-
-
-def dolly(tokenizer: Any, data_dir: Path | None, length: int, rows: int, seed: int) -> ExampleBatches:
-    """Dolly-15k without the records of DollyEval, in the words of DollyEval's prompts. 500 more are held out.
-
-    Raises:
-        BadData: no Dolly-15k, or no DollyEval to take the words from.
-    """
-    try:
-        records = _in_prompts(data_dir)
-    except BadData:
-        records = _worded(data_dir)
-    order = random.Random(seed).sample(records, len(records))
-    held = min(VALIDATION, max(1, len(order) // 20))
-    return ExampleBatches.of(tokenizer, order[held : held + TRAINING], order[:held], length, rows, seed)
-
-
-def _in_prompts(data_dir: Path | None) -> list[dict[str, str]]:
-    source = Source((DOLLY_IN_PROMPTS,), ("prompt", "output"), DOLLY.licence, filled=("prompt", "output"))
-    return [{"prompt": row["prompt"], "output": row["output"]} for row in data.load(source, data_dir).rows]
-
-
-def _worded(data_dir: Path | None) -> list[dict[str, str]]:
-    evaluated = data.load(SETS["dolly"], data_dir).rows
-    prompt = template_of(evaluated)
-    known = {(row["instruction"].strip(), row.get("input", "").strip()) for row in evaluated}
-    return [
-        {"prompt": prompt(row["instruction"].strip(), row["context"].strip()), "output": row["response"].strip()}
-        for row in data.load(DOLLY, data_dir).rows
-        if (row["instruction"].strip(), row["context"].strip()) not in known
-    ]
-
-
-def template_of(records: Sequence[dict[str, Any]]) -> Callable[[str, str], str]:
-    """How these records' prompts are made of instruction and input: what most of them have around the two.
-
-    Raises:
-        BadText: there is no such form.
-    """
-    forms: dict[bool, Counter[tuple[str, ...]]] = {True: Counter(), False: Counter()}
-    for record in records:
-        parts = [record["instruction"].strip(), record.get("input", "").strip()]
-        around, rest = [], str(record["prompt"])
-        for part in filter(None, parts):
-            before, found, rest = rest.partition(part)
-            around += [before] if found else []
-        forms[bool(parts[1])][(*around, rest)] += 1
-    common = {asks: forms[asks].most_common(1)[0] for asks in forms if forms[asks]}
-    for asks, (form, count) in common.items():
-        if 2 * count < forms[asks].total() or len(form) != 2 + asks:
-            raise BadText("the prompts of DollyEval are not all made in one way, so training prompts cannot be made alike")
-    if len(common) < 2:
-        raise BadText("DollyEval needs records with an input and without one, to make training prompts alike")
-
-    def prompt(instruction: str, text: str) -> str:
-        form = common[bool(text)][0]
-        return form[0] + instruction + form[1] + (text + form[2] if text else "")
-
-    return prompt
-
-
-def minipile(tokenizer: Any, data_dir: Path | None, length: int, rows: int, seed: int, folder: Path = TOKENS) -> PackedBatches:
-    """MiniPile's documents side by side, tokenised once into `folder`.
-
-    Raises:
-        BadText: neither in `<data_dir>/minipile` nor on the hub.
-    """
-    files = sorted((data_dir / "minipile").glob("*")) if data_dir else []
-    files = [path for path in files if {".parquet", ".jsonl", ".txt"} & set(path.suffixes)]
-    sizes = [(path.name, path.stat().st_size) for path in files] or MINIPILE
-    words = json.dumps([sizes, sorted(tokenizer.get_vocab().items())])
-    digest = hashlib.sha256(words.encode()).hexdigest()[:16]
-    texts = (text for path in files for text in _texts(path)) if files else _from_hub()
-    ids, starts = tokenised(tokenizer, texts, folder / digest)
-    return PackedBatches.over(ids, torch.ones(1, dtype=torch.bool).expand(len(ids)), starts, length, rows, seed, digest)
-
-
-def _texts(path: Path) -> Iterator[str]:
-    if ".txt" in path.suffixes:
-        yield data.read(path).decode("utf-8", errors="replace")
-        return
-    rows = data.parquet(data.read(path), path) if path.suffix == ".parquet" else data.lines(data.read(path), path)
-    for number, row in rows:
-        if not isinstance(row.get("text"), str):
-            raise BadText(f"{path}, record {number}: a field text is expected")
-        yield row["text"]
-
-
-def _from_hub() -> Iterator[str]:
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset(MINIPILE, split="train", streaming=False)
-    except Exception as error:  # whatever the client's transport raises: all of it means the same here
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise BadText(f"no folder minipile in --data-dir, and {MINIPILE} on the hub is not reachable: {reason}") from None
-    yield from (row["text"] for row in found)
-
-
-def tokenised(tokenizer: Any, texts: Iterator[str], folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [N] (int32) of all documents, each with its end token, and where documents begin [N]: files mapped into memory.
-
-    A run that was stopped begins again; a finished one is read.
-    """
-    ids, starts, done = folder / "ids.bin", folder / "starts.bin", folder / "done.json"
-    if not done.exists():
-        some = list(islice(texts, 512))  # before anything is written: there may be none
-        folder.mkdir(parents=True, exist_ok=True)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        count = 0
-        with ids.open("wb") as to_ids, starts.open("wb") as to_starts:
-            while some:
-                for document in tokenizer(some)["input_ids"]:
-                    whole = [*document, *end]
-                    to_ids.write(np.array(whole, dtype=np.int32).tobytes())
-                    to_starts.write(bytes([1]) + bytes(len(whole) - 1) if whole else b"")
-                    count += len(whole)
-                some = list(islice(texts, 512))
-        done.write_text(json.dumps({"tokens": count}))
-    if not json.loads(done.read_text())["tokens"]:
-        raise BadText(f"{folder}: the training text holds no token")
-    return (
-        torch.from_numpy(np.memmap(ids, dtype=np.int32, mode="c")),
-        torch.from_numpy(np.memmap(starts, dtype=np.bool_, mode="c")),
-    )

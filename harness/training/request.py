@@ -1,188 +1,251 @@
-"""`run_all.py train`: a model converted, healed by a recipe, and saved as a variant."""
+"""A training as a request: a model converted, healed by a recipe, and saved as a variant."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from accelerate import PartialState
-
-from harness.engine.model import Model, own_attention
-from harness.evaluation.plan import BadRequest
-from harness.evaluation.request import device_of, load_model
-from harness.families import routers
-from harness.models.load import check_name
-from harness.models.variants import About, bytes_a_token, conversion_of, is_variant, save
-from harness.training.checkpoint import forget, sharded, whole_weights
-from harness.training.data import HELD_OUT, ReferenceBatches, instruct_batches, text_batches
-from harness.training.loop import Batches, Recipe, heal, routing_of
-from harness.training.recipes import RECIPES, NamedRecipe, dolly, minipile
-from harness.training.reference_data import Documents, book_sentences
-from methods import CONVERSIONS
+from harness.errors import BadRequest
+from harness.evaluation.request import DTYPES, at_least
+from harness.files import check_writable
+from harness.registry import Registry
+from harness.training.recipes import RECIPES, Loss, NamedRecipe, Recipe
 from results.store import slug
 
+if TYPE_CHECKING:
+    from harness.engine.model import Model
+    from harness.models.variants import About
+    from harness.training.data import ReferenceBatches
+    from harness.training.loop import Batch, Batches, Progress
+    from methods.mixsga_router import RouterLoss
+
 REFERENCE_RECIPE = Recipe(steps=600, lr=3e-3)  # the embedded model is small: it stands higher rates
-LENGTH, ROWS = 1024, 4  # of batches, where neither the command nor a recipe says otherwise
+LENGTH, ROWS = 1024, 4  # of batches, where neither the request nor a recipe says otherwise
+MEASURED = 8  # held-out batches on which routing is measured
 
 
 @dataclass(frozen=True)
-class Course:
-    """How a model is to be healed, and on what."""
+class TrainRequest:
+    """What to train. Settings that are None are the recipe's.
+
+    Raises:
+        BadRequest: a field that makes no sense by itself.
+    """
+
+    model: str
+    conversion: str  # as it is written in names: gqa-2, mixsga-3:1:6, none
+    recipe: str | None = None  # a named one: mixsga-sft, mixsga-pretrain
+    text: Path | None = None  # file or folder of .txt to heal on
+    instruct: Path | None = None  # .jsonl with prompt and output to heal on
+    data_dir: Path | None = None  # with the recipe's data; for the embedded model, with lm/books
+    length: int | None = None  # tokens of a row of text
+    rows: int | None = None  # of a batch
+    epochs: float | None = None  # times through the recipe's data
+    steps: int | None = None
+    optimizer: Literal["adamw", "muon"] | None = None
+    lr: float | None = None
+    router_lr: float | None = None
+    accumulate: int | None = None
+    loss: Loss | None = None
+    trains: Literal["all", "kv"] | None = None
+    alpha: float | None = None
+    router_loss: RouterLoss | None = None
+    checkpointing: bool | None = None
+    save_every: int | None = None
+    seed: int = 0
+    shard_weights: bool = False  # with several processes: each holds a part of the weights (FSDP2)
+    save_dtype: str = "bfloat16"
+    out: Path | None = None  # folder of the variant; None: results/variants/<model>+<conversion>
+    plugins: tuple[Path, ...] = ()
+    revision: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        at_least(self, seed=0)
+        for name in ("length", "rows", "epochs"):
+            size = getattr(self, name)
+            if size is not None and not size > 0:
+                raise BadRequest(f"--{name} {size:g} must be above 0")
+        if self.text and self.instruct:
+            raise BadRequest("--text and --instruct exclude each other")
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise BadRequest(f"no recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
+        if self.save_dtype not in DTYPES:
+            raise BadRequest(f"no dtype {self.save_dtype!r}; known: {', '.join(DTYPES)}")
+        self.settings()  # refuses what makes no sense before anything is loaded
+
+    @property
+    def named(self) -> NamedRecipe | None:
+        return None if self.recipe is None else RECIPES[self.recipe]
+
+    def settings(self, **more: Any) -> Recipe:
+        """The recipe, with `more` and then what the request changes of it."""
+        given = {field.name: value for field in fields(Recipe) if (value := getattr(self, field.name, None)) is not None}
+        plain = REFERENCE_RECIPE if self.model == "reference" else Recipe()
+        return replace(self.named.recipe if self.named else plain, **{**more, **given})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A variant that was trained, and where it lies."""
+
+    about: About
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is trained on."""
 
     recipe: Recipe
     batches: Batches
-    text: str  # what it is trained on, in words
+    text: str  # in words
 
 
-def train_request(options: argparse.Namespace) -> tuple[About, Path] | None:
+def train(request: TrainRequest, registry: Registry) -> Trained | None:
     """Converts a model, heals it, and saves the variant. None in all but the first of several processes.
 
     Raises:
-        BadRequest, BadVariant, CannotConvert, CannotTrain, BadText, BadData: the request makes no sense, or cannot go on.
+        UserError: the request makes no sense, or the training cannot go on.
     """
-    text = conversion_text(options)
-    conversion = conversion_of(text)
-    named = named_recipe(options)
-    _recipe(options, named)  # refuses what makes no sense before anything is loaded
-    check_name(options.model)
-    processes = PartialState(cpu=device_of(options.device).type == "cpu")
-    if options.shard_weights and processes.num_processes < 2:
+    from accelerate import PartialState
+
+    from harness.engine.model import own_attention
+    from harness.models.load import check_name, device_of, load_model
+    from harness.training.loop import Course, heal
+
+    conversion = registry.conversion(request.conversion)
+    check_name(request.model, registry)
+    processes = PartialState(cpu=device_of(request.device).type == "cpu")
+    if request.shard_weights and processes.num_processes < 2:
         raise BadRequest("--shard-weights needs several processes: torchrun --nproc-per-node N run_all.py train ...")
     if processes.num_processes > 1:
-        options.device = str(processes.device)  # each its own
-    model = load_model(options, options.model)
+        request = replace(request, device=str(processes.device))  # each its own
+    model = load_model(request.model, request, registry)
     if "+" in model.name:
         raise BadRequest(f"model {model.name} is a variant already: convert its parent")
     if model.tokenizer is None:
         raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a training text")
-    course = course_of(options, model, named)
-    recipe = course.recipe
-    out = options.out or Path("results/variants") / slug(f"{model.name}+{text}")
-    teacher = copy.deepcopy(model.network) if recipe.loss == "distill" else None
+    reading = reading_of(request, model)
+    out = request.out or Path("results/variants") / slug(f"{model.name}+{request.conversion}")
+    teacher = copy.deepcopy(model.network) if reading.recipe.loss == "distill" else None
     if teacher is not None:
         teacher.set_attn_implementation(own_attention(teacher))
-    conversion.apply(model.network, recipe.seed)
+    conversion.apply(model.network, reading.recipe.seed)
     if processes.is_main_process:
         check_free(out)
-    said = {"recipe": options.recipe, **asdict(recipe), "trained_on": course.text}
-    about = f"{model.name} {model.revision} {text} {course.text} {getattr(course.batches, 'digest', '')}"
-    progress = heal(model.network, course.batches, recipe, out, teacher, about, options.shard_weights)
-    saved = getattr(torch, options.save_dtype)
+    digest = getattr(reading.batches, "digest", "")
+    about = f"{model.name} {model.revision} {request.conversion} {reading.text} {digest}"
+    course = Course(reading.recipe, reading.batches, teacher, about, request.shard_weights)
+    progress = heal(model.network, course, out)
+    return _saved(request, model, reading, progress, out, registry)
+
+
+def _saved(
+    request: TrainRequest, model: Model, reading: Reading, progress: Progress, out: Path, registry: Registry
+) -> Trained | None:
+    """Measures what was trained on the weights that are saved, and saves them."""
+    import torch
+    from accelerate import PartialState
+
+    from harness.families import routers
+    from harness.models.variants import About, bytes_a_token, save
+    from harness.training.checkpoint import forget, sharded, whole_weights
+    from harness.training.loop import routing_of
+
+    dtype = getattr(torch, request.save_dtype)
     if not sharded(model.network):
-        model.network.to(saved).float()  # what is measured are the weights that are saved
-    held_out = (course.batches(HELD_OUT + number).to(model.device) for number in range(8))
+        model.network.to(dtype).float()  # what is measured are the weights that are saved
     shape = replace(model.parent_shape, itemsize=4)
+    share = bytes_a_token(shape, request.conversion, registry) / bytes_a_token(shape, "none", registry)
     results: dict[str, Any] = {
         "tokens": progress.tokens,
         "seconds": round(progress.seconds, 1),
-        "kv_share": round(bytes_a_token(shape, text) / bytes_a_token(shape, "none"), 4),
+        "kv_share": round(share, 4),
         "losses": progress.losses,
     }
     if routers(model.network):
-        results |= routing_of(model.network, held_out)
+        results |= routing_of(model.network, _held_out(reading.batches, model.device))
     weights = None
     if sharded(model.network):
-        weights = {name: weight.to(saved) for name, weight in whole_weights(model.network).items()}
+        weights = {name: weight.to(dtype) for name, weight in whole_weights(model.network).items()}
     else:
-        model.network.to(saved)
-    if not processes.is_main_process:
+        model.network.to(dtype)
+    if not PartialState().is_main_process:
         return None
-    variant = About(model.name, model.revision, shape, text, said, results)
+    said = {"recipe": request.recipe, **asdict(reading.recipe), "trained_on": reading.text}
+    variant = About(model.name, model.revision, shape, request.conversion, said, results)
     save(model.network, model.tokenizer, variant, out, weights)
     forget(out)
-    return variant, out
+    return Trained(variant, out)
 
 
-def conversion_text(options: argparse.Namespace) -> str:
-    """The conversion as it is written in names."""
-    if options.conversion not in CONVERSIONS:
-        raise BadRequest(f"no conversion {options.conversion!r}; known: {', '.join(CONVERSIONS)}")
-    needed = CONVERSIONS[options.conversion].numbers
-    numbers = str(getattr(options, needed) or "") if needed else ""
-    if needed and not numbers:
-        raise BadRequest(f"--conversion {options.conversion} needs --{needed}")
-    if "-" in numbers:
-        raise BadRequest(f"--{needed} {numbers} must not be negative")
-    return "-".join(part for part in (options.conversion, numbers, options.ablation) if part)
+def _held_out(batches: Batches, device: Any) -> Iterator[Batch]:
+    from harness.training.data import HELD_OUT
+
+    return (batches(HELD_OUT + number).to(device) for number in range(MEASURED))
 
 
-def named_recipe(options: argparse.Namespace) -> NamedRecipe | None:
-    if options.recipe is None:
-        return None
-    if options.recipe not in RECIPES:
-        raise BadRequest(f"no recipe {options.recipe!r}; known: {', '.join(RECIPES)}")
-    return RECIPES[options.recipe]
-
-
-def _recipe(options: argparse.Namespace, named: NamedRecipe | None, **more: Any) -> Recipe:
-    """The recipe, with what the command line changes of it."""
-    names = {field.name for field in fields(Recipe)}
-    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    plain = REFERENCE_RECIPE if options.model == "reference" else Recipe()
-    try:
-        return replace(named.recipe if named else plain, **{**more, **given})
-    except ValueError as error:
-        raise BadRequest(str(error)) from None
-
-
-def course_of(options: argparse.Namespace, model: Model, named: NamedRecipe | None) -> Course:
+def reading_of(request: TrainRequest, model: Model) -> Reading:
     """
     Raises:
-        BadRequest: sizes that make no sense, or nothing to heal on.
+        BadRequest: more tokens than the model has positions for, or nothing to heal on.
         BadText, BadData: a text that is missing, empty or too short.
     """
-    length = options.length or (min(named.length, model.max_tokens) if named else LENGTH)
-    rows = options.rows or (named.rows if named else ROWS)
-    for name, size in (("length", options.length), ("rows", options.rows), ("epochs", options.epochs)):
-        if size is not None and size <= 0:
-            raise BadRequest(f"--{name} {size:g} must be above 0")
+    from harness.training.corpora import dolly, minipile
+    from harness.training.data import instruct_batches, text_batches
+
+    named = request.named
+    length = request.length or (min(named.length, model.max_tokens) if named else LENGTH)
+    rows = request.rows or (named.rows if named else ROWS)
     if length > model.max_tokens:
         raise BadRequest(f"--length {length} is over the {model.max_tokens} positions of {model.name}")
-    if options.text and options.instruct:
-        raise BadRequest("--text and --instruct exclude each other")
     batches: Any
-    sizes = (length, rows, options.seed)
-    if options.text or options.instruct:
-        read = text_batches if options.text else instruct_batches
-        path = options.text or options.instruct
+    sizes = (length, rows, request.seed)
+    if path := request.text or request.instruct:
+        read = text_batches if request.text else instruct_batches
         batches, text = read(model.tokenizer, path, *sizes), f"{path.name}, {rows} rows of {length} tokens"
     elif named:
         read_data = dolly if named.data == "dolly" else minipile
-        batches = read_data(model.tokenizer, options.data_dir, *sizes)
+        batches = read_data(model.tokenizer, request.data_dir, *sizes)
         text = f"{named.data}, {rows} rows of at most {length} tokens"
     elif model.name == "reference":
-        recipe = _recipe(options, None)
-        text = "the embedded model's own documents" + (" and books" if options.data_dir else "")
-        return Course(recipe, _own_documents(options, model, recipe), text)
+        recipe = request.settings()
+        text = "the embedded model's own documents" + (" and books" if request.data_dir else "")
+        return Reading(recipe, _own_documents(request, model, recipe), text)
     else:
         raise BadRequest(f"model {model.name} needs --recipe, --text or --instruct to be healed on")
-    if named is None:
-        return Course(_recipe(options, None), batches, text)
-    named = replace(named, epochs=options.epochs or named.epochs)
-    at_once = rows * PartialState().num_processes
-    accumulate = math.ceil(named.batch / at_once)
-    return Course(_recipe(options, named, steps=named.steps(rows_of(batches)), accumulate=accumulate), batches, text)
+    return Reading(_for_data(request, rows, batches), batches, text)
 
 
-def rows_of(batches: Any) -> int:
-    """Of one time through the data."""
-    return int(batches.usable)
+def _for_data(request: TrainRequest, rows: int, batches: Any) -> Recipe:
+    """The recipe; of a named one, steps and accumulation follow from how much there is to read."""
+    from accelerate import PartialState
+
+    if request.named is None:
+        return request.settings()
+    named = replace(request.named, epochs=request.epochs or request.named.epochs)
+    accumulate = math.ceil(named.batch / (rows * PartialState().num_processes))
+    return request.settings(steps=named.steps(int(batches.usable)), accumulate=accumulate)
 
 
-def _own_documents(options: argparse.Namespace, model: Model, recipe: Recipe) -> ReferenceBatches:
+def _own_documents(request: TrainRequest, model: Model, recipe: Recipe) -> ReferenceBatches:
+    from harness.training.data import ReferenceBatches
+    from harness.training.reference_data import Documents, book_sentences
+
     books: list[str] = []
-    if options.data_dir:
+    if request.data_dir:
         try:
-            books = book_sentences(options.data_dir / "lm" / "books", held_out=False)
+            books = book_sentences(request.data_dir / "lm" / "books", held_out=False)
         except FileNotFoundError as error:
-            raise BadRequest(f"--data-dir {options.data_dir}: {error}") from None
-    documents = Documents(model.tokenizer, books, options.seed)  # type: ignore[arg-type]
-    return ReferenceBatches(documents, options.seed, recipe.steps * recipe.accumulate)
+            raise BadRequest(f"--data-dir {request.data_dir}: {error}") from None
+    documents = Documents(model.tokenizer, books, request.seed)  # type: ignore[arg-type]
+    return ReferenceBatches(documents, request.seed, recipe.steps * recipe.accumulate)
 
 
 def check_free(out: Path) -> None:
@@ -190,11 +253,8 @@ def check_free(out: Path) -> None:
     Raises:
         BadRequest: a finished variant lies there, or nothing can be written there.
     """
+    from harness.models.variants import is_variant
+
     if is_variant(out):
         raise BadRequest(f"{out} holds a finished variant: remove it, or choose another folder with --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".try").touch()
-        (out / ".try").unlink()
-    except OSError as error:
-        raise BadRequest(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from None
+    check_writable(out)

@@ -1,0 +1,118 @@
+"""How likely what is fed to a cache is, and how close its predictions stay to the full cache's (fidelity).
+
+Tokens are fed by force (teacher forcing): appended to the rows in one pass or a few, scored, and cropped again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.engine.model import Model
+from harness.engine.rows import RowCache
+
+FORCED_NUMBERS = 2**26  # logits held at once by a forced pass
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a continuation: summed log-probability in nats, whether each token is the model's first choice, and how many."""
+
+    logprob: float
+    greedy: bool
+    tokens: int
+
+    def __add__(self, other: Likelihood) -> Likelihood:
+        return Likelihood(self.logprob + other.logprob, self.greedy and other.greedy, self.tokens + other.tokens)
+
+    @classmethod
+    def of(cls, logits: Tensor, tokens: Tensor) -> Likelihood:
+        """[n, V] logits, or log-probabilities, of the places of `tokens` [n]."""
+        chosen = -torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="sum")
+        return cls(float(chosen), bool((logits.argmax(-1) == tokens).all()), len(tokens))
+
+
+def forced(model: Model, cache: RowCache, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Feeds the same tokens to every cell, in pieces that fit in memory, and takes them back.
+
+    Yields:
+        where a piece starts, and the log-probabilities of what follows each of its tokens, [C, piece, V].
+    """
+    wide = max(1, FORCED_NUMBERS // (cache.cells * model.network.config.vocab_size))
+    for start in range(0, len(tokens), wide):
+        piece = torch.tensor(tokens[start : start + wide], device=model.device).expand(cache.cells, -1)
+        yield start, model.decode(cache, piece, keep=piece.shape[1]).float().log_softmax(-1)
+    cache.crop([len(tokens)] * cache.cells)
+
+
+def branch(model: Model, cache: RowCache, lead: Tensor, tokens: Sequence[int], scored: int) -> list[Likelihood]:
+    """How likely each cell finds the last `scored` of `tokens` behind what it holds. The cache is left as it was.
+
+    Args:
+        lead: [C, V], logits of the first token.
+    """
+    wanted = torch.tensor(tokens, device=lead.device)
+    sums = [Likelihood(0.0, True, 0) for _ in range(cache.cells)]
+
+    def add(start: int, logprobs: Tensor) -> None:  # [C, p, V], of the tokens from `start` on
+        first = max(0, len(tokens) - scored - start)
+        for cell, found in enumerate(logprobs[:, first:]):
+            if len(found):
+                sums[cell] += Likelihood.of(found, wanted[start + first : start + first + len(found)])
+
+    add(0, lead.float().log_softmax(-1)[:, None])
+    for start, logprobs in forced(model, cache, tokens[:-1]):
+        add(start + 1, logprobs)
+    return sums
+
+
+@dataclass(frozen=True)
+class FullAnswer:
+    """What the full cache said, and how sure it was: the yardstick of fidelity."""
+
+    tokens: list[int]
+    logprobs: Tensor  # [A, V], of each of the tokens' places but the first under question_in
+
+    @classmethod
+    def of(cls, model: Model, cache: RowCache, tokens: list[int], lead: Tensor | None) -> FullAnswer:
+        """`lead`: [1, V], log-probabilities of the first token, where it came out of the cache and not of the prefill."""
+        parts = [] if lead is None else [lead.cpu()]
+        parts += [logprobs[0].cpu() for _, logprobs in forced(model, cache, tokens[:-1])]
+        empty = torch.zeros(0, model.network.config.vocab_size)
+        return cls(tokens, torch.cat(parts) if parts else empty)
+
+    def fidelity(self, model: Model, cache: RowCache, lead: Tensor | None) -> list[dict[str, float]]:
+        """How far each cell's predictions lie from the full cache's, all fed the full cache's answer.
+
+        Args:
+            lead: [C, V] or None, as above.
+
+        Returns:
+            of each cell, kl: mean KL of the full cache's distribution to the cell's, nats; top1: share of places at which
+            both prefer the same token; loss: mean negative log-likelihood of full's answer, nats. Empty if the answer's
+            only token came out of the prefill.
+        """
+        if not len(self.logprobs):
+            return [{} for _ in range(cache.cells)]
+        sums = torch.zeros(cache.cells, 3, dtype=torch.float64)
+        done = 0
+        if lead is not None:
+            sums += self._compare(lead[:, None], 0)
+            done = 1
+        for start, logprobs in forced(model, cache, self.tokens[:-1]):
+            sums += self._compare(logprobs, done + start)
+        means = (sums / len(self.logprobs)).tolist()
+        return [{"kl": max(0.0, kl), "top1": top1, "loss": loss} for kl, top1, loss in means]
+
+    def _compare(self, ours: Tensor, start: int) -> Tensor:
+        """Sums over a piece [C, p, V] of places that starts at place `start`, [C, 3]."""
+        places = ours.shape[1]
+        full = self.logprobs[start : start + places].to(ours.device)
+        said = torch.tensor(self.tokens[len(self.tokens) - len(self.logprobs) :][start : start + places])
+        kl = (full.exp() * (full - ours)).nan_to_num(0.0).sum(-1)
+        same = (ours.argmax(-1) == full.argmax(-1)).double()
+        loss = -ours.gather(-1, said.to(ours.device).expand(ours.shape[0], -1)[..., None])[..., 0]
+        return torch.stack([kl.double().sum(1), same.sum(1), loss.double().sum(1)], 1).cpu()

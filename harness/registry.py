@@ -1,0 +1,316 @@
+"""What can be named: methods, allocators, benchmarks and conversions, ours and those of plugins, as one value that is passed on.
+
+A plugin is a Python file that holds any of the tables `METHODS`, `ALLOCATORS`, `BENCHMARKS` and `CONVERSIONS`, each from names
+to what our own tables hold, or an installed package with entry points of the same kinds (`ENTRY_POINTS`). A row of theirs carries
+the hash of the file, so another version of it is another method. Nothing is added to our own tables: a registry with a plugin is
+another registry.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks import BENCHMARKS, GROUPS
+from benchmarks.base import Task
+from harness.errors import UserError
+from methods import ALLOCATORS, CONVERSIONS, METHODS
+from methods.base import Allocator, Conversion, Converter, Eviction, Method
+
+T = TypeVar("T")
+
+TABLES = ("METHODS", "ALLOCATORS", "BENCHMARKS", "CONVERSIONS")  # as a plugin's file names them
+ENTRY_POINTS = {f"kv_cache_scale.{table.lower()}": table for table in TABLES}  # group of entry points -> table
+MEMBERS = {  # what an entry of a table must have
+    "METHODS": ("version", "takes_budget", "is_reference", "needs", "scorer", "head_scores", "cannot_run", "compress"),
+    "ALLOCATORS": ("counts",),
+    "BENCHMARKS": ("name", "metrics", "size", "forced", "chat", "data", "example", "score"),
+    "CONVERSIONS": ("about", "make", "numbers"),
+}
+SCORER = ("needs", "protected", "score")
+DEFINED_IN = {"METHODS": "methods/base.py", "ALLOCATORS": "methods/base.py", "BENCHMARKS": "benchmarks/base.py"}
+DEFINED_IN["CONVERSIONS"] = "methods/base.py"
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+NOT_SETTINGS = ("version", "scores")  # fields of an entry that say what the code is, and what a model brings
+
+
+class BadPlugin(UserError):
+    """A file or package that is no plugin, in one line."""
+
+
+class UnknownChoice(UserError):
+    """A name, or a setting of one, that is not there: the message lists what is."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """What a file or a package brings."""
+
+    path: Path  # of the file; of a package: the name of its distribution
+    sha256: str
+    tables: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Everything that can be named in a request."""
+
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
+    allocators: Mapping[str, Allocator] = field(default_factory=lambda: ALLOCATORS)
+    benchmarks: Mapping[str, Task] = field(default_factory=lambda: BENCHMARKS)
+    conversions: Mapping[str, Conversion] = field(default_factory=lambda: CONVERSIONS)
+    plugins: tuple[Plugin, ...] = ()
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = getattr(self, name.lower())
+        return found
+
+    def method(self, text: str) -> tuple[str, Method]:
+        """A method by name, with other settings (`snapkv(kernel=5)`) or another allocator (`snapkv:pyramid`), and its label.
+
+        Raises:
+            UnknownChoice: no such method, allocator or setting.
+        """
+        name, bracket, settings = text.partition("(")
+        name, colon, allocator = (part.strip() for part in name.partition(":"))
+        if not colon:
+            return choose("method", text, self.methods)
+        method = choose("method", name, self.methods)[1]
+        if not isinstance(method, Eviction):
+            raise UnknownChoice(f"method {name!r} has no allocator that could be changed for {allocator!r}")
+        composed = replace(method, allocator=choose("allocator", allocator, self.allocators)[1])
+        label = f"{name}:{allocator}"
+        return choose("method", f"{label}{bracket}{settings}", {label: composed}, colon_sets_first=False)
+
+    def benchmark(self, text: str) -> tuple[str, Task]:
+        """A benchmark by name, with other settings: `recall(length=512)`, `perplexity:wikitext2`; and its label."""
+        return choose("benchmark", text, self.benchmarks)
+
+    def benchmark_names(self, names: Sequence[str]) -> list[str]:
+        """Group names become their members; behind `lm_eval:x` a name that is not known here is lm-eval's, too."""
+        return expand(names, self.benchmarks, GROUPS)
+
+    def conversion(self, text: str) -> Converter:
+        """What is done to a model, from how it is written: none, gqa-2, mqa, mixsga-3:1:6, with an ablation behind it.
+
+        Raises:
+            UnknownChoice: no such conversion, or numbers that it cannot have.
+        """
+        kind, *parts = text.split("-")
+        if kind not in self.conversions:
+            raise UnknownChoice(f"no conversion {text!r}; known: {', '.join(self.conversions)}")
+        known = self.conversions[kind]
+        try:
+            if known.numbers and not parts:
+                raise ValueError(f"it needs {known.numbers} behind it")
+            numbers = tuple(int(number) for number in parts.pop(0).split(":")) if known.numbers else ()
+            return known.make(numbers, "-".join(parts))
+        except ValueError as error:
+            raise UnknownChoice(f"conversion {text!r}: {error} ({known.about})") from None
+
+    def mark(self, table: str, label: str) -> str:
+        """The hash of the file that an entry comes from, "" for ours. `label` may carry settings, or an allocator's name."""
+        name, _, rest = re.split(r"\(", label, maxsplit=1)[0].partition(":")
+        names = [(table, re.split(r"-", name)[0])] + ([("ALLOCATORS", rest)] if table == "METHODS" and rest else [])
+        found = (plugin.sha256[:8] for plugin in self.plugins for where, n in names if n in plugin.tables.get(where, {}))
+        return "".join(f"+{sha}" for sha in found)
+
+    def adding(self, plugin: Plugin) -> Registry:
+        """This registry and what a plugin brings.
+
+        Raises:
+            BadPlugin: a name that is taken, or an entry that is not what its table holds.
+        """
+        tables = {}
+        for table, entries in plugin.tables.items():
+            _check(plugin.path, table, entries, {*self.table(table), *(GROUPS if table == "BENCHMARKS" else ())})
+            tables[table.lower()] = {**self.table(table), **entries}
+        return replace(self, **tables, plugins=(*self.plugins, plugin))
+
+
+BUILTIN = Registry()
+
+
+def registry_of(plugins: Iterable[str | Path] = ()) -> Registry:
+    """Ours, what installed packages bring as entry points, and these files.
+
+    Raises:
+        BadPlugin: see `load_plugin`; or two plugins share a name.
+    """
+    found = BUILTIN
+    for plugin in [*installed_plugins(), *(load_plugin(Path(path)) for path in plugins)]:
+        found = found.adding(plugin)
+    return found
+
+
+def load_plugin(path: Path) -> Plugin:
+    """
+    Raises:
+        BadPlugin: no such file, an error in it, or no table.
+    """
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise BadPlugin(f"plugin {path}: {error.strerror}") from None
+    sha256 = hashlib.sha256(source).hexdigest()
+    name = f"plugin_{path.stem}_{sha256[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise BadPlugin(f"plugin {path}: not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise BadPlugin(f"plugin {path}, line {error.lineno}: {error.msg}") from None
+    except (Exception, SystemExit) as error:  # whatever the user's code raises while it is read
+        line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), None)
+        raise BadPlugin(f"plugin {path}, line {line}: {type(error).__name__}: {error}") from None
+    tables = {table: getattr(module, table) for table in TABLES if hasattr(module, table)}
+    if not any(tables.values()):
+        raise BadPlugin(f"plugin {path} holds none of the tables {', '.join(TABLES)}, or only empty ones")
+    return Plugin(path, sha256, tables)
+
+
+def installed_plugins() -> list[Plugin]:
+    """What installed packages bring: one plugin a package, marked by the hash of its files that define the entries.
+
+    Raises:
+        BadPlugin: an entry point that cannot be loaded.
+    """
+    packages: dict[str, dict[str, dict[str, Any]]] = {}
+    for group, table in ENTRY_POINTS.items():
+        for point in entry_points(group=group):
+            name = point.dist.name if point.dist else point.value
+            try:
+                packages.setdefault(name, {}).setdefault(table, {})[point.name] = point.load()
+            except (Exception, SystemExit) as error:  # whatever the package raises while it is imported
+                raise BadPlugin(f"plugin {name}: entry point {point.name!r} ({point.value}): {error}") from None
+    return [Plugin(Path(name), _sources_of(tables), tables) for name, tables in sorted(packages.items())]
+
+
+def _sources_of(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """The hash of the files in which entries, their scorers and their allocators are defined."""
+    parts = [entry for entries in tables.values() for entry in entries.values()]
+    parts += [getattr(entry, part) for entry in list(parts) for part in ("scorer", "allocator", "make") if hasattr(entry, part)]
+    files = {inspect.getsourcefile(part if inspect.isroutine(part) else type(part)) for part in parts if part is not None}
+    digest = hashlib.sha256()
+    for file in sorted(filter(None, files)):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def _check(path: Path, table: str, entries: Any, taken: set[str]) -> None:
+    if not isinstance(entries, dict):
+        raise BadPlugin(f"plugin {path}: {table} must be a dict from names to entries")
+    for name, entry in entries.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise BadPlugin(f"plugin {path}: {name!r} in {table} is no name of letters, digits and underscores")
+        if name in taken:
+            raise BadPlugin(f"plugin {path}: {name!r} in {table} is a name that is taken: choose another")
+        if reason := _wrong(table, entry):
+            raise BadPlugin(f"plugin {path}: {table}[{name!r}] {reason}")
+
+
+def _wrong(table: str, entry: Any) -> str | None:
+    missing = [part for part in MEMBERS[table] if not hasattr(entry, part)]
+    if missing:
+        return f"is {type(entry).__name__}, which lacks {missing[0]!r}: see {DEFINED_IN[table]}"
+    if table == "BENCHMARKS" and "@" not in entry.name:
+        return f"has the name {entry.name!r}, without a version such as {entry.name}@1"
+    if table == "METHODS" and entry.scorer is not None:
+        missing = [part for part in SCORER if not hasattr(entry.scorer, part)]
+        return f"has a scorer without {missing[0]!r}" if missing else None
+    return None
+
+
+def split(text: str) -> list[str]:
+    """Cuts at commas outside brackets: `"a,b(c=1,d=2)"` -> `["a", "b(c=1,d=2)"]`."""
+    parts = re.split(r",(?![^(]*\))", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def expand(names: Sequence[str], known: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Group names become their members, with the group's settings; behind `lm_eval:x` a name not known here is lm-eval's, too."""
+    found: list[str] = []
+    for text in names:
+        name, bracket, settings = text.partition("(")
+        if name in groups:
+            found += [f"{member}{bracket}{settings}" for member in groups[name]]
+        elif name not in known and ":" not in name and found and found[-1].startswith("lm_eval:"):
+            found.append(f"lm_eval:{text}")
+        else:
+            found.append(text)
+    return list(dict.fromkeys(found))
+
+
+def choose(kind: str, text: str, table: Mapping[str, T], colon_sets_first: bool = True) -> tuple[str, T]:
+    """The entry that `text` names, with its settings changed as asked, and its label: the name with those settings in order.
+
+    `name:value` sets the first setting of an entry (`perplexity:wikitext2`), unless colons are part of names.
+
+    Raises:
+        UnknownChoice: `kind` (method, benchmark) has no such entry or setting, or the setting cannot have that value.
+    """
+    match = re.fullmatch(r"\s*([^()]+?)\s*(?:\((.*)\))?\s*", text)
+    name = match.group(1) if match else text
+    name, colon, first = name.partition(":") if colon_sets_first else (name, "", "")
+    if match is None or name not in table:
+        raise UnknownChoice(f"no {kind} {name!r}; known: {', '.join(table)}")
+    settings = _settings(kind, text, match.group(2) or "")
+    if colon:
+        settings = {fields(table[name])[0].name: first} | settings  # type: ignore[arg-type]
+    if not settings:
+        return name, table[name]
+    try:
+        changed = _with(table[name], dict(settings))
+    except (TypeError, ValueError) as error:
+        raise UnknownChoice(f"{kind} {text!r}: {error}") from None
+    if colon:
+        name, settings = f"{name}:{Path(first).stem}", dict(list(settings.items())[1:])
+    listed = ",".join(f"{key}={value}" for key, value in sorted(settings.items()))
+    return f"{name}({listed})" if settings else name, changed
+
+
+def _settings(kind: str, text: str, inside: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in inside.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UnknownChoice(f"{kind} {text!r}: {part!r} is not of the form setting=value")
+        try:
+            settings[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            settings[key.strip()] = value.strip()
+    return settings
+
+
+def _with(entry: Any, settings: dict[str, Any]) -> Any:
+    """A frozen dataclass with settings changed, its own or those of the dataclasses it is made of."""
+    mine = {field.name for field in fields(entry)} - set(NOT_SETTINGS)
+    parts = {name: getattr(entry, name) for name in mine if is_dataclass(getattr(entry, name))}
+    changes: dict[str, Any] = {}
+    for key, value in settings.items():
+        owner = next((name for name, part in parts.items() if key in {f.name for f in fields(part)}), None)
+        if owner is not None:
+            changes[owner] = _with(changes.get(owner, parts[owner]), {key: value})
+        elif key in mine - set(parts):
+            kind = type(getattr(entry, key))
+            value = float(value) if kind is float and type(value) is int else value
+            if type(value) is not kind:
+                raise TypeError(f"{key} is of type {kind.__name__}, {value!r} is not")
+            changes[key] = value
+        else:
+            known = sorted((mine - set(parts)) | {f.name for part in parts.values() for f in fields(part)})
+            raise TypeError(f"no setting {key!r}; it has: {', '.join(known)}")
+    return replace(entry, **changes)
