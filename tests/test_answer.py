@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import network, read, tiny, tokens
+from helpers import network, read, tiny, tokens
 
 import harness.engine.generate
 import harness.engine.scoring

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MAIN, tiny, tokens
-from test_conversions import converted
+from helpers import MAIN, converted, tiny, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -334,7 +333,7 @@ def test_a_capture_that_fails_says_what_went_wrong_at_first(monkeypatch: pytest.
 def test_more_steps_than_there_is_room_for_are_refused() -> None:
     model = tiny("llama")
     cache, token = cache_of(model, tokens(60))
-    with pytest.raises(ValueError, match="no room for 65 more tokens"):
+    with pytest.raises(ValueError, match="no slack for 65 more tokens"):
         StaticDecode(model, cache, token, 65)
     decode = StaticDecode(model, cache, token, 1)
     decode.step()

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, network, tokens
-from test_conversions import WIDE, dense, wide
+from helpers import FAMILIES, WIDE, dense, network, tokens, wide
 from torch import Tensor
 
 from harness.cache import Budget, ModelShape, Needs, keep_all
@@ -17,7 +16,8 @@ from harness.engine.model import Model
 from harness.engine.rows import compact
 from harness.families import CannotConvert, handles, shape_of
 from harness.layer_sharing import places
-from harness.models.variants import About, BadVariant, bytes_a_token, conversion_of, convert, open_variant, save
+from harness.models.variants import About, bytes_a_token, convert, open_variant, save
+from harness.registry import BUILTIN, UnknownChoice
 from methods import METHODS
 from methods.base import Eviction, score_prefill
 from methods.cla import SharedLayers
@@ -38,7 +38,7 @@ def deep(family: str) -> Any:
 def variant(family: str, text: str) -> Model:
     net = deep(family)
     parent = shape_of(net)
-    conversion_of(text).apply(net)
+    BUILTIN.conversion(text).apply(net)
     return Model(net, None, f"{family}+{text}", "0", parent)
 
 
@@ -78,7 +78,7 @@ def handed_on(net: Any, groups: list[list[int]], initial: str) -> Any:
 def test_layers_read_what_the_first_of_their_group_projects(family: str, text: str) -> None:
     ids = tokens(T)
     net = deep(family)
-    conversion = conversion_of(text)
+    conversion = BUILTIN.conversion(text)
     assert isinstance(conversion, SharedLayers)
     wanted = dense(handed_on(net, conversion.groups(shape_of(net)), conversion.initial), ids)
     assert (dense(variant(family, text).network, ids) - wanted).abs().max() < 1e-4
@@ -200,12 +200,12 @@ def test_a_saved_variant_answers_as_before(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["cla", "cla-0", "cla-101", "cla-50:50", "cla-50-random"])
 def test_shares_that_make_no_sense_are_refused(text: str) -> None:
-    with pytest.raises(BadVariant):
-        conversion_of(text)
+    with pytest.raises(UnknownChoice):
+        BUILTIN.conversion(text)
 
 
 def test_a_variant_is_not_converted_again() -> None:
     model = Model(network("llama"), None, "tiny", "0")
     once = convert(model, "cla-50")
     with pytest.raises(CannotConvert):
-        conversion_of("gqa-2").apply(once.network)
+        BUILTIN.conversion("gqa-2").apply(once.network)

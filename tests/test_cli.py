@@ -9,23 +9,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import call, small
 
 import run_all
-from harness.choices import UnknownChoice, choose, split
 from harness.engine.measure import OutOfMemory, memory_errors
-from harness.evaluation.plan import BadRequest, Shard
+from harness.errors import BadRequest
+from harness.evaluation.request import Shard
+from harness.registry import UnknownChoice, choose, split
 from methods import METHODS
 from results.store import Store, StoreError, read_rows
-
-SMALL = ("--benchmarks", "random_tokens(length=48,max_new_tokens=4)", "--limit", "2", "--device", "cpu")
-
-
-def call(*arguments: str) -> int:
-    return run_all.main(list(arguments))
-
-
-def small(out: Path, *more: str) -> tuple[str, ...]:
-    return ("run", "--suite", "smoke", "--out", str(out), *SMALL, *more)
 
 
 def test_the_smoke_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

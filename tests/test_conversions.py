@@ -10,53 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, SCORED, network, tokens
-from test_cli import call
-from test_invariants import masked_logits
+from helpers import SCORED, WIDE, call, converted, dense, masked_logits, tokens, wide
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from harness.cache import Budget, ModelShape, Needs, keep_all
 from harness.engine.model import Model
 from harness.engine.rows import RowCache, compact
-from harness.families import CannotConvert, groupings, handles, routers, shape_of
+from harness.families import CannotConvert, groupings, handles
 from harness.models.load import load
 from harness.models.shapes import SHAPES
-from harness.models.variants import About, BadVariant, bytes_a_token, conversion_of, open_variant, save
+from harness.models.variants import About, BadVariant, bytes_a_token, open_variant, save
 from harness.papers.token_importance import perplexity_changes
+from harness.registry import BUILTIN, UnknownChoice
 from methods.base import Eviction, score_prefill
 from methods.mixsga_router import Router, capacities, expert_choice
 from results.store import read_rows
 
 T = 48
-WIDE = ("llama", "qwen2", "qwen3", "gemma2", "opt", "phi3", "gpt_neox", "mistral-window")
-
-
-def wide(family: str) -> Any:
-    """The tiny network with four KV heads, so that groups of 1, 2 and 4 can be formed."""
-    settings = {**FAMILIES[family], "num_attention_heads": 8, "num_key_value_heads": 8 if family in ("opt", "gpt_neox") else 4}
-    saved = FAMILIES[family]
-    FAMILIES[family] = settings
-    try:
-        return network(family)
-    finally:
-        FAMILIES[family] = saved
-
-
-def converted(family: str, text: str, net: Any = None) -> Model:
-    net = net or wide(family)
-    parent = shape_of(net)
-    conversion_of(text).apply(net)
-    for router in routers(net):
-        router.score.weight.data.mul_(3.0)  # far from ties
-    return Model(net, None, f"{family}+{text}", "0", parent)
-
-
-def dense(net: Any, ids: Tensor) -> Tensor:
-    """Logits of transformers alone, eager, [T, V]."""
-    net.set_attn_implementation("eager")
-    with torch.no_grad():
-        return net(ids[None], use_cache=False).logits[0]
 
 
 def pooled_copy(family: str, group: int, how: str) -> Any:
@@ -195,7 +166,7 @@ def test_every_eviction_runs_on_top_and_equals_masking(family: str, text: str, m
 def test_head_scores_weigh_a_row_by_its_heads_and_its_share_of_the_tokens() -> None:
     model = converted("llama", "mixsga-1:1:2")
     prefill = model.prefill(tokens(T), SCORED["headkv_r2"].needs)[0]
-    from conftest import head_scores
+    from helpers import head_scores
 
     eviction = SCORED["headkv_r2"]
     assert isinstance(eviction, Eviction)
@@ -372,8 +343,8 @@ def test_broken_variants_get_one_line(tmp_path: Path) -> None:
     "text", ["gqa", "gqa-0", "gqa-x", "gqa-2-last", "mixsga", "mixsga-0:0", "mixsga-3:-1", "cla", "mqa-2-first", ""]
 )
 def test_conversions_that_make_no_sense(text: str) -> None:
-    with pytest.raises(BadVariant, match=r"conversion|ratios"):
-        conversion_of(text)
+    with pytest.raises(UnknownChoice, match=r"conversion|ratios"):
+        BUILTIN.conversion(text)
 
 
 def test_heads_that_cannot_form_groups_and_second_conversions_are_refused() -> None:
@@ -381,9 +352,9 @@ def test_heads_that_cannot_form_groups_and_second_conversions_are_refused() -> N
         with pytest.raises(CannotConvert, match="do not divide 4 KV heads"):
             converted("llama", text)
     net = wide("opt")
-    conversion_of("mixsga-1:1").apply(net)
+    BUILTIN.conversion("mixsga-1:1").apply(net)
     with pytest.raises(CannotConvert, match="converted already"):
-        conversion_of("gqa-2").apply(net)
+        BUILTIN.conversion("gqa-2").apply(net)
     net.config.model_type = "bloom"
     with pytest.raises(CannotConvert, match="no attention handles for the family 'bloom'"):
         handles(net)
@@ -392,12 +363,12 @@ def test_heads_that_cannot_form_groups_and_second_conversions_are_refused() -> N
 def test_converting_makes_no_second_copy_of_the_weights() -> None:
     net = wide("llama")
     before = {name: weight.data_ptr() for name, weight in net.named_parameters()}
-    conversion_of("mixsga-3:1:6").apply(net)
+    BUILTIN.conversion("mixsga-3:1:6").apply(net)
     after = {name.replace(".inner", ""): weight.data_ptr() for name, weight in net.named_parameters()}
     assert {name: after[name] for name in before} == before
     net = wide("opt")
     before = {name: weight.data_ptr() for name, weight in net.named_parameters()}
-    conversion_of("gqa-2").apply(net)
+    BUILTIN.conversion("gqa-2").apply(net)
     assert {name.replace(".inner", ""): weight.data_ptr() for name, weight in net.named_parameters()} == before
 
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, network, read, tiny, tokens
-from test_cli import call
+from helpers import FAMILIES, call, network, read, tiny, tokens
 
 import harness.cost.cell
 from benchmarks import latency, memory
 from harness.cache import Budget, Needs, keep_all
 from harness.cost.cell import CacheSubject, CostCell, CpuMeter, measure_cell
 from harness.cost.request import cells_of, identity, run_cell
-from harness.cost.roofline import floors, pairs_of, weight_bytes
+from harness.cost.roofline import pairs_of, rooflines, weight_bytes
 from harness.engine.model import Model
 from harness.engine.rows import compact, compact_and_free
-from harness.suites import COST_SUITES, SPEED_SUITES, SUITES
+from harness.registry import BUILTIN
+from harness.suites import COST_SUITES, SUITES
 from methods import METHODS
 from reports.cost import cost_sentences, cost_tables, costs
 from reports.cost_plots import cost_pictures
@@ -151,13 +151,13 @@ def test_layers_are_freed_as_they_are_copied(family: str) -> None:
             assert torch.equal(a.keys[where], b.keys[where]) and torch.equal(a.positions[where], b.positions[where])
 
 
-def test_floors_by_hand() -> None:
+def test_rooflines_by_hand() -> None:
     assert pairs_of(4, None) == 10 and pairs_of(4, 9) == 10 and pairs_of(5, 2) == 1 + 2 * 4
     net = network("llama")
     model = Model(net, None, "tiny", "0")
     every = sum(weight.numel() for weight in net.parameters()) * 4
     assert weight_bytes(model) == every - net.get_input_embeddings().weight.numel() * 4
-    found = floors({"weights": 4000, "bytes_kept": 1000}, {"bandwidth": 100.0, "flops": 10.0}, model, context=10, batch=2)
+    found = rooflines({"weights": 4000, "bytes_kept": 1000}, {"bandwidth": 100.0, "flops": 10.0}, model, context=10, batch=2)
     head = net.get_output_embeddings().weight.numel()
     products = 2 * ((1000 - head) * 10 + head) + 4 * 3 * 55 * 4 * 16
     assert found == pytest.approx({"token_floor": 50.0, "prefill_floor": 2 * products / 10})
@@ -218,10 +218,10 @@ def test_a_cost_suite_is_planned_and_refused_where_it_makes_no_sense(tmp_path: P
     assert json.loads(capsys.readouterr().out)["finished"] == 0 and not list(tmp_path.iterdir()), "a plan writes nothing"
     assert call("beta", "--suite", "cost-small", "--out", str(tmp_path)) == 2
     assert "measures cost" in capsys.readouterr().err
-    for name in SPEED_SUITES:
-        assert call("plan", "--suite", name, "--out", str(tmp_path)) == 2
-        assert f"suite {name} measures the harness itself: only `run` takes it" in capsys.readouterr().err
-    assert call("run", "--suite", "kernel-speed", "--device", "cpu") == 2
+    for name in ("sweep", "attention", "kernel"):
+        assert call("run", "--suite", f"{name}-speed", "--out", str(tmp_path)) == 2
+        assert f"run_all.py bench {name}" in capsys.readouterr().err
+    assert call("bench", "kernel", "--device", "cpu") == 2
     assert "measures a GPU, and there is none here" in capsys.readouterr().err
 
 
@@ -247,8 +247,8 @@ def test_a_cost_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
         (("--contexts", "x"), "--contexts 'x' must be whole numbers"),
         (("--methods", "nosuch"), "no method 'nosuch'"),
         (("--budgets", "200%"), "over 100 %"),
-        (("--rounds", "0"), "at least one round"),
-        (("--decode", "eager,fast"), "--decode 'eager,fast' must be some of eager, graph, compiled"),
+        (("--rounds", "0"), "--rounds 0 must be at least 1"),
+        (("--decode", "eager,fast"), "--decode 'fast' must be some of eager, graph, compiled"),
         (("--model", "random:nosuch"), "no shape 'nosuch'"),
     ):
         assert call("run", "--suite", "cost-default", *wrong, "--out", str(tmp_path / "wrong")) == 2
@@ -256,14 +256,14 @@ def test_a_cost_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_memory_is_watched_once_whatever_the_ways_of_decoding() -> None:
-    cells = list(cells_of(replace(COST_SUITES["cost-small"], decodes=DECODES, rounds=1), "float32", "cpu"))
+    cells = list(cells_of(replace(COST_SUITES["cost-small"], decodes=DECODES, rounds=1), BUILTIN, "float32", "cpu"))
     assert [cell.decode for cell in cells if cell.what == "memory"] == ["eager"] * 8
     assert [cell.decode for cell in cells if cell.what == "latency"] == list(DECODES) * 8
     assert len({identity(cell, "e") for cell in cells}) == 8 * (1 + 3)
 
 
 def test_every_round_runs_every_cell_once() -> None:
-    cells = list(cells_of(COST_SUITES["cost-small"], "float32", "cpu"))
+    cells = list(cells_of(COST_SUITES["cost-small"], BUILTIN, "float32", "cpu"))
     assert len(cells) == len({identity(cell, "e") for cell in cells}) == 8 * (1 + 3)
     assert [cell.what for cell in cells[:8]] == ["memory"] * 8 and [cell.round for cell in cells[8:]] == [0] * 8 + [1] * 8 + [
         2

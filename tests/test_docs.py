@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from run_all import parser
+from harness.cli.arguments import parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

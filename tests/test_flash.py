@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MAIN, network, tiny, tokens
+from helpers import MAIN, network, tiny, tokens
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from harness.cache import Needs
-from harness.cost.kernel_speed import kernel_speed, varlen_peers
+from harness.cost.microbench import kernel_speed, varlen_peers
 from harness.engine import flash
 from harness.engine.model import Model
 
@@ -106,7 +106,7 @@ def test_peers_are_timed_and_compared_or_left_out(monkeypatch: pytest.MonkeyPatc
     def peers(*given: Any) -> dict[str, Any]:
         return {"absent": absent, "right": lambda: right(*given), "wrong": lambda: right(*given) + 1}
 
-    monkeypatch.setattr("harness.cost.kernel_speed.varlen_peers", peers)
+    monkeypatch.setattr("harness.cost.microbench.varlen_peers", peers)
     found = kernel_speed(torch.device("cpu"), torch.float32, size=2**18, rows=6)
     assert found["right_apart"] < 1e-5 and found["wrong_apart"] == pytest.approx(1, rel=1e-3) and found["right_ms"] > 0
     assert "absent_ms" not in found and "absent does not run here: enable_gqa is not known\n" in capsys.readouterr().err

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA
-from test_cli import call
+from helpers import DATA, call
 
 from benchmarks import BENCHMARKS, GROUPS
 from benchmarks.babilong import LABELS, BabiLong, instruction, right
@@ -21,14 +20,13 @@ from benchmarks.loogle import KINDS, LooGLE
 from benchmarks.needle import NeedleInHaystack
 from benchmarks.perplexity import Perplexity, PerplexityWindows
 from benchmarks.ruler import RulerMultiKey, RulerSingle, RulerVariables
-from harness.choices import expand
 from harness.engine.model import Model
 from harness.evaluation.plan import token_counter
 from harness.evaluation.prompts import CannotPrompt, Protocol, has_example, tokenize
 from harness.models.load import load
+from harness.registry import expand
 from results.store import read_rows
 
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data folder is not here")
 MADE = ("needle", "needle_facts", "ruler_single", "ruler_multi_key", "ruler_variables")
 
 
@@ -142,7 +140,7 @@ def test_babilong_instructions_say_how_to_answer() -> None:
         assert told.before.index("</example>") < max(told.before.find("Always return"), told.before.find("Your answer should"))
 
 
-@needs_data
+@pytest.mark.data
 @pytest.mark.parametrize("length", ["0k", "1k", "2k", "4k"])
 def test_babilong_records(length: str) -> None:
     for number in LABELS:
@@ -154,7 +152,7 @@ def test_babilong_records(length: str) -> None:
             assert example.prompt[: example.context_end].endswith(str(task.records().rows[index]["input"]).strip())
 
 
-@needs_data
+@pytest.mark.data
 def test_loogle_asks_every_question_of_its_kind() -> None:
     lines = (DATA / "loogle" / "longdep_qa.jsonl").read_text().splitlines()
     types = Counter(pair["type"] for line in lines for pair in ast.literal_eval(json.loads(line)["qa_pairs"]))

@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, head_scores, network, read, tiny, tokens
-from test_cli import call
+from helpers import FAMILIES, call, head_scores, network, read, tiny, tokens
 
 from benchmarks.haystack import Haystack
 from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, TEXTS
 from harness.cache import Arena, Needs, keep_all
 from harness.engine.rows import compact
-from harness.evaluation.plan import BadRequest
+from harness.errors import BadRequest
 from harness.models.load import REFERENCE, load
 from harness.papers.importance import Estimate, Journal, attempt, estimate_scores, observe, succeeded
 from methods import METHODS

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, SCORED, network, read, tiny, tokens
+from helpers import FAMILIES, SCORED, masked_logits, network, read, selection, tiny, tokens, total_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, FalconConfig, FalconForCausalLM
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, FalconConfig, FalconForCausalLM
 
-from harness.cache import Budget, Prefill, Selection, keep_all
+from harness.cache import Budget, keep_all
 from harness.engine.model import Model, UnsupportedModel
 from harness.engine.observe import AttentionSettings, softcapped_attention
-from harness.engine.rows import ROOM_STEP, compact
+from harness.engine.rows import compact, slack_for
 from harness.evaluation.prompts import Prompt, Protocol
 from harness.evaluation.sweep import Cell, Sweep
-from harness.families import shape_of
 from methods.ada_snapkv import AdaptiveHeads
 from methods.allocators import Uniform
 from methods.base import Eviction, score_prefill
@@ -28,49 +25,6 @@ from methods.snapkv import WindowAttention
 
 EVICTING = [name for name, method in SCORED.items() if isinstance(method, Eviction)]
 T = 60
-
-
-def selection(name: str, prefill: Prefill, total: int) -> Selection:
-    method = SCORED[name]
-    assert isinstance(method, Eviction)
-    return method.compress(prefill, total, score_prefill(method.scorer, prefill))
-
-
-def total_of(prefill: Prefill, budget: str) -> int:
-    return Budget.parse(budget).entries(prefill.shape, prefill.tokens, "kv")
-
-
-def masked_logits(family: str, ids: Tensor, read_first: int, kept: Selection | None, net: Any = None) -> Tensor:
-    """Logits [T, V] of one dense pass in which queries behind `read_first` do not see what was evicted: no rows, no cache."""
-    net = net or network(family)
-    net.set_attn_implementation("eager")
-    shape = shape_of(net)
-    hidden = torch.zeros(shape.layers, shape.query_heads, len(ids), dtype=torch.bool)
-    for layer, rows in enumerate(kept or ()):
-        candidates = shape.candidates(layer, read_first)
-        hidden[layer, :, :read_first] = True
-        for row in rows:
-            indices = torch.arange(candidates) if row.kept is None else row.kept
-            hidden[layer, row.first : row.first + row.width, read_first - candidates + indices] = False  # rows of a head add up
-
-    def attention(module, query, key, value, mask, scaling, softcap=None, sliding_window=None, **_):
-        group = query.shape[1] // key.shape[1]
-        logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        place = torch.arange(query.shape[2])
-        unseen = place[None, :] > place[:, None]
-        if sliding_window is not None:
-            unseen = unseen | (place[None, :] <= place[:, None] - sliding_window)
-        evicted = hidden[module.layer_idx][:, None, :] & (place >= read_first)[None, :, None]
-        weights = logits.masked_fill(unseen | evicted, float("-inf")).softmax(-1)
-        return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register("masked_in_test", attention)
-    AttentionMaskInterface.register("masked_in_test", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    net.set_attn_implementation("masked_in_test")
-    with torch.no_grad():
-        return net(ids[None], use_cache=False).logits[0]
 
 
 def decoded(family: str, cache, ids: Tensor, pieces: list[int]) -> Tensor:
@@ -246,7 +200,7 @@ def test_allocated_bytes_are_those_of_the_storages_and_bounded(family: str) -> N
             assert sum(c.bytes_allocated for c in counts) == sum(storages.values())
             for count, chosen in zip(counts, kept, strict=True):
                 rows = sum(len(layer) for layer in chosen)
-                tail = rows * -(-room // ROOM_STEP) * ROOM_STEP * (prefill.shape.entry_bytes() + 4)
+                tail = rows * slack_for(room) * (prefill.shape.entry_bytes() + 4)
                 assert count.bytes_kept == count.entries * 2 * prefill.shape.head_dim * 4
                 assert count.bytes_allocated - count.bytes_kept <= 0.02 * count.bytes_kept + 4 * count.entries + tail
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from test_cli import call
+from helpers import call
 
 from harness.evaluation.judge import Case, Judge, judge_rows
 from results.store import StoreError, judge_lines, read_ratings, read_rows

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import read, tokens
+from helpers import read, tokens
 from torch import Tensor
 
 from harness.cache import Needs, keep_all
@@ -143,7 +143,7 @@ def test_a_layer_of_a_cache_is_read_as_by_the_path_in_plain_torch(family: str) -
 
 def test_experts_rows_are_merged_by_their_weights() -> None:
     """mixSGA's expert_groups: a head's entries lie in rows of several widths."""
-    from test_conversions import converted
+    from helpers import converted
 
     model = converted("llama", "mixsga-3:1:6")
     prefill = model.prefill(tokens(60), Needs())[0]

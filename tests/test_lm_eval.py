@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATA, SCORED, network, read, tiny, tokens
-from test_cli import call
-from test_invariants import masked_logits, selection, total_of
+from helpers import DATA, SCORED, call, masked_logits, network, read, selection, tiny, tokens, total_of
 
 from benchmarks.base import Example, Request
 from benchmarks.lm_eval_tasks import LmEval, _open, aggregate
@@ -264,7 +262,7 @@ def test_broken_tasks_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "piqa.jsonl" in refused("piqa", "--data-dir", str(tmp_path))
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the data folder is not here")
+@pytest.mark.data
 def test_published_tasks_run_on_local_rows() -> None:
     for name, choices in (("hellaswag", 4), ("piqa", 2), ("winogrande", 2), ("arc_easy", 4), ("arc_challenge", 4)):
         task = LmEval(name, data_dir=DATA)
@@ -313,7 +311,7 @@ def test_a_task_is_known_by_all_that_it_asks_and_scores(tmp_path: Path) -> None:
     assert len(hashes) == 3
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the data folder is not here")
+@pytest.mark.data
 def test_no_example_is_among_its_own_worked_ones() -> None:
     task = LmEval("arc_easy", 25, DATA)
     questions = [row["question"] for row in task.records().rows]

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA
-from test_cli import call
+from helpers import DATA, call
 
 from benchmarks import BENCHMARKS, longbench_metrics
 from benchmarks.data import BadData, Source, load
@@ -21,11 +20,10 @@ from harness.models.load import load as load_model
 from results.store import read_rows
 
 PREDICTIONS = DATA / "longbench_scored_predictions" / "llama2-7b-chat"
-needs_data = pytest.mark.skipif(not (DATA / "longbench").is_dir(), reason="LongBench's records are not in ../shared/data")
 needs_predictions = pytest.mark.skipif(not PREDICTIONS.is_dir(), reason="scored predictions are not in ../shared/data")
 
 
-@needs_data
+@pytest.mark.data
 @pytest.mark.parametrize("task", KINDS)
 def test_prompts_and_lengths_are_the_official_ones(task: str) -> None:
     config = DATA / "longbench" / "config"
@@ -100,7 +98,7 @@ def test_english_f1_takes_articles_off_after_punctuation() -> None:
     assert english_f1("an apple a day", "apple day") == 1.0
 
 
-@needs_data
+@pytest.mark.data
 def test_every_local_record_makes_a_prompt_and_scores_its_own_answer() -> None:
     for task in KINDS:
         bench = LongBench(task, data_dir=DATA)
@@ -114,7 +112,7 @@ def test_every_local_record_makes_a_prompt_and_scores_its_own_answer() -> None:
             assert best > (40 if task in CHINESE else 99.9), (task, index, best)
 
 
-@needs_data
+@pytest.mark.data
 def test_both_protocols_read_the_same_ids_and_truncation_keeps_the_two_ends() -> None:
     model = load_model("reference", torch.float32, torch.device("cpu"))
     for task in ("qasper", "triviaqa", "vcsum", "lcc"):
@@ -132,14 +130,14 @@ def test_both_protocols_read_the_same_ids_and_truncation_keeps_the_two_ends() ->
                 assert inside.ids == whole.ids
 
 
-@needs_data
+@pytest.mark.data
 def test_a_chat_template_is_never_put_around_few_shot_and_code_tasks() -> None:
-    from harness.evaluation.plan import Work, protocols_of
+    from harness.evaluation.plan import Grid, protocols_of
 
-    work = Work({}, {}, (), (Protocol(chat="template"), Protocol()), 1, (0,))
-    assert len(protocols_of(LongBench("qasper"), work)) == 2
+    grid = Grid({}, {}, (), (Protocol(chat="template"), Protocol()), 1, (0,))
+    assert len(protocols_of(LongBench("qasper"), grid)) == 2
     for task in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"):
-        assert [protocol.chat for protocol in protocols_of(LongBench(task), work)] == ["raw"]
+        assert [protocol.chat for protocol in protocols_of(LongBench(task), grid)] == ["raw"]
 
 
 def records(folder: Path, text: str | bytes, name: str = "longbench/qasper.jsonl") -> LongBench:
@@ -230,7 +228,7 @@ def test_scores_of_a_folder_as_json_and_by_length(tmp_path: Path, capsys: pytest
     assert found["lcc"] == {"0-4k": None, "4-8k": None, "8k+": 100.0}
 
 
-@needs_data
+@pytest.mark.data
 def test_a_run_on_real_records_is_finished_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["run", "--benchmarks", "longbench_trec,longbench_multifieldqa_en,dolly(new_tokens=8)", "--limit", "1"]
     asked += ["--methods", "full,snapkv", "--budgets", "32", "--truncation", "400", "--max-new-tokens", "8"]
@@ -250,7 +248,7 @@ def test_a_run_on_real_records_is_finished_once(tmp_path: Path, capsys: pytest.C
     assert before == sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "rows").iterdir())
 
 
-@needs_data
+@pytest.mark.data
 @pytest.mark.parametrize("name", SETS)
 def test_instruction_sets_score_their_own_answers(name: str) -> None:
     bench = Instruct(name, data_dir=DATA)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import read, tokens
+from helpers import read, tokens
 
 from harness.cache import Budget, LayerKV, ModelShape
 from harness.engine.observe import AttentionSettings, column_sums

@@ -10,20 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATA, FAMILIES, head_scores, network
-from test_cli import call
+from helpers import DATA, FAMILIES, call, head_scores, network
 from transformers import AutoTokenizer
 
 from benchmarks import BENCHMARKS
 from harness.cache import ModelShape
-from harness.choices import choose
 from harness.cost.cell import CostCell
-from harness.evaluation.plan import BadRequest
+from harness.errors import BadRequest
 from harness.models.load import REFERENCE
 from harness.models.shapes import SHAPES
 from harness.models.variants import bytes_a_token
 from harness.papers.needs import FLOPS, needs
 from harness.papers.tables import HUB, TABLES, asked_for, paper, paper_models, rows_of, table_of
+from harness.registry import choose
 from methods import METHODS
 from methods.headkv import HeadScores
 from reports.paper import PaperRow, Side, side_by_side
@@ -32,7 +31,6 @@ from results.store import read_costs, read_rows
 PAPERS = ("headkv", "mixsga")
 RESTATED = DATA.parent / "papers"
 DOES_NOT_RECOMPUTE = {("mixsga", "table6", "random router", "mean"): 17.6075}  # printed as 17.68
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data folder is not here")
 
 
 def test_every_printed_mean_recomputes_but_those_that_are_listed() -> None:
@@ -75,7 +73,7 @@ def test_cache_bytes_of_mixsgas_table_9_are_those_of_our_formula() -> None:
         assert int(bytes_a_token(shape, conversion)) == row["values"]["cache bytes a token"]
 
 
-@pytest.mark.skipif(not RESTATED.is_dir(), reason="the papers' restated numbers are not here")
+@pytest.mark.data
 def test_numbers_are_those_of_the_papers() -> None:
     for name in PAPERS:
         text = (RESTATED / f"{name}.md").read_text()
@@ -116,7 +114,7 @@ def test_what_was_not_measured_is_never_filled() -> None:
     assert found.rows[0][3].value == 23.49
 
 
-@needs_data
+@pytest.mark.data
 def test_a_table_of_headkv_on_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = (
         "reproduce",
@@ -143,7 +141,7 @@ def test_a_table_of_headkv_on_the_embedded_model(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
 
 
-@needs_data
+@pytest.mark.data
 def test_a_table_of_mixsga_on_the_embedded_model(tmp_path: Path) -> None:
     asked = ("--model", "reference", "--limit", "1", "--data-dir", str(DATA), "--out", str(tmp_path))
     assert call("reproduce", "mixsga:table6", *asked) == 0
@@ -171,7 +169,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / request.param
 
 
-@needs_data
+@pytest.mark.data
 @pytest.mark.parametrize("checkpoint", ["llama", "opt"], indirect=True)
 def test_table_1_of_mixsga_from_base_weights_training_included(checkpoint: Path, tmp_path: Path) -> None:
     out, variants = tmp_path / "out", tmp_path / "variants"
@@ -194,7 +192,7 @@ def test_table_1_of_mixsga_from_base_weights_training_included(checkpoint: Path,
     assert before == {path: path.stat().st_mtime_ns for path in variants.rglob("*")}, "a trained variant was trained again"
 
 
-@needs_data
+@pytest.mark.data
 @pytest.mark.parametrize("checkpoint", ["llama", "opt"], indirect=True)
 def test_table_1_of_headkv_on_a_users_own_model(checkpoint: Path, tmp_path: Path) -> None:
     runs = head_scores(3, 8).runs
@@ -247,7 +245,7 @@ def test_times_of_the_papers_come_from_cost_cells(tmp_path: Path, monkeypatch: p
     )
 
 
-@needs_data
+@pytest.mark.data
 def test_figures_are_asked_for_by_name(tmp_path: Path) -> None:
     asked = ("--model", "reference", "--limit", "1", "--data-dir", str(DATA), "--out", str(tmp_path))
     assert call("reproduce", "mixsga:figure3", *asked) == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny
+from helpers import tiny
 
 from benchmarks.peers.compare import cells_of, markdown, ours, shared, table
 from benchmarks.random_tokens import RandomTokens

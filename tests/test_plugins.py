@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_cli import call
+from helpers import call
 
 from benchmarks import BENCHMARKS
 from harness.evaluation.conformance import check_plugin
-from harness.plugins import BadPlugin, Plugin, load_plugin, plugged
+from harness.registry import BUILTIN, BadPlugin, Plugin, load_plugin, registry_of
 from methods import CONVERSIONS, METHODS
 from methods.base import Eviction
 from results.store import read_rows
@@ -100,12 +100,12 @@ def test_what_breaks_the_contract_is_told_in_one_line(body: str, tmp_path: Path,
         ("def broken(:\n", "line 1: invalid syntax"),
         ("x = 1\nraise RuntimeError('no way')\n", "line 2: RuntimeError: no way"),
         ("x = 1\n", "holds none of the tables"),
-        (METHOD.replace("BODY", "return 1").replace('"mine":', '"snapkv":'), "'snapkv' in METHODS is a name of ours"),
+        (METHOD.replace("BODY", "return 1").replace('"mine":', '"snapkv":'), "'snapkv' in METHODS is a name that is taken"),
         (METHOD.replace("BODY", "return 1").replace('"mine":', '"a b":'), "no name of letters"),
-        ("METHODS = {'mine': 3}\n", "is int, not methods.base.Eviction"),
+        ("METHODS = {'mine': 3}\n", "is int, which lacks 'version'"),
         ("METHODS = [3]\n", "must be a dict"),
-        ("BENCHMARKS = {'mine': 3}\n", "lacks 'name'"),
-        ("CONVERSIONS = {'mine': 3}\n", "not methods.base.Conversion"),
+        ("BENCHMARKS = {'mine': 3}\n", "which lacks 'name'"),
+        ("CONVERSIONS = {'mine': 3}\n", "which lacks 'about'"),
     ],
 )
 def test_files_that_are_no_plugins(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -121,9 +121,9 @@ def test_files_that_are_no_plugins(text: str, said: str, tmp_path: Path, capsys:
 def test_two_plugins_may_not_share_a_name(tmp_path: Path) -> None:
     for name in ("one.py", "two.py"):
         (tmp_path / name).write_text(METHOD.replace("BODY", "return layer.stored_keys.sum(-1)"))
-    with pytest.raises(BadPlugin, match="choose another"), plugged([tmp_path / "one.py", tmp_path / "two.py"]):
-        pass
-    assert "mine" not in METHODS
+    with pytest.raises(BadPlugin, match="choose another"):
+        registry_of([tmp_path / "one.py", tmp_path / "two.py"])
+    assert "mine" in registry_of([tmp_path / "one.py"]).methods and "mine" not in BUILTIN.methods
 
 
 def test_our_own_entries_keep_the_contract() -> None:

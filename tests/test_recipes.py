@@ -12,17 +12,16 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import DATA
+from helpers import DATA, call, trainable
 from safetensors.torch import load_file
-from test_cli import call
-from test_train import trainable
 from transformers import AutoTokenizer
 
 from harness.models.load import REFERENCE
 from harness.models.variants import read_about
+from harness.training.corpora import dolly, minipile, template_of
 from harness.training.data import HELD_OUT, BadText, ExampleBatches
-from harness.training.loop import IGNORED, Recipe, loss_of
-from harness.training.recipes import RECIPES, dolly, minipile, template_of
+from harness.training.loop import IGNORED, loss_of
+from harness.training.recipes import RECIPES, Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,7 +57,7 @@ def test_training_prompts_are_worded_as_the_evaluated_ones() -> None:
     assert prompt("jump", "over the dog") == asked("jump", "over the dog")["prompt"]
 
 
-@pytest.mark.skipif(not (DATA / "instruct").is_dir(), reason="no instruction sets at hand")
+@pytest.mark.data
 def test_the_real_records_have_one_wording() -> None:
     rows = [json.loads(line) for line in (DATA / "instruct" / "dolly_eval.jsonl").read_text().splitlines()]
     prompt = template_of(rows)
@@ -229,9 +228,10 @@ import torch
 from accelerate import PartialState
 
 sys.path[:0] = ["tests", "."]
-from test_train import FAST, batches, trainable
+from helpers import FAST, batches, trainable
+
 from harness.training.checkpoint import whole_weights
-from harness.training.loop import heal
+from harness.training.loop import Course, heal
 
 PartialState(cpu=True)
 kill, folder, out = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
@@ -244,7 +244,7 @@ def given(number):
 
 net = trainable("llama", "cla-50" if "cla" in out.name else "mixsga-3:1:6")
 try:
-    heal(net, given, FAST, folder, shard="ddp" not in out.name)
+    heal(net, Course(FAST, given, shard="ddp" not in out.name), folder)
 except KeyboardInterrupt:
     sys.exit(0)
 weights = whole_weights(net)

@@ -177,7 +177,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert (row[4].value, row[5].value, row[6].value, row[7].text) == (1.0, 0.0, -1.0, "8") and "*" in row[6].text
     same = next(row for row in tables[0].rows if [cell.text for cell in row[:2]] == ["snapkv", "32"])
     assert same[6].value == 0 and "*" not in same[6].text
-    from test_cli import call
+    from helpers import call
 
     first, second = stored(tmp_path / "a", rows), stored(tmp_path / "b", worse)
     assert call("report", "--out", str(first), "--out", str(second)) == 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import read, tiny, tokens
+from helpers import read, tiny, tokens
 
 from harness.cache import ExpertGroup, LayerKV, ModelShape, Prefill, Row, keep_all
 from harness.engine.attention import attend, attend_reference

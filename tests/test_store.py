@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from benchmarks.random_tokens import RandomTokens
 from harness.cache import Budget
-from harness.evaluation.plan import Work, run
+from harness.evaluation.plan import Grid, units
 from harness.evaluation.prompts import Protocol
-from harness.evaluation.sweep import Sweep
+from harness.evaluation.run import Sweeps, run_unit
 from methods import METHODS
 from reports.tables import lines
 from results.record import Key, Record
@@ -81,7 +81,7 @@ def test_every_setting_is_part_of_the_identity() -> None:
 def test_a_torn_last_line_is_cut_off_and_not_read(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.write(record(0))
-    path = next((tmp_path / "rows").iterdir())
+    path = next((tmp_path / "rows").glob("*.jsonl"))
     torn = record(1).to_json()
     for cut in (1, len(torn) // 2, len(torn) - 1):
         with path.open("a") as handle:
@@ -106,7 +106,7 @@ def test_failed_is_tried_again_and_skipped_is_not(tmp_path: Path) -> None:
 
 def test_rows_of_another_schema_are_refused_by_name(tmp_path: Path) -> None:
     Store(tmp_path).write(record())
-    path = next((tmp_path / "rows").iterdir())
+    path = next((tmp_path / "rows").glob("*.jsonl"))
     row = json.loads(path.read_text())
     path.write_text(json.dumps(row | {"schema": 99}) + "\n")
     with pytest.raises(StoreError, match="schema 99"):
@@ -143,7 +143,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     rows = read_rows(tmp_path)
     assert [row.key.example for row in rows] == list(range(len(rows)))
     assert len(rows) >= 4
-    assert next((tmp_path / "rows").iterdir()).read_bytes().endswith(b"\n")
+    assert next((tmp_path / "rows").glob("*.jsonl")).read_bytes().endswith(b"\n")
     Store(tmp_path).write(record(len(rows)))
     assert len(read_rows(tmp_path)) == len(rows) + 1
 
@@ -161,11 +161,11 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
         child.start()
     for child in children:
         child.join()
-    lines = next((tmp_path / "rows").iterdir()).read_text().splitlines()
+    lines = next((tmp_path / "rows").glob("*.jsonl")).read_text().splitlines()
     assert sorted(json.loads(line)["key"]["example"] for line in lines) == list(range(200))
 
 
-WORK = Work(
+GRID = Grid(
     tasks={"random_tokens": RandomTokens(length=40, question=4, max_new_tokens=3, vocabulary=97)},
     methods={name: METHODS[name] for name in ("full", "snapkv", "h2o")},
     budgets=(Budget.parse("10"), Budget.parse("50%")),
@@ -178,7 +178,10 @@ CELLS = 30 * 5
 
 def _sweep(out: Path) -> None:
     store = Store(out)
-    run(lambda protocol, seed: Sweep(tiny("llama"), protocol, seed=seed), tiny("llama"), WORK, store, "env", lambda _: None)
+    sweeps = Sweeps(tiny("llama"))
+    for unit in units(tiny("llama"), GRID, store):
+        for record in run_unit(sweeps, unit, "env"):
+            store.write(record)
 
 
 def finished(out: Path) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,36 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import call
-from test_conversions import converted
+from helpers import FAST, batches, call, converted, trainable
 from torch.nn.functional import cross_entropy
 
-from harness.engine.model import own_attention
 from harness.families import routers
 from harness.models.load import load
 from harness.models.variants import read_about
 from harness.training.checkpoint import CannotTrain, forget
-from harness.training.data import HELD_OUT, BadText, PackedBatches, ReferenceBatches, instruct_batches, text_batches
-from harness.training.loop import IGNORED, Batch, Recipe, choose_trained, heal, loss_of, routing_of
+from harness.training.data import HELD_OUT, BadText, ReferenceBatches, instruct_batches, text_batches
+from harness.training.loop import IGNORED, Batch, Course, choose_trained, heal, loss_of, routing_of
+from harness.training.recipes import Recipe
 from harness.training.reference_data import Documents
-
-FAST = Recipe(steps=6, bf16=False, save_every=2, lr=1e-2)
-
-
-def documents(count: int, seed: int = 0) -> list[tuple[list[int], list[bool]]]:
-    rng = random.Random(seed)
-    sizes = [rng.randint(3, 30) for _ in range(count)]
-    return [([rng.randrange(3, 97) for _ in range(size)], [True] * size) for size in sizes]
-
-
-def batches(rows: int = 3, length: int = 40) -> PackedBatches:
-    return PackedBatches.of(documents(60), length, rows, seed=0)
-
-
-def trainable(family: str, text: str) -> Any:
-    net = converted(family, text).network
-    net.set_attn_implementation(own_attention(net))
-    return net.train()
 
 
 @pytest.mark.parametrize("text", ["none", "mixsga-3:1:6", "gqa-2"])
@@ -108,7 +88,7 @@ def test_checkpointed_layers_do_not_count_the_routers_loss_twice() -> None:
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(text: str, optimizer: str, tmp_path: Path) -> None:
     fast = replace(FAST, optimizer=optimizer)  # type: ignore[arg-type]
     whole = trainable("llama", text)
-    heal(whole, batches(), fast, tmp_path / "whole")
+    heal(whole, Course(fast, batches()), tmp_path / "whole")
     assert (tmp_path / "whole" / "checkpoint.pt").exists(), "a kill before the variant is saved loses nothing"
     forget(tmp_path / "whole")
     assert not list((tmp_path / "whole").glob("*.pt*"))
@@ -120,17 +100,17 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(text: str, optimiz
         return made(number)
 
     with pytest.raises(KeyboardInterrupt):
-        heal(killed, until, fast, tmp_path / "two")
+        heal(killed, Course(fast, until), tmp_path / "two")
     assert (tmp_path / "two" / "checkpoint.pt").exists()
     for other in ((Recipe(steps=7), ""), (fast, "another text")):
         with pytest.raises(CannotTrain, match="another training"):
-            heal(trainable("llama", text), batches(), other[0], tmp_path / "two", None, other[1])
+            heal(trainable("llama", text), Course(other[0], batches(), about=other[1]), tmp_path / "two")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "checkpoint.pt").write_bytes((tmp_path / "two" / "checkpoint.pt").read_bytes()[:999])
     with pytest.raises(CannotTrain, match="is torn"):
-        heal(trainable("llama", text), batches(), fast, tmp_path / "torn")
+        heal(trainable("llama", text), Course(fast, batches()), tmp_path / "torn")
     resumed = trainable("llama", text)
-    progress = heal(resumed, batches(), fast, tmp_path / "two")
+    progress = heal(resumed, Course(fast, batches()), tmp_path / "two")
     for (name, ours), theirs in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6), name
     assert progress.tokens == 6 * 3 * 40 and progress.losses[-1]["step"] == 6
@@ -145,7 +125,7 @@ def test_training_learns_and_only_what_it_is_told_to(tmp_path: Path) -> None:
         return made(0)
 
     recipe = Recipe(steps=12, bf16=False, lr=5e-3, trains="kv")
-    progress = heal(net, one, recipe, tmp_path)
+    progress = heal(net, Course(recipe, one), tmp_path)
     assert progress.losses[-1]["lm"] < progress.losses[0]["lm"]
     moved = {name for name, weight in net.named_parameters() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if any(kind in name for kind in ("k_proj", "v_proj", "router"))}
@@ -161,7 +141,7 @@ def test_a_loss_that_is_no_number_stops_with_the_reason(tmp_path: Path) -> None:
     with torch.no_grad():
         net.model.embed_tokens.weight.fill_(float("nan"))
     with pytest.raises(CannotTrain, match="lower --lr"):
-        heal(net, batches(), FAST, tmp_path)
+        heal(net, Course(FAST, batches()), tmp_path)
 
 
 def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
