@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -15,9 +15,6 @@ from results.record import Key, Record
 Where = tuple[str, ...]
 Example = tuple[int, int]  # seed and number
 SIGNIFICANT = 0.05
-LOWER_IS_BETTER = ("nll",)
-# tasks that the embedded model can do
-OWN = ("recall", "two_hop", "recall_many", "needle_text", "needle_facts", "perplexity_own", "random_tokens")
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,7 @@ class Line:
         return (self.model, self.benchmark, self.prompt, self.protocol)
 
 
-def lines(
-    records: Iterable[Record], ratings: Mapping[str, float] | None = None, lower: Collection[str] = LOWER_IS_BETTER
-) -> list[Line]:
+def lines(records: Iterable[Record], ratings: Mapping[str, float] | None = None) -> list[Line]:
     """One line a cell of the suite, in the order: model, benchmark, protocol, method, budget.
 
     What would bear the same name but is not the same (another version, other head scores, another text of a plugin) is told apart
@@ -75,7 +70,6 @@ def lines(
 
     Args:
         ratings: a judge's, by row id.
-        lower: metrics of which less is better.
     """
     groups: dict[Where, list[Record]] = {}
     for record in records:
@@ -91,7 +85,7 @@ def lines(
     names = {(found[n].panel[0], found[n].method.split("@")[0]) for same in alike.values() if len(same) > 1 for n in same}
     found = [_told_apart(line, where) if (line.model, line.method.split("@")[0]) in names else line
              for line, where in zip(found, sorted(groups, key=_order), strict=True)]  # fmt: skip
-    return _corrected([replace(line, lower_is_better=line.metric in lower) for line in found])
+    return _corrected(found)
 
 
 def _told_apart(line: Line, where: Where) -> Line:
@@ -167,7 +161,7 @@ def _line(where: Where, records: Sequence[Record], full: Sequence[Record], ratin
         allocated_share=_share(done, "bytes_allocated"),
         entries=float(np.mean([record.entries for record in done])) if done else None,
         metric=metric,
-        score=_score(scores.values(), metric),
+        score=_score(scores.values(), any(metric in record.right_or_wrong for record in done)),
         score_difference=paired_difference(scores, baseline),
         kl=_estimate(record.fidelity["kl"] for record in done if record.fidelity),
         top1=_estimate(record.fidelity["top1"] for record in done if record.fidelity),
@@ -176,7 +170,8 @@ def _line(where: Where, records: Sequence[Record], full: Sequence[Record], ratin
         asked=float(np.mean([record.entries_asked for record in done])) if done else None,
         values=scores,
         asked_for=" ".join(where[4].split(" ")[1:]),
-        own=records[0].key.benchmark.partition("@")[0].partition("(")[0] in OWN,
+        own=any(record.embedded_can for record in records),
+        lower_is_better=any(metric in record.lower_is_better for record in done),
     )
 
 
@@ -199,13 +194,10 @@ def _estimate(values: Iterable[float]) -> Estimate | None:
     return estimate(found) if len(found) else None
 
 
-RIGHT_OR_WRONG = ("exact",)  # metrics of which an answer has 0 or 1
-
-
-def _score(values: Iterable[float], metric: str | None) -> Estimate | None:
-    """As `_estimate`; of answers that are right or wrong, a proportion."""
+def _score(values: Iterable[float], right_or_wrong: bool) -> Estimate | None:
+    """As `_estimate`; of answers that are right or wrong, a proportion. A mean over draws of one answer may be neither."""
     found = np.array(list(values), dtype=np.float64)
-    whole = metric in RIGHT_OR_WRONG and len(found) and bool(np.isin(found, (0.0, 1.0)).all())
+    whole = right_or_wrong and len(found) and bool(np.isin(found, (0.0, 1.0)).all())
     return proportion(found) if whole else _estimate(found)
 
 

@@ -17,7 +17,7 @@ from reports.needles import needle_maps
 from reports.page import READING, Made, Pictures, page
 from reports.present import length_tables, lm_eval_table, mean_tables, missing_table, score_tables
 from reports.summary import families, sentence, verdicts
-from reports.tables import LOWER_IS_BETTER, frame, lines
+from reports.tables import frame, lines
 from results.store import StoreError, read_commands, read_costs, read_folder, read_ratings, read_rows, read_verdicts
 
 
@@ -30,8 +30,7 @@ def write_report(out: Path) -> list[Path]:
     measured = read_costs(out)
     records = [] if measured and not (out / "rows").is_dir() else read_rows(out)
     ratings = read_ratings(out)
-    lower = {name for one in read_folder(out, "metrics") for name, higher in one["metrics"].items() if not higher}
-    found = lines(records, next(iter(ratings.values()), None), {*LOWER_IS_BETTER, *lower})
+    found = lines(records, next(iter(ratings.values()), None))
     averaged = families(found)
     folder = out / "report"
     plotted = folder / "plots"

@@ -69,8 +69,8 @@ def made_rows(examples: int = 8) -> list[Record]:
     variant = replace(KEY, model="reference+gqa-2", revision="v")
     rows += [_row(replace(variant, example=example), float(example < 7), 0.5) for example in range(examples)]
     skipped, failed = (replace(KEY, method="pyramidkv@1", budget=budget) for budget in ("32", "50%"))
-    rows.append(Record(skipped, "skipped", "env", reason="2 entries a head cannot hold the 8 protected ones"))
-    rows.append(Record(failed, "failed", "env", reason="out of memory: 3 <GiB> & more"))
+    rows.append(Record(skipped, "skipped", "env", reason="2 entries a head cannot hold the 8 protected ones", embedded_can=True))
+    rows.append(Record(failed, "failed", "env", reason="out of memory: 3 <GiB> & more", embedded_can=True))
     return rows
 
 
@@ -84,6 +84,8 @@ def _row(key: Key, score: float, share: float) -> Record:
         answer=NASTY if key.example == 1 else f"answer {score:g}",
         stop_reason="end",
         metrics={"exact": score},
+        right_or_wrong=["exact"],
+        embedded_can=True,
         fidelity=fidelity,
         columns={"length": 1024},
         prompt_tokens=1000,
@@ -98,6 +100,21 @@ def _row(key: Key, score: float, share: float) -> Record:
         if key.example == 0
         else None,
     )
+
+
+SINCE = {"kept": 3, "lower_is_better": 4, "right_or_wrong": 4, "embedded_can": 4}  # the schema that brought a field
+
+
+def as_stored(row: Record, schema: int) -> str:
+    """The row's line as an older version of the suite wrote it."""
+    fields = json.loads(row.to_json())
+    return json.dumps({name: value for name, value in fields.items() if SINCE.get(name, 0) <= schema} | {"schema": schema}) + "\n"
+
+
+def stored_by(schema: int, out: Path, rows: list[Record]) -> Path:
+    (out / "rows").mkdir(parents=True)
+    (out / "rows" / "rows.jsonl").write_text("".join(as_stored(row, schema) for row in rows))
+    return out
 
 
 def stored(out: Path, rows: list[Record]) -> Path:
@@ -202,12 +219,26 @@ def test_broken_folders_get_one_line_or_a_report_that_says_so(tmp_path: Path) ->
     assert all(line.score is None for line in found if line.method == "h2o@1"), "what is not a number is not a score"
     write_report(stored(tmp_path / "nan", rows))
     path = next((tmp_path / "one" / "rows").glob("*snapkv*"))
-    old = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "kept"} | {"schema": 2}) + "\n" for row in old))
-    assert len(read_rows(one)) == len(made_rows(1)), "rows of the schema before are read"
-    path.write_text(json.dumps(old[0] | {"schema": 1}) + "\n" + '{"torn')
+    path.write_text(as_stored(made_rows(1)[0], 1) + '{"torn')
     with pytest.raises(StoreError, match="schema 1"):
         write_report(one)
+
+
+def test_rows_of_older_schemas_read_as_before(tmp_path: Path) -> None:
+    rows = made_rows()
+    assert read_rows(stored_by(3, tmp_path / "3", rows)) == [
+        replace(row, right_or_wrong=["exact"] * bool(row.metrics)) for row in rows
+    ]
+    assert read_rows(stored_by(2, tmp_path / "2", rows))[0].kept is None
+    write_report(tmp_path / "3")
+    assert (tmp_path / "3" / "report" / "scores.csv").read_text() == (GOLDEN / "scores.csv").read_text()
+    others = [
+        replace(row, key=replace(row.key, benchmark="perplexity@1"), metrics={"nll": row.metrics["exact"]})
+        for row in rows
+        if row.metrics
+    ]
+    found = lines(read_rows(stored_by(3, tmp_path / "other", others)))
+    assert all(line.lower_is_better and not line.own for line in found), "it was told by names"
 
 
 def test_longbench_e_is_told_by_length() -> None:
@@ -237,14 +268,39 @@ def test_what_bears_a_name_but_is_not_the_same_is_told_apart() -> None:
 
 
 def test_the_direction_of_a_metric_is_its_own(tmp_path: Path) -> None:
+    lowest, highest = "At 32 entries a head (6.2% of the bytes), h2o has the best mean, 0", "headkv_r2 has the best mean"
     rows = [replace(row, metrics={"errors": row.metrics["exact"]}) if row.metrics else row for row in made_rows()]
-    out = stored(tmp_path / "errors", rows)
+    assert highest in _said(stored(tmp_path / "more", rows))
+    assert lowest in _said(stored(tmp_path / "less", [replace(row, lower_is_better=["errors"]) for row in rows]))
+    old = stored_by(3, tmp_path / "old", rows)
+    assert highest in _said(old), "nothing says otherwise"
+    (old / "metrics").mkdir()
+    (old / "metrics" / "recall.json").write_text('{"metrics": {"errors": false}}')
+    assert lowest in _said(old), "runs before schema 4 stored directions in a folder"
+    (tmp_path / "more" / "metrics").mkdir()
+    (tmp_path / "more" / "metrics" / "recall.json").write_text('{"metrics": {"errors": false}}')
+    assert highest in _said(tmp_path / "more"), "newer rows say it themselves"
+
+
+def _said(out: Path) -> str:
     write_report(out)
-    assert "headkv_r2 has the best mean" in (out / "report" / "scores.md").read_text()
-    (out / "metrics").mkdir()
-    (out / "metrics" / "recall.json").write_text('{"metrics": {"errors": false}}')
-    write_report(out)
-    assert "At 32 entries a head (6.2% of the bytes), h2o has the best mean, 0" in (out / "report" / "scores.md").read_text()
+    return (out / "report" / "scores.md").read_text()
+
+
+def test_a_right_or_wrong_metric_of_any_name_is_a_proportion() -> None:
+    named = [replace(row, metrics={"solved": 1.0}, right_or_wrong=["solved"]) for row in made_rows() if row.metrics]
+    assert all(line.score is not None and line.score.low < 1 for line in lines(named)), "Wilson's interval has a width"
+    plain = [replace(row, right_or_wrong=[]) for row in named]
+    assert all(line.score is not None and line.score.low == 1 for line in lines(plain)), "a bootstrap's has none"
+
+
+def test_scores_that_prove_the_path_alone_say_so(tmp_path: Path) -> None:
+    warning = "prove the path, not the methods"
+    rows = [replace(row, embedded_can=False) for row in made_rows()]
+    assert warning in _said(stored(tmp_path / "cannot", rows))
+    assert warning not in _said(stored(tmp_path / "can", made_rows()))
+    others = [replace(row, key=replace(row.key, model=f"other-{row.key.model}")) for row in rows]
+    assert warning not in _said(stored(tmp_path / "other", others)), "it is said of the embedded model alone"
 
 
 def test_a_mean_needs_every_example_that_full_has() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from harness.cache import Needs
 from harness.engine.model import Model
-from harness.evaluation.plan import Work, benchmark_name, left_to_do
+from harness.evaluation.plan import Work, left_to_do
 from harness.evaluation.prompts import CannotPrompt, tokenize
 from methods.base import Eviction
 from results.store import append_line, slug, write_json
@@ -24,13 +24,6 @@ def record_command(out: Path, arguments: list[str]) -> None:
     """Adds the command to `<out>/commands.jsonl`."""
     when = datetime.now(UTC).isoformat(timespec="seconds")
     append_line(out / "commands.jsonl", json.dumps({"when": when, "command": shlex.join(["python", "run_all.py", *arguments])}))
-
-
-def record_metrics(out: Path, work: Work) -> None:
-    """Writes `<out>/metrics/<benchmark>.json`: of each metric, is higher better?"""
-    for label, task in work.tasks.items():
-        found = {metric.name: metric.higher_is_better for metric in task.metrics}
-        write_json(out / "metrics" / f"{slug(benchmark_name(label, task))}.json", {"metrics": found})
 
 
 def record_heads(out: Path, work: Work) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.base import Example, Task
+from benchmarks.base import NLL, Example, Task, embedded_can
 from harness.cache import Budget
 from harness.engine.generate import Answer
 from harness.engine.model import Model
@@ -20,7 +20,7 @@ from harness.evaluation.prompts import CannotPrompt, Prompt, Protocol, has_examp
 from harness.evaluation.sweep import Cell, Outcome, Sweep
 from harness.plugins import mark
 from methods.base import Eviction, Method
-from results.record import Key, Record
+from results.record import Key, Record, Status
 from results.store import Store
 
 NOTHING_TO_COMPRESS = (
@@ -290,21 +290,26 @@ def _outcomes(sweep: Sweep, todo: Todo, prompts: Sequence[Prompt], skipped: dict
 
 
 def record_of(model: Model, todo: Todo, prompts: Sequence[Prompt], cell: Cell, outcome: Outcome, env: str) -> Record:
-    key = todo.keys[cell]
+    key, can = todo.keys[cell], embedded_can(todo.task)
     reason = outcome.failed or outcome.skipped
     if reason or not prompts:
-        return Record(key, "failed" if outcome.failed else "skipped", env, reason=reason, columns=todo.example.columns)
+        status: Status = "failed" if outcome.failed else "skipped"
+        return Record(key, status, env, reason=reason, columns=todo.example.columns, embedded_can=can)
     assert outcome.answer is not None and outcome.counts is not None
     text = said(model, todo.example, prompts[0], outcome.answer)
     end = outcome.answer.end
     full = sum(model.parent_shape.full_entries(prompt.context) for prompt in prompts)
+    scored = (NLL,) if prompts[0].forced else todo.task.metrics
     return Record(
         key,
         "ok",
         env,
         answer=text,
         stop_reason=outcome.answer.stop_reason,
-        metrics={"nll": outcome.fidelity["loss"]} if prompts[0].forced else todo.task.score(str(text), todo.example),
+        metrics={NLL.name: outcome.fidelity["loss"]} if prompts[0].forced else todo.task.score(str(text), todo.example),
+        lower_is_better=[metric.name for metric in scored if not metric.higher_is_better],
+        right_or_wrong=[metric.name for metric in scored if metric.right_or_wrong],
+        embedded_can=can,
         fidelity=outcome.fidelity,
         columns=todo.example.columns,
         prompt_tokens=sum(len(prompt.ids) for prompt in prompts),

@@ -21,7 +21,7 @@ from harness.choices import UnknownChoice, choose, expand, split
 from harness.engine.measure import keep_freed_memory
 from harness.engine.model import Model, UnsupportedModel
 from harness.env import record_data, record_environment
-from harness.evaluation.artifacts import record_heads, record_metrics, record_routing
+from harness.evaluation.artifacts import record_heads, record_routing
 from harness.evaluation.head_scores import with_head_scores
 from harness.evaluation.judge import Case, Judge, judge_rows
 from harness.evaluation.judge import Tally as JudgeTally
@@ -225,7 +225,6 @@ def _run_on(model: Model, options: argparse.Namespace, suite: Suite, work: Work,
     env = record_environment(options.out, model.device)
     record_data(options.out, work.tasks)
     record_heads(options.out, work)
-    record_metrics(options.out, work)
     record_routing(options.out, model, work)
     total = sum(len(todo.keys) for todo in left_to_do(model, work, store))
     with tqdm(total=total, unit="cell", desc=model.name, disable=total == 0, file=sys.stderr) as bar:
