@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reports.formats import Cell, Table, latex, markdown
+from reports.formats import Table, TableCell, latex, markdown
 from reports.page import simple_page
 from reports.present import estimated
 from reports.statistics import Estimate, holm, paired_difference
@@ -88,15 +88,15 @@ def _table(pairs: Sequence[Pair], names: tuple[str, str]) -> Table:
     return Table(title, header, rows, (f"Score: {first.metric}. Protocol: {first.protocol}",))
 
 
-def _row(pair: Pair, differs: bool) -> tuple[Cell, ...]:
+def _row(pair: Pair, differs: bool) -> tuple[TableCell, ...]:
     shares = (pair.first.byte_share, pair.second.byte_share)
     count = pair.difference.n if pair.difference else 0
     return (
-        Cell(label_of(pair.first)),
-        Cell(pair.first.budget or "-"),
-        *(Cell("-" if share is None else f"{share:.1%}", share) for share in shares),
+        TableCell(label_of(pair.first)),
+        TableCell(pair.first.budget or "-"),
+        *(TableCell("-" if share is None else f"{share:.1%}", share) for share in shares),
         estimated(pair.first.score),
         estimated(pair.second.score),
         estimated(pair.difference, differs),
-        Cell(str(count), count),
+        TableCell(str(count), count),
     )

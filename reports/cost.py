@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from reports.formats import Cell, Table
+from reports.formats import Table, TableCell, words
 from reports.style import order_of
 from results.record import DECODES
 
@@ -132,7 +132,7 @@ def cost_tables(found: Sequence[Cost], rows: Sequence[Mapping[str, Any]]) -> lis
             missing[what] = missing.get(what, 0) + 1
     if missing:
         header = ("status", "model", "method", "budget", "context", "reason")
-        made.append(Table("Costs not measured", header, tuple(tuple(Cell(text) for text in what) for what in sorted(missing))))
+        made.append(Table("Costs not measured", header, tuple(words(*what) for what in sorted(missing))))
     return [table for table in made if table.rows]
 
 
@@ -143,7 +143,7 @@ FLOORS = (
 PEAKS = "Bytes above the model's weights; on a CPU what is resident, which includes the allocator's slack."
 
 
-def _latency(cost: Cost) -> tuple[Cell, ...]:
+def _latency(cost: Cost) -> tuple[TableCell, ...]:
     phases = {name: float(np.median([lap["phases"].get(name, 0.0) for lap in cost.laps])) for name in cost.laps[0]["phases"]}
     token, floor = cost.token_ms or 0.0, cost.floor_ms
     first = 1000 * float(np.median([lap["first_token"] for lap in cost.laps]))
@@ -152,7 +152,7 @@ def _latency(cost: Cost) -> tuple[Cell, ...]:
     prefill_floor = float(np.median([lap["prefill_floor"] for lap in cost.laps]))
     return (
         *_asked(cost),
-        Cell(f"eager, not {cost.decode}" if cost.fell_back else cost.decode),
+        TableCell(f"eager, not {cost.decode}" if cost.fell_back else cost.decode),
         _number(phases["prefill"], "{:.3f}"),
         _number(prefill_floor, "{:.3f}"),
         *(
@@ -161,37 +161,37 @@ def _latency(cost: Cost) -> tuple[Cell, ...]:
         ),
         _number(first, "{:.2f}"),
         _number(token, "{:.2f}"),
-        Cell(f"{low:.2f} to {high:.2f}", low),
-        Cell(f"{min(rounds):.2f} to {max(rounds):.2f}", min(rounds)),
+        TableCell(f"{low:.2f} to {high:.2f}", low),
+        TableCell(f"{min(rounds):.2f} to {max(rounds):.2f}", min(rounds)),
         _number(floor, "{:.2f}"),
         _number(token / floor, "{:.2f}x"),
         _number(1000 * cost.batch / token, "{:.1f}"),
     )
 
 
-def _memory(cost: Cost) -> tuple[Cell, ...]:
+def _memory(cost: Cost) -> tuple[TableCell, ...]:
     memory = cost.memory or {}
     more = (memory["bytes_end"] - memory["bytes_kept"]) / memory["cell"]["new_tokens"]
     kept, allocated, *peaks = (
         _bytes(memory[name]) for name in ("bytes_kept", "bytes_allocated", "prefill_peak", "decode_peak", "bytes_end")
     )
-    return (*_asked(cost), kept, allocated, Cell(f"{more / 2**10:,.1f} KiB", more), *peaks)
+    return (*_asked(cost), kept, allocated, TableCell(f"{more / 2**10:,.1f} KiB", more), *peaks)
 
 
-def _asked(cost: Cost) -> tuple[Cell, ...]:
+def _asked(cost: Cost) -> tuple[TableCell, ...]:
     sizes = (
-        Cell(f"{cost.context:,}", cost.context),
-        Cell(f"{cost.batch} (largest)" if cost.largest else str(cost.batch), cost.batch),
+        TableCell(f"{cost.context:,}", cost.context),
+        TableCell(f"{cost.batch} (largest)" if cost.largest else str(cost.batch), cost.batch),
     )
-    return (Cell(cost.method), Cell(cost.budget or "-"), *sizes)
+    return (TableCell(cost.method), TableCell(cost.budget or "-"), *sizes)
 
 
-def _number(value: float, form: str) -> Cell:
-    return Cell(form.format(value), value)
+def _number(value: float, form: str) -> TableCell:
+    return TableCell(form.format(value), value)
 
 
-def _bytes(value: float) -> Cell:
-    return Cell(f"{value / 2**20:,.1f} MiB", value)
+def _bytes(value: float) -> TableCell:
+    return TableCell(f"{value / 2**20:,.1f} MiB", value)
 
 
 def cost_sentences(found: Sequence[Cost]) -> list[tuple[str, list[str]]]:

@@ -19,12 +19,12 @@ from results.record import Key, Record
 from results.store import slug
 
 ACROSS = 4  # maps side by side
-Cell = tuple[int, int]  # tokens of the prompt, depth in percent
+Spot = tuple[int, int]  # tokens of the prompt, depth in percent
 
 
 def needle_maps(records: Iterable[Record], folder: Path) -> list[Path]:
     """One figure a model, benchmark and protocol, a map for each method and budget; as PNG and SVG."""
-    found: dict[tuple[str, ...], dict[str, dict[Cell, list[float]]]] = {}
+    found: dict[tuple[str, ...], dict[str, dict[Spot, list[float]]]] = {}
     for record in records:
         if record.metrics and {"context", "depth"} <= set(record.columns):
             where = (record.key.model, record.key.benchmark.split("@")[0], record.key.prompt, protocol_of(record.key))
@@ -38,7 +38,7 @@ def _label(key: Key) -> str:
     return f"{key.method.split('@')[0]} {key.budget}".strip()
 
 
-def _figure(where: Sequence[str], maps: Mapping[str, Mapping[Cell, Sequence[float]]], folder: Path) -> list[Path]:
+def _figure(where: Sequence[str], maps: Mapping[str, Mapping[Spot, Sequence[float]]], folder: Path) -> list[Path]:
     cells = {cell for one in maps.values() for cell in one}
     lengths, depths = sorted({cell[0] for cell in cells}), sorted({cell[1] for cell in cells})
     labels = sorted(maps, key=lambda label: (not label.startswith("full"), label.split()[0], _size(label)))
@@ -68,7 +68,7 @@ def _size(label: str) -> tuple[bool, float]:
     return (budget.endswith("%"), float(budget.rstrip("%")) if budget else 0.0)
 
 
-def _map(axis: Axes, found: Mapping[Cell, Sequence[float]], lengths: Sequence[int], depths: Sequence[int]) -> AxesImage:
+def _map(axis: Axes, found: Mapping[Spot, Sequence[float]], lengths: Sequence[int], depths: Sequence[int]) -> AxesImage:
     """Means; white where nothing was asked. Light is found, dark is lost: it reads in grey."""
     grid = np.full((len(depths), len(lengths)), np.nan)
     for (length, depth), values in found.items():

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from reports import plots
-from reports.formats import Cell, Table
+from reports.formats import Table, TableCell
 from reports.present import PATH_ONLY, byte_table, is_path_only, mean_tables, score_tables
 from reports.style import order_of
 from reports.summary import Family, sentence, verdicts
@@ -179,8 +179,10 @@ def answer_tables(records: Sequence[Record]) -> list[Table]:
             score = next(iter(record.metrics.values()), None)
             text = record.answer or ""
             answer = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
-            number = Cell("-", -math.inf) if score is None else Cell(f"{score:.3g}", score)
-            rows.append((Cell(str(example), example), Cell(method), Cell(budget or "-"), number, Cell(answer)))
+            number = TableCell("-", -math.inf) if score is None else TableCell(f"{score:.3g}", score)
+            rows.append(
+                (TableCell(str(example), example), TableCell(method), TableCell(budget or "-"), number, TableCell(answer))
+            )
         title = f"{benchmark}, {prompt}, {model}"
         made.append(Table(title, ("example", "method", "budget", "score", "answer"), tuple(rows), (protocol,)))
     return made
@@ -208,7 +210,7 @@ def _table(table: Table, level: int = 3) -> Markup:
     return Markup(f'{title}{notes}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: TableCell) -> str:
     kinds = [kind for kind, holds in (("best", cell.best), ("words", cell.value is None), ("long", len(cell.text) > 60)) if holds]
     marks = f' class="{" ".join(kinds)}"' if kinds else ""
     value = "" if cell.value is None else f' data-value="{_number(cell.value)}"'

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reports.formats import Cell, Table, latex, markdown
+from reports.formats import Table, TableCell, latex, markdown
 from reports.page import simple_page
 from reports.paper_figure import paper_figure
 from reports.statistics import Estimate, mean_of_means
@@ -126,24 +126,24 @@ def _changed(value: Estimate | None, change: Callable[[float], float]) -> Estima
     return None if value is None else Estimate(change(value.mean), change(value.low), change(value.high), value.n)
 
 
-def _cells(row: PaperRow, column: str, theirs: float | None, ours: Estimate | None, side: Side) -> tuple[Cell, ...]:
-    head = (Cell(row.method), Cell(row.setting), Cell(column), _number(theirs))
+def _cells(row: PaperRow, column: str, theirs: float | None, ours: Estimate | None, side: Side) -> tuple[TableCell, ...]:
+    head = (TableCell(row.method), TableCell(row.setting), TableCell(column), _number(theirs))
     if ours is None:
         can = bool(row.benchmarks.get(column)) or column in side.averages
         note = row.command or ("" if can else "not filled here: see docs/reproducing.md")
-        empty = Cell("-", float("-inf"))
-        return (*head, empty, empty, Cell("0", 0), Cell(note))
+        empty = TableCell("-", float("-inf"))
+        return (*head, empty, empty, TableCell("0", 0), TableCell(note))
     exact = ours.low == ours.high == ours.mean and ours.n == 1
     shown = _exact(ours.mean) if exact else f"{ours.mean:.2f} [{ours.low:.2f}, {ours.high:.2f}]"
-    difference = Cell("-", float("-inf"))
+    difference = TableCell("-", float("-inf"))
     if theirs is not None:
         away = ours.mean - theirs
-        difference = Cell(_exact(away, "+") if exact else f"{away:+.2f}", away)
-    return (*head, Cell(shown, ours.mean), difference, Cell(str(ours.n), ours.n), Cell(""))
+        difference = TableCell(_exact(away, "+") if exact else f"{away:+.2f}", away)
+    return (*head, TableCell(shown, ours.mean), difference, TableCell(str(ours.n), ours.n), TableCell(""))
 
 
-def _number(value: float | None) -> Cell:
-    return Cell("not printed", float("-inf")) if value is None else Cell(_exact(value), value)
+def _number(value: float | None) -> TableCell:
+    return TableCell("not printed", float("-inf")) if value is None else TableCell(_exact(value), value)
 
 
 def _exact(value: float, sign: str = "") -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from reports.formats import Cell, Table
+from reports.formats import Table, TableCell
 from reports.style import COLOURS
 
 METHOD, SETTING, COLUMN, PAPER, MEASURED = range(5)
-Row = Sequence[Cell]
+Row = Sequence[TableCell]
 
 
 def paper_figure(table: Table, title: str, path: Path) -> bool:
@@ -51,11 +51,11 @@ def paper_figure(table: Table, title: str, path: Path) -> bool:
     return True
 
 
-def _value(cell: Cell) -> float:
+def _value(cell: TableCell) -> float:
     return float("-inf") if cell.value is None else cell.value
 
 
-def _place(cell: Cell) -> str:
+def _place(cell: TableCell) -> str:
     """On the axis: what stands in brackets behind is left out."""
     return cell.text.split(" (")[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from reports.formats import Cell, Table, words
+from reports.formats import Table, TableCell, words
 from reports.statistics import Estimate
 from reports.summary import Family, Overall
 from reports.tables import Line, benchmark_of, protocol_of
@@ -36,14 +36,14 @@ def is_path_only(line: Line) -> bool:
     return line.model.split("+")[0] == "reference" and not line.own
 
 
-def _scores(line: Line) -> tuple[Cell, ...]:
+def _scores(line: Line) -> tuple[TableCell, ...]:
     count = f"{line.n}" + f" ({line.skipped} skipped)" * bool(line.skipped) + f" ({line.failed} failed)" * bool(line.failed)
     return (
-        Cell(line.method.split("@")[0]),
-        Cell(line.budget or "-", _size(line.budget)),
+        TableCell(line.method.split("@")[0]),
+        TableCell(line.budget or "-", _size(line.budget)),
         _share(line.byte_share),
         _share(line.allocated_share),
-        Cell(count, line.n),
+        TableCell(count, line.n),
         estimated(line.score),
         estimated(line.score_difference, line.differs),
         estimated(line.kl),
@@ -51,14 +51,14 @@ def _scores(line: Line) -> tuple[Cell, ...]:
     )
 
 
-def estimated(value: Estimate | None, mark: bool = False) -> Cell:
+def estimated(value: Estimate | None, mark: bool = False) -> TableCell:
     if value is None:
-        return Cell("-", float("-inf"))
-    return Cell(f"{value.mean:.3g}{'*' * mark} [{value.low:.3g}, {value.high:.3g}]", value.mean)
+        return TableCell("-", float("-inf"))
+    return TableCell(f"{value.mean:.3g}{'*' * mark} [{value.low:.3g}, {value.high:.3g}]", value.mean)
 
 
-def _share(value: float | None) -> Cell:
-    return Cell("-", -1.0) if value is None else Cell(f"{value:.1%}", value)
+def _share(value: float | None) -> TableCell:
+    return TableCell("-", -1.0) if value is None else TableCell(f"{value:.1%}", value)
 
 
 def _size(budget: str) -> float:
@@ -81,7 +81,7 @@ def mean_tables(found: Sequence[Family]) -> list[Table]:
             counts = [cell.score.n for cell in (*at, whole) if cell is not None]
             shown = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
             share = _share(whole.byte_share if whole else None)
-            rows.append((Cell(label), *marked, _mean(whole, False), share, Cell(shown, counts[0])))
+            rows.append((TableCell(label), *marked, _mean(whole, False), share, TableCell(shown, counts[0])))
         notes = [f"Mean {family.metric} of: {', '.join(family.tasks)}. Protocol: {family.protocol}."]
         notes += [PATH_ONLY] if family.model == "reference" and not family.cells[0].own else []
         made.append(Table(family.title, header, tuple(rows), tuple(notes)))
@@ -93,23 +93,23 @@ def _best(family: Family, budget: str) -> float:
     return min(means) if family.lower_is_better else max(means)
 
 
-def _mean(cell: Overall | None, best: bool) -> Cell:
+def _mean(cell: Overall | None, best: bool) -> TableCell:
     if cell is None:
-        return Cell("-", float("-inf"))
-    return Cell(f"{cell.score.mean:.3g} [{cell.score.low:.3g}, {cell.score.high:.3g}]", cell.score.mean, best)
+        return TableCell("-", float("-inf"))
+    return TableCell(f"{cell.score.mean:.3g} [{cell.score.low:.3g}, {cell.score.high:.3g}]", cell.score.mean, best)
 
 
 def byte_table(found: Sequence[Line], title: str) -> Table:
     """What was asked for, what was kept, what was allocated."""
     rows = tuple(
         (
-            Cell(line.method.split("@")[0]),
-            Cell(line.budget or "-", _size(line.budget)),
-            Cell("-" if line.asked is None else f"{line.asked:,.0f}", line.asked),
-            Cell("-" if line.entries is None else f"{line.entries:,.0f}", line.entries),
+            TableCell(line.method.split("@")[0]),
+            TableCell(line.budget or "-", _size(line.budget)),
+            TableCell("-" if line.asked is None else f"{line.asked:,.0f}", line.asked),
+            TableCell("-" if line.entries is None else f"{line.entries:,.0f}", line.entries),
             _share(line.byte_share),
             _share(line.allocated_share),
-            Cell(f"{line.compressed} of {line.n}", line.compressed),
+            TableCell(f"{line.compressed} of {line.n}", line.compressed),
         )
         for line in found
     )
@@ -128,10 +128,10 @@ def lm_eval_table(found: Sequence[Mapping[str, Any]]) -> list[Table]:
         chat = ", chat template" if cell["chat"] == "template" else ""
         task = cell["benchmark"].split("@")[0].removeprefix("lm_eval:") + chat
         values = [cell["results"].get(metric) for metric in metrics]
-        shown = [Cell("-", float("-inf")) if value is None else Cell(f"{value:.4g}", value) for value in values]
+        shown = [TableCell("-", float("-inf")) if value is None else TableCell(f"{value:.4g}", value) for value in values]
         asked = words(cell["model"] + routing, task, cell["method"].split("@")[0], cell["budget"] or "-")
         share = cell["compressed"]
-        rows.append((*asked, Cell(str(cell["examples"]), cell["examples"]), Cell(f"{share:.0%}", share), *shown))
+        rows.append((*asked, TableCell(str(cell["examples"]), cell["examples"]), TableCell(f"{share:.0%}", share), *shown))
     return [Table("lm-eval's own aggregation", header, tuple(rows), (LM_EVAL,))]
 
 
@@ -157,7 +157,7 @@ def missing_table(records: Iterable[Record]) -> list[Table]:
             reasons[what] = reasons.get(what, 0) + 1
     if not reasons:
         return []
-    rows = tuple((*words(*what[:5]), Cell(str(count), count), Cell(what[5])) for what, count in sorted(reasons.items()))
+    rows = tuple((*words(*what[:5]), TableCell(str(count), count), TableCell(what[5])) for what, count in sorted(reasons.items()))
     return [Table("Not measured", ("status", "model", "method", "budget", "benchmark", "examples", "reason"), rows)]
 
 
@@ -181,7 +181,7 @@ def length_tables(records: Iterable[Record]) -> list[Table]:
     for at in sorted(found, key=lambda at: (at[:2], not at[2].startswith("full@"), at[2], _size(at[3]))):
         means = [_mean_of_tasks(found[at].get(label, {})) for label, _ in BUCKETS]
         asked = words(at[0], at[1], at[2].split("@")[0], at[3] or "-")
-        rows.append((*asked, *(Cell("-" if mean is None else f"{mean:.2f}", mean) for mean in means)))
+        rows.append((*asked, *(TableCell("-" if mean is None else f"{mean:.2f}", mean) for mean in means)))
     header = ("model", "prompt", "method", "budget", *(label for label, _ in BUCKETS))
     return [Table("LongBench-E by length", header, tuple(rows), ("Means of task means, by the words of the text.",))]
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from reports.compare import comparison
-from reports.formats import Cell, Table, latex, markdown
+from reports.formats import Table, TableCell, latex, markdown
 from reports.present import length_tables
 from reports.summary import families, sentence, verdicts
 from reports.tables import lines
@@ -310,7 +310,7 @@ def test_a_mean_needs_every_example_that_full_has() -> None:
 
 
 def test_every_form_escapes() -> None:
-    table = Table("a & b_c", ("x_1", "50%"), ((Cell("<b>|"), Cell("#{}~^\\", 1.0, best=True)),), ("100 % of $x$",))
+    table = Table("a & b_c", ("x_1", "50%"), ((TableCell("<b>|"), TableCell("#{}~^\\", 1.0, best=True)),), ("100 % of $x$",))
     assert r"\textless{}b\textgreater{}|" in latex([table])
     assert r"\textbf{\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}}" in latex([table])
     assert r"\caption{a \& b\_c. 100 \% of \$x\$}" in latex([table]) and r"x\_1 & 50\%" in latex([table])
