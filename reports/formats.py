@@ -23,6 +23,7 @@ class Table:
     rows: tuple[tuple[TableCell, ...], ...]
     notes: tuple[str, ...] = ()  # before the table
     label: str = ""  # a short name, for references
+    section: str = ""  # of a page, which several tables share; "": its own, of the table's title
 
 
 def words(*texts: str) -> tuple[TableCell, ...]:

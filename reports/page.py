@@ -14,11 +14,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from reports import plots
-from reports.formats import Table, TableCell
-from reports.present import PATH_ONLY, byte_table, is_path_only, mean_tables, score_tables
+from reports.formats import Table, TableCell, words
+from reports.keys import PanelKey, Protocol, TaskKey
+from reports.present import PATH_ONLY, byte_table, mean_tables, score_tables
 from reports.style import order_of
 from reports.summary import Family, sentence, verdicts
-from reports.tables import Line, protocol_of
+from reports.tables import Line
 from results.record import Record
 
 HERE = Path(__file__).parent
@@ -88,8 +89,8 @@ def page(
     shown = plots.panels(found)
     several = [family for family in families if len(family.tasks) > 1]
     sections = [
-        *([_section("Bytes", [byte_table(_of_first_panel(found), "Asked, kept and allocated")], BYTES)] if found else []),
-        *(_section(title, [t for t in tables if _kind(t) == title]) for title in dict.fromkeys(map(_kind, tables))),
+        *([_section("Bytes", [byte_table(_of_first_panel(found))], BYTES)] if found else []),
+        *(_section(title, [t for t in tables if _section_of(t) == title]) for title in dict.fromkeys(map(_section_of, tables))),
         *([_section("Answers", answers, ANSWERS)] if (answers := answer_tables(records)) else []),
     ]
     pictured = [one for one in pictures if one.paths]
@@ -140,16 +141,16 @@ def _summary(family: Family) -> dict[str, Any] | None:
     found = verdicts(family)
     if not found:
         return None
-    note = PATH_ONLY if family.model == "reference" and not all(cell.own for cell in family.cells) else ""
-    return {"title": f"{family.title}: {family.metric}", "lines": [sentence(verdict) for verdict in found], "note": note}
+    note = PATH_ONLY if family.path_only else ""
+    return {"title": f"{family.title}: {family.at.metric}", "lines": [sentence(verdict) for verdict in found], "note": note}
 
 
 def _panel(panel: plots.Panel, number: int) -> dict[str, Any]:
     return {
         "anchor": f"task-{number}",
-        "title": panel.title,
-        "protocol": panel.protocol,
-        "note": PATH_ONLY if is_path_only(panel.lines[0]) else "",
+        "title": panel.at.title,
+        "protocol": str(panel.at.protocol),
+        "note": PATH_ONLY if panel.lines[0].path_only else "",
         "plots": [Markup(plots.inline(panel, field, what, 10 * number + n)) for n, (field, what) in enumerate(panel.fields)],
         "tables": [Table(table.title, table.header, table.rows) for table in score_tables(panel.lines)],
     }
@@ -157,7 +158,7 @@ def _panel(panel: plots.Panel, number: int) -> dict[str, Any]:
 
 def _legend(shown: Sequence[plots.Panel]) -> list[tuple[str, Markup]]:
     labels = sorted({label for panel in shown for label in panel.labels}, key=order_of)
-    return [(label, Markup(plots.swatch(label))) for label in labels]
+    return [(str(label), Markup(plots.swatch(label))) for label in labels]
 
 
 def _of_first_panel(found: Sequence[Line]) -> list[Line]:
@@ -166,31 +167,27 @@ def _of_first_panel(found: Sequence[Line]) -> list[Line]:
 
 def answer_tables(records: Sequence[Record]) -> list[Table]:
     """The first examples of each benchmark and protocol, method by method and budget by budget."""
-    grouped: dict[tuple[str, str, str, str], list[Record]] = {}
+    grouped: dict[PanelKey, list[Record]] = {}
     for record in records:
         if record.answer and record.key.example < ANSWERED and record.stop_reason != "forced":
-            where = (record.key.model, record.key.benchmark, record.key.prompt, protocol_of(record.key))
+            where = PanelKey(record.key.model, TaskKey(record.key.benchmark), Protocol.of(record.key))
             grouped.setdefault(where, []).append(record)
-    made = []
-    for (model, benchmark, prompt, protocol), mine in sorted(grouped.items()):
-        rows = []
-        for record in sorted(mine, key=lambda r: (r.key.example, r.key.seed, r.key.method, r.key.budget)):
-            method, budget, example = record.key.method.split("@")[0], record.key.budget, record.key.example
-            score = next(iter(record.metrics.values()), None)
-            text = record.answer or ""
-            answer = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
-            number = TableCell("-", -math.inf) if score is None else TableCell(f"{score:.3g}", score)
-            rows.append(
-                (TableCell(str(example), example), TableCell(method), TableCell(budget or "-"), number, TableCell(answer))
-            )
-        title = f"{benchmark}, {prompt}, {model}"
-        made.append(Table(title, ("example", "method", "budget", "score", "answer"), tuple(rows), (protocol,)))
-    return made
+    return [_answers(where, grouped[where]) for where in sorted(grouped, key=lambda where: where.order)]
 
 
-def _kind(table: Table) -> str:
-    """Tables of one kind, such as the latencies of several models, share a section."""
-    return table.title.split(",")[0]
+def _answers(where: PanelKey, records: Sequence[Record]) -> Table:
+    rows = []
+    for record in sorted(records, key=lambda r: (r.key.example, r.key.seed, r.key.method, r.key.budget)):
+        score = next(iter(record.metrics.values()), None)
+        number = TableCell("-", -math.inf) if score is None else TableCell(f"{score:.3g}", score)
+        asked = (TableCell(str(record.key.example), record.key.example), *words(record.key.method_name, record.key.budget or "-"))
+        text = record.answer or ""
+        rows.append((*asked, number, TableCell(text if len(text) <= SHOWN else f"{text[:SHOWN]} ...")))
+    return Table(where.title, ("example", "method", "budget", "score", "answer"), tuple(rows), (str(where.protocol),))
+
+
+def _section_of(table: Table) -> str:
+    return table.section or table.title
 
 
 def _section(title: str, tables: Sequence[Table], about: str = "") -> dict[str, Any]:

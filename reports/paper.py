@@ -99,19 +99,11 @@ Found = tuple[Estimate, list[np.ndarray]]
 def _measured(measured: Sequence[Line], row: PaperRow, column: str, scale: float) -> Found | None:
     """Ours, with the scores of each task that it is the mean of."""
     wanted = row.benchmarks.get(column, ())
-    mine = [
-        line
-        for line in measured
-        if line.method.split("@")[0] == row.measured_with and line.benchmark.split("@")[0].replace(" ", "") in _names(wanted)
-    ]
-    if not wanted or len({line.benchmark for line in mine}) < len(wanted) or not all(line.values for line in mine):
+    mine = [line for line in measured if line.label.name == row.measured_with and line.at.asked.benchmark_name in wanted]
+    if not wanted or len({line.at.task for line in mine}) < len(wanted) or not all(line.values for line in mine):
         return None
     values = [scale * np.array(list(line.values.values())) for line in mine]
     return mean_of_means(values), values
-
-
-def _names(benchmarks: Sequence[str]) -> set[str]:
-    return {name.replace(" ", "") for name in benchmarks}
 
 
 def _mean(found: Sequence[Found | None]) -> Found | None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from reports import plots
-from reports.cost import cost_sentences, cost_tables, costs
+from reports.cost import costs
 from reports.cost_plots import cost_pictures
+from reports.cost_tables import cost_sentences, cost_tables
 from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
+from reports.more_tables import length_tables, lm_eval_table, missing_table
 from reports.needles import needle_maps
 from reports.page import READING, Made, Pictures, page
-from reports.present import length_tables, lm_eval_table, mean_tables, missing_table, score_tables
+from reports.present import mean_tables, score_tables
 from reports.summary import families, sentence, verdicts
 from reports.tables import frame, lines
 from results.store import StoreError, read_commands, read_costs, read_folder, read_ratings, read_rows, read_verdicts
@@ -42,7 +44,7 @@ def write_report(out: Path) -> list[Path]:
         cost = cost_tables(costs(measured), measured)
         rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval")), *missing_table(records)]
         frame(found).to_csv(table, index=False)
-        short = [f"- {family.title}, {family.metric}: {sentence(one)}" for family in averaged for one in verdicts(family)]
+        short = [f"- {family.title}, {family.at.metric}: {sentence(one)}" for family in averaged for one in verdicts(family)]
         said = cost_sentences(costs(measured))
         short += [f"- {title}, {line}" for title, lines in said for line in lines]
         judged = _judged_by(ratings, read_verdicts(out))

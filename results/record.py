@@ -19,6 +19,7 @@ OLD_RIGHT_OR_WRONG = ("exact",)
 OLD_EMBEDDED_CAN = ("recall", "two_hop", "recall_many", "needle_text", "needle_facts", "perplexity_own", "random_tokens")
 
 Status = Literal["ok", "skipped", "failed"]
+EMBEDDED = "reference"  # the model that comes with the suite
 DECODES = ("eager", "graph", "compiled")  # ways of decoding of a cost row
 Column = str | int | float
 
@@ -92,6 +93,12 @@ def split_variant(model: str) -> tuple[str, str]:
     """Parent and conversion: "reference+gqa-2" -> ("reference", "gqa-2"); without a conversion "" is the second."""
     parent, _, variant = model.partition("+")
     return parent, variant
+
+
+def split_conversion(variant: str) -> tuple[str, str]:
+    """A conversion and its sizes: "mixsga-3:1:6" -> ("mixsga", "3:1:6")."""
+    name, _, sizes = variant.partition("-")
+    return name, sizes
 
 
 def split_version(name: str) -> tuple[str, str]:

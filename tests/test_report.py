@@ -10,7 +10,7 @@ import math
 import random
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ import pytest
 
 from reports.compare import comparison
 from reports.formats import Table, TableCell, latex, markdown
-from reports.present import length_tables
+from reports.keys import Protocol
+from reports.more_tables import length_tables
+from reports.plots import panels
+from reports.present import score_tables
 from reports.summary import families, sentence, verdicts
 from reports.tables import lines
 from reports.write import write_report
@@ -174,8 +177,8 @@ def test_a_tiny_difference_is_no_difference() -> None:
 def test_a_mean_over_tasks_needs_every_task() -> None:
     rows = [row for row in made_rows() if not (row.key.benchmark == "two_hop@1" and row.key.method == "h2o@1")]
     (family,) = [family for family in families(lines(rows)) if len(family.tasks) == 2]
-    assert {cell.label for cell in family.cells} == {"full", "snapkv", "headkv_r2"}, "h2o lacks a task, the variant too"
-    snap = next(cell for cell in family.cells if (cell.label, cell.budget) == ("snapkv", "32"))
+    assert {str(cell.label) for cell in family.cells} == {"full", "snapkv", "headkv_r2"}, "h2o lacks a task, the variant too"
+    snap = next(cell for cell in family.cells if (str(cell.label), cell.budget) == ("snapkv", "32"))
     assert snap.score.mean == pytest.approx((3 / 8 + 2 / 8) / 2)
 
 
@@ -183,6 +186,50 @@ def test_protocols_are_never_mixed() -> None:
     after = [replace(row, key=replace(row.key, prompt="question_after")) for row in made_rows()]
     assert len(families(lines(made_rows() + after))) == 2 * len(families(lines(made_rows())))
     assert comparison(lines(made_rows()), lines(after), ("a", "b")) == []
+
+
+OTHER = {
+    "prompt": "question_after",
+    "chat": "template",
+    "truncation": 101,
+    "granularity": "query",
+    "routing": "argmax",
+    "stop": "none",
+    "dtype": "bfloat16",
+    "temperature": 1e-7,
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Protocol)])
+def test_protocols_that_differ_in_one_field_share_nothing(name: str) -> None:
+    variant = {"model": "reference+mixsga-3:1:6", "routing": "expert_choice"}
+    rows = [replace(row, key=replace(row.key, **variant)) for row in made_rows() if row.key.model == KEY.model]
+    others = [replace(row, key=replace(row.key, **{name: OTHER[name]})) for row in rows]
+    one, both = lines(rows), lines([*rows, *others])
+    assert len(both) == 2 * len(one) and not any(line.label.mark for line in both)
+    assert len({line.panel for line in both}) == len(score_tables(both)) == 2 * len(score_tables(one))
+    assert len({str(line.protocol) + line.protocol.prompt for line in both}) == 2, "the words tell them apart, too"
+    assert comparison(one, lines(others), ("a", "b")) == []
+    drawn = panels(both)
+    if name == "routing":  # both routings of a variant stand in one picture, under two names
+        assert len(drawn) == len(panels(one)) and {len(panel.labels) for panel in drawn} == {0, 2 * 4}
+    else:
+        assert len(drawn) == 2 * len(panels(one))
+    cells = [cell for family in families(both) for cell in family.cells]
+    assert len(cells) == 2 * sum(len(family.cells) for family in families(one)), "nothing is averaged over both"
+
+
+def test_a_truncation_may_follow_from_the_task() -> None:
+    rows = [replace(row, key=replace(row.key, truncation=90 + (row.key.benchmark == "recall@1"))) for row in made_rows()]
+    assert any(len(family.tasks) == 2 for family in families(lines(rows))), "answers of other lengths leave other room"
+
+
+def test_a_task_that_full_lacks_is_in_no_mean() -> None:
+    rows = [row for row in made_rows() if not (row.key.benchmark == "two_hop@1" and row.key.method == "full@1")]
+    (family,) = families(lines(rows))
+    assert [str(task) for task in family.tasks] == ["recall@1 1024"] and len(family.cells) == 8
+    snap = next(cell for cell in family.cells if (str(cell.label), cell.budget) == ("snapkv", "32"))
+    assert snap.score.mean == 3 / 8 and len(verdicts(family)) == 2
 
 
 def test_two_runs_side_by_side(tmp_path: Path) -> None:
@@ -216,7 +263,7 @@ def test_broken_folders_get_one_line_or_a_report_that_says_so(tmp_path: Path) ->
     assert "| snapkv | 32 | 6.2% | 6.9% | 1 | 1 [1, 1] |" in (one / "report" / "scores.md").read_text()
     rows = [replace(row, metrics={"exact": math.nan}) if row.key.method == "h2o@1" else row for row in made_rows()]
     found = lines(rows)
-    assert all(line.score is None for line in found if line.method == "h2o@1"), "what is not a number is not a score"
+    assert all(line.score is None for line in found if line.label.method == "h2o"), "what is not a number is not a score"
     write_report(stored(tmp_path / "nan", rows))
     path = next((tmp_path / "one" / "rows").glob("*snapkv*"))
     path.write_text(as_stored(made_rows(1)[0], 1) + '{"torn')
@@ -260,11 +307,11 @@ def test_what_bears_a_name_but_is_not_the_same_is_told_apart() -> None:
             key = replace(KEY, benchmark=f"{task}@1", method=f"mine@1+{mark}", budget="32")
             rows += [_row(replace(key, example=example), score, 0.0625) for example in range(8)]
     found = lines(rows)
-    mine = {line.method: line.score.mean for line in found if line.method.startswith("mine") and line.score}
+    mine = {line.label.name: line.score.mean for line in found if line.label.method == "mine" and line.score}
     assert sorted(mine.values()) == [0.0, 1.0] and all("#" in name for name in mine)
     (family,) = [family for family in families(found) if len(family.tasks) == 2]
-    assert sorted(cell.score.mean for cell in family.cells if cell.label.startswith("mine")) == [0.0, 1.0]
-    assert not any("#" in line.method for line in lines(made_rows()))
+    assert sorted(cell.score.mean for cell in family.cells if cell.label.method == "mine") == [0.0, 1.0]
+    assert not any(line.label.mark for line in lines(made_rows()))
 
 
 def test_the_direction_of_a_metric_is_its_own(tmp_path: Path) -> None:
@@ -306,7 +353,7 @@ def test_scores_that_prove_the_path_alone_say_so(tmp_path: Path) -> None:
 def test_a_mean_needs_every_example_that_full_has() -> None:
     rows = [row for row in made_rows() if not (row.key.method == "headkv_r2@1" and row.key.example > 1)]
     (family,) = [family for family in families(lines(rows)) if len(family.tasks) == 2]
-    assert "headkv_r2" not in {cell.label for cell in family.cells}
+    assert "headkv_r2" not in {cell.label.method for cell in family.cells}
 
 
 def test_every_form_escapes() -> None:
