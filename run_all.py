@@ -232,7 +232,8 @@ def _reproduce(options: argparse.Namespace) -> int:
     from harness.evaluation.artifacts import record_command
     from harness.papers.reproduce import reproduce_request
     from harness.papers.tables import HUB, table_of
-    from reports.paper import PaperRow, Side, write_side_by_side
+    from reports.paper import write_side_by_side
+    from reports.paper_points import Drawing, PaperRow, Setting, Side
 
     table = table_of(options.table)
     if table.kind == "tokens":
@@ -244,7 +245,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     rows = [
         PaperRow(
             method=str(row["method"]),
-            setting=_setting(row),
+            setting=Setting.of(row),
             values=row["values"],
             benchmarks={column: table.benchmarks(row, column, done.facts) for column in row["values"]},
             measured_with=one.method,
@@ -254,18 +255,11 @@ def _reproduce(options: argparse.Namespace) -> int:
         for place, (row, one) in enumerate(zip(done.rows, done.asked, strict=True))
     ]
     title = f"{table.name}, {done.paper_model} in the paper, {done.model} here"
-    averages = table.numbers["averages"]
-    side = Side(table.name, title, done.settings, averages, table.scale, table.exponent)
+    drawing = Drawing(**table.numbers["drawing"]) if "drawing" in table.numbers else None
+    side = Side(table.name, title, done.settings, table.numbers["averages"], table.scale, table.exponent, drawing)
     for path in write_side_by_side(options.out, side, rows, [(one.model, one.budget) for one in done.asked], done.keys):
         print(path)
     return 1 if done.failed else 0
-
-
-def _setting(row: dict[str, Any]) -> str:
-    size = f"{row['size']} ({row['ratios']})" if row.get("size") and row.get("ratios") else row.get("size")
-    parts = [size or row.get("budget") or row.get("ratios"), row.get("task")]
-    parts += [f"H2O keeps {row['h2o keeps']}"] if "h2o keeps" in row else []
-    return ", ".join(str(part) for part in parts if part) or "-"
 
 
 def _new(options: argparse.Namespace) -> int:
