@@ -23,30 +23,32 @@ def cost_tables(found: Sequence[Cost], rows: Sequence[Row]) -> list[Table]:
     made = []
     for panel in dict.fromkeys(cost.panel for cost in found):
         mine = [cost for cost in found if cost.panel == panel]
-        rate = next((lap for cost in mine for lap in cost.laps), None)
-        measured = (
-            ""
-            if rate is None
-            else f" Measured here: {rate['bandwidth'] / 1e9:.1f} GB/s copied, {rate['flops'] / 1e9:,.0f} GFLOP/s."
-        )
-        timed = [cost for cost in mine if cost.laps]
-        reasons = dict.fromkeys(f"{cost.decode} fell back to eager: {cost.fell_back}" for cost in timed if cost.fell_back)
-        captured = any(cost.decode != "eager" for cost in timed)
-        shown = tuple(name for name in LATENCY if captured or name not in ("decode", "capture"))
-        lines = tuple(tuple(line[LATENCY.index(name)] for name in shown) for line in map(_latency, timed))
-        made.append(Table(f"Latency, {panel}", shown, lines, (FLOORS + measured, *reasons), section="Latency"))
+        made.append(_latency_table(panel, [cost for cost in mine if cost.laps]))
         watched = {(cost.method, cost.budget, cost.context, cost.batch): cost for cost in mine if cost.memory}
         made.append(Table(f"Memory, {panel}", MEMORY, tuple(map(_memory, watched.values())), (PEAKS,), section="Memory"))
-    missing: dict[tuple[str, ...], int] = {}
-    for row in rows:
-        if row["status"] != "ok":
-            cell = row["cell"]
-            what = (row["status"], cell["model"], cell["method"], cell["budget"] or "-", f"{cell['context']:,}", row["reason"])
-            missing[what] = missing.get(what, 0) + 1
-    if missing:
-        header = ("status", "model", "method", "budget", "context", "reason")
-        made.append(Table("Costs not measured", header, tuple(words(*what) for what in sorted(missing))))
+    missing = {_missing(row) for row in rows if row["status"] != "ok"}
+    header = ("status", "model", "method", "budget", "context", "reason")
+    made.append(Table("Costs not measured", header, tuple(words(*what) for what in sorted(missing))))
     return [table for table in made if table.rows]
+
+
+def _latency_table(panel: CostPanel, timed: Sequence[Cost]) -> Table:
+    measured = ""
+    if timed:
+        rate = timed[0].laps[0]
+        measured = f" Measured here: {rate['bandwidth'] / 1e9:.1f} GB/s copied, {rate['flops'] / 1e9:,.0f} GFLOP/s."
+    reasons = dict.fromkeys(f"{cost.decode} fell back to eager: {cost.fell_back}" for cost in timed if cost.fell_back)
+    captured = any(cost.decode != "eager" for cost in timed)
+    shown = tuple(name for name in LATENCY if captured or name not in ("decode", "capture"))
+    lines = (dict(zip(LATENCY, _latency(cost), strict=True)) for cost in timed)
+    rows = tuple(tuple(line[name] for name in shown) for line in lines)
+    return Table(f"Latency, {panel}", shown, rows, (FLOORS + measured, *reasons), section="Latency")
+
+
+def _missing(row: Row) -> tuple[str, ...]:
+    """What is shown of a cell that was not measured."""
+    cell = row["cell"]
+    return (row["status"], cell["model"], cell["method"], cell["budget"] or "-", f"{cell['context']:,}", row["reason"])
 
 
 FLOORS = (

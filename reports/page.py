@@ -39,11 +39,20 @@ READING = (
     "Intervals are of 95 %: bootstraps over examples, Wilson's for shares of right answers. `Against full` is the paired "
     "difference to the full cache on the same examples; a star marks one that is significant at 0.05 by Holm's correction over "
     "the methods at the same budget.",
-    "For nll lower is better, for every other score higher. KL and top token compare a cell with the full cache while both are "
-    "fed the full cache's answer. `-`: nothing was measured; it is never 0.",
+    "{direction} KL and top token compare a cell with the full cache while both are fed the full cache's answer. `-`: nothing "
+    "was measured; it is never 0.",
     "question_in: the prompt is read with its question, then compressed. question_after: the context alone is read and "
     "compressed, then the question is asked. Protocols are never ranked together.",
 )
+
+
+def reading(found: Sequence[Line]) -> list[str]:
+    """How the numbers are to be read."""
+    lower = sorted({line.metric for line in found if line.metric and line.lower_is_better})
+    direction = (
+        f"For {' and '.join(lower)} lower is better, for every other score higher." if lower else "Higher scores are better."
+    )
+    return [text.format(direction=direction) for text in READING]
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ def page(
         commands=made.commands,
         environments=[json.dumps(one, indent=1) for one in made.environments],
         data=[json.dumps({k: v for k, v in one.items() if k != "id"}) for one in made.data],
-        reading=[*READING, *([made.judge] if made.judge else [])],
+        reading=[*reading(found), *([made.judge] if made.judge else [])],
         show=_table,
     )
 

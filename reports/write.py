@@ -16,7 +16,7 @@ from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
 from reports.more_tables import length_tables, lm_eval_table, missing_table
 from reports.needles import needle_maps
-from reports.page import READING, Made, Pictures, page
+from reports.page import Made, Pictures, page, reading
 from reports.present import mean_tables, score_tables
 from reports.summary import families, sentence, verdicts
 from reports.tables import frame, lines
@@ -48,7 +48,7 @@ def write_report(out: Path) -> list[Path]:
         said = cost_sentences(costs(measured))
         short += [f"- {title}, {line}" for title, lines in said for line in lines]
         judged = _judged_by(ratings, read_verdicts(out))
-        head = ["# Scores against bytes", "", *judged, *("\n\n".join(READING).splitlines()), "", *short, "", ""]
+        head = ["# Scores against bytes", "", *judged, *("\n\n".join(reading(found)).splitlines()), "", *short, "", ""]
         text.write_text("\n".join(head) + markdown([*several, *score_tables(found), *cost, *rest]))
         paper.write_text(latex([*several, *score_tables(found), *cost]))
         for panel in plots.panels(found):

@@ -318,7 +318,8 @@ def test_the_direction_of_a_metric_is_its_own(tmp_path: Path) -> None:
     lowest, highest = "At 32 entries a head (6.2% of the bytes), h2o has the best mean, 0", "headkv_r2 has the best mean"
     rows = [replace(row, metrics={"errors": row.metrics["exact"]}) if row.metrics else row for row in made_rows()]
     assert highest in _said(stored(tmp_path / "more", rows))
-    assert lowest in _said(stored(tmp_path / "less", [replace(row, lower_is_better=["errors"]) for row in rows]))
+    said = _said(stored(tmp_path / "less", [replace(row, lower_is_better=["errors"]) for row in rows]))
+    assert lowest in said and "For errors lower is better, for every other score higher." in said
     old = stored_by(3, tmp_path / "old", rows)
     assert highest in _said(old), "nothing says otherwise"
     (old / "metrics").mkdir()
