@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import random
@@ -143,6 +144,15 @@ def out(tmp_path: Path) -> Path:
         path.write_text(json.dumps(what))
     (folder / "commands.jsonl").write_text('{"when": "now", "command": "python run_all.py run <x>"}\n{"torn')
     return folder
+
+
+def test_reports_are_made_of_stored_rows_alone() -> None:
+    drawn_with = {"results", "reports", "numpy", "pandas", "matplotlib", "jinja2", "markupsafe"}
+    for path in (Path(__file__).parent.parent / "reports").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in getattr(node, "names", ())]
+            roots = {str(name).partition(".")[0] for name in names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+            assert roots <= drawn_with | set(sys.stdlib_module_names), path.name
 
 
 @pytest.mark.parametrize("name", TEXTS)
