@@ -17,6 +17,10 @@ class Metric:
     name: str
     unit: str  # share | percent | nats
     higher_is_better: bool = True
+    right_or_wrong: bool = False  # an answer has 0 or 1: the mean is a proportion, with an interval of its own
+
+
+NLL = Metric("nll", unit="nats", higher_is_better=False)  # what a task is scored by that is `forced`
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,9 @@ class Task(Protocol):
     """A benchmark. Frozen: its repr is the record's parameters.
 
     `name` ends in a version ("recall@1"), raised when prompts or scoring change: old rows must not mix with new ones.
+
+    A task may have two members more. They are no fields of a dataclass, so that they do not change its repr:
+    `likelihoods = True` where nothing is generated (see `Example.requests`), and `embedded_can = True` (see below).
     """
 
     @property
@@ -132,3 +139,11 @@ def reads_data(task: Task) -> TypeGuard[ReadsData]:
 def scores_likelihoods(task: Task) -> bool:
     """Are its requests scored for their likelihood, so that nothing is generated? A task says so with `likelihoods = True`."""
     return bool(getattr(task, "likelihoods", False))
+
+
+def embedded_can(task: Task) -> bool:
+    """Was the embedded model (`reference`) made to do this task? Elsewhere its scores prove the path and are not ranked on.
+
+    A task that does not say is one that it was not made for.
+    """
+    return bool(getattr(task, "embedded_can", False))

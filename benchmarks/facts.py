@@ -61,7 +61,8 @@ class Facts(ABC):
     length: int = 1024  # tokens of the prompt, at most; a sentence less at least
     facts: int = 8
     links: int = 4
-    metrics = (Metric("exact", unit="share"),)
+    metrics = (Metric("exact", unit="share", right_or_wrong=True),)
+    embedded_can = True
     size = None
     forced = False
     data = ""

@@ -45,6 +45,10 @@ class NeedleInHaystack(InHaystack):
     def name(self) -> str:
         return "needle@1"
 
+    @property
+    def embedded_can(self) -> bool:
+        return self.needles == "facts"
+
     def cell(self, index: int, seed: int) -> tuple[int, float]:
         """Length and depth of an example."""
         cells = self.lengths * self.depths

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from benchmarks import data
-from benchmarks.base import CountTokens, Example, Metric
+from benchmarks.base import NLL, CountTokens, Example
 from benchmarks.data import Data
 from benchmarks.prose import sentences
-
-NLL = Metric("nll", unit="nats", higher_is_better=False)
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class PerplexityOwn:
     scored: int = 128  # tokens scored, at most
     name = "perplexity_own@1"
     metrics = (NLL,)
+    embedded_can = True
     size = None
     forced = True
     data = ""

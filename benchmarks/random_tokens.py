@@ -16,6 +16,7 @@ class RandomTokens:
     vocabulary: int = 256  # ids below this
     name = "random_tokens@1"
     metrics: tuple[Metric, ...] = ()
+    embedded_can = True
     size = None
     forced = False
     data = ""

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from reports.formats import Cell, Table, latex, markdown
+from reports.formats import Table, TableCell, latex, markdown
+from reports.keys import Label, LineKey
 from reports.page import simple_page
 from reports.present import estimated
 from reports.statistics import Estimate, holm, paired_difference
-from reports.tables import SIGNIFICANT, Line, label_of, lines
+from reports.tables import SIGNIFICANT, Line, lines
 from results.store import StoreError, read_rows
 
-Where = tuple[str, ...]
+
+@dataclass(frozen=True)
+class PairKey:
+    """What a line of the one run and a line of the other must share."""
+
+    question: LineKey  # without the weights, and of variants their parent, which the label completes
+    label: Label
+    budget: str
+
+    @classmethod
+    def of(cls, line: Line, single: bool) -> PairKey:
+        """single: both runs have one model, whatever it is called."""
+        asked = replace(line.at.question.asked, model="" if single else line.parent, revision="")
+        return cls(replace(line.at, asked=asked), line.label, line.budget)
 
 
 @dataclass(frozen=True)
@@ -58,20 +72,16 @@ NOTE = (
 
 def comparison(ours: Sequence[Line], theirs: Sequence[Line], names: tuple[str, str]) -> list[Table]:
     """One table a task and protocol. Two runs of one model each are compared whatever the models are called."""
-    single = len({line.model.split("+")[0] for line in ours}) == len({line.model.split("+")[0] for line in theirs}) == 1
-    known = {_where(line, single): line for line in theirs}
-    panels: dict[Where, list[Pair]] = {}
+    single = len({line.parent for line in ours}) == len({line.parent for line in theirs}) == 1
+    known = {PairKey.of(line, single): line for line in theirs}
+    panels: dict[LineKey, list[Pair]] = {}
     for line in ours:
-        other = known.get(_where(line, single))
+        where = PairKey.of(line, single)
+        other = known.get(where)
         if other is not None and line.score and other.score:
             difference = paired_difference(other.values, line.values) if line.metric == other.metric else None
-            panels.setdefault(_where(line, single)[:-2], []).append(Pair(line, other, difference))
+            panels.setdefault(where.question, []).append(Pair(line, other, difference))
     return [_table(pairs, names) for pairs in panels.values()]
-
-
-def _where(line: Line, single: bool) -> Where:
-    model = "" if single else line.model.split("+")[0]
-    return (model, line.benchmark, line.prompt, line.protocol, line.asked_for, label_of(line), line.budget)
 
 
 def _table(pairs: Sequence[Pair], names: tuple[str, str]) -> Table:
@@ -83,20 +93,20 @@ def _table(pairs: Sequence[Pair], names: tuple[str, str]) -> Table:
     first = pairs[0].first
     rows = tuple(_row(pair, id(pair) in shown) for pair in pairs)
     header = ("method", "budget", *(f"{what}, {name}" for what in ("bytes", "score") for name in names), "difference", "pairs")
-    models = dict.fromkeys(line.model.split("+")[0] for line in (first, pairs[0].second))
-    title = f"{first.benchmark}, {first.prompt}, {' and '.join(models)}"
+    models = dict.fromkeys(line.parent for line in (first, pairs[0].second))
+    title = f"{first.at.task}, {first.protocol.prompt}, {' and '.join(models)}"
     return Table(title, header, rows, (f"Score: {first.metric}. Protocol: {first.protocol}",))
 
 
-def _row(pair: Pair, differs: bool) -> tuple[Cell, ...]:
+def _row(pair: Pair, differs: bool) -> tuple[TableCell, ...]:
     shares = (pair.first.byte_share, pair.second.byte_share)
     count = pair.difference.n if pair.difference else 0
     return (
-        Cell(label_of(pair.first)),
-        Cell(pair.first.budget or "-"),
-        *(Cell("-" if share is None else f"{share:.1%}", share) for share in shares),
+        TableCell(str(pair.first.label)),
+        TableCell(pair.first.budget or "-"),
+        *(TableCell("-" if share is None else f"{share:.1%}", share) for share in shares),
         estimated(pair.first.score),
         estimated(pair.second.score),
         estimated(pair.difference, differs),
-        Cell(str(count), count),
+        TableCell(str(count), count),
     )

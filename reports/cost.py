@@ -1,4 +1,4 @@
-"""What a cell costs: tables of phases and peaks beside their floors."""
+"""What a cell costs: its rounds of latency and its memory, out of stored rows."""
 
 from __future__ import annotations
 
@@ -8,44 +8,108 @@ from typing import Any
 
 import numpy as np
 
-from reports.formats import Cell, Table
+from reports.keys import Label
 from reports.style import order_of
-from results.record import DECODES
+from results.record import DECODES, split_variant
 
-Where = tuple[str, ...]
-LATENCY: tuple[str, ...] = ("method", "budget", "context", "batch", "decode", "prefill s", "its floor", "observe", "column sums")
-LATENCY += ("score", "select", "compact", "capture")
-LATENCY += ("first token ms", "ms a token", "p10 to p90", "rounds", "floor ms", "over the floor", "tokens a second")
-MEMORY: tuple[str, ...] = ("method", "budget", "context", "batch", "bytes kept", "allocated", "a token more")
-MEMORY += ("prefill peak", "decode peak", "kept at the end")
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """The rows of one cell: its rounds of latency, and its memory."""
+class CostPanel:
+    """What stands in one table or picture. Other threads, environments and texts of plugins are not pooled."""
 
     model: str
     dtype: str
     device: str
-    run: str  # threads, environment, and the texts of plugins: other ones are not pooled
+    threads: int
+    env: str  # id of <out>/env/<id>.json
+    sources: tuple[str, ...] = ()  # sha256 of the plugins
+
+    @classmethod
+    def of(cls, row: Row) -> CostPanel:
+        cell = row["cell"]
+        where = (cell["model"], cell["dtype"], cell["device"], cell["threads"])
+        return cls(*where, row["env"], tuple(row.get("sources", ())))
+
+    @property
+    def parent(self) -> str:
+        return split_variant(self.model)[0]
+
+    @property
+    def variant(self) -> str:
+        return split_variant(self.model)[1]
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        return (self.model, self.dtype, self.device)
+
+    @property
+    def run(self) -> str:
+        sources = "".join(f", {sha[:8]}" for sha in self.sources)
+        return f"{self.threads} threads, environment {self.env[:6]}{sources}"
+
+    def __str__(self) -> str:
+        return ", ".join((*self.place, self.run))
+
+
+@dataclass(frozen=True)
+class CostKey:
+    """A method at a budget, with so many tokens and sequences."""
+
+    panel: CostPanel
+    method: str
+    budget: str
+    context: int
+    batch: int  # 0: as many as fit
+
+    @classmethod
+    def of(cls, row: Row) -> CostKey:
+        return cls(CostPanel.of(row), *(row["cell"][name] for name in ("method", "budget", "context", "batch")))
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a round was decoded. Those of another length, or decoded in another way, are no rounds of the same."""
+
+    new_tokens: int = 0
+    decode: str = "eager"  # what was asked for
+    fell_back: str = ""  # why it was eager all the same
+
+    @classmethod
+    def of(cls, row: Row) -> Way:
+        return cls(row["cell"]["new_tokens"], row["cell"].get("decode", "eager"), row.get("fell_back") or "")
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        return self.new_tokens, DECODES.index(self.decode), self.fell_back
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The rows of one cell: its rounds of latency, decoded in one way, and its memory."""
+
+    panel: CostPanel
     method: str
     budget: str
     context: int
     batch: int
-    new_tokens: int
-    laps: tuple[Mapping[str, Any], ...]
-    memory: Mapping[str, Any] | None
+    way: Way
+    laps: tuple[Row, ...]
+    memory: Row | None
     largest: bool = False  # `batch` is as many as fitted
-    decode: str = "eager"  # the way asked for
-    fell_back: str = ""  # why it was eager all the same
-
-    @property
-    def panel(self) -> Where:
-        return (self.model, self.dtype, self.device, self.run)
 
     @property
     def label(self) -> str:
         return f"{self.method} {self.budget}".strip()
+
+    @property
+    def decode(self) -> str:
+        return self.way.decode
+
+    @property
+    def fell_back(self) -> str:
+        return self.way.fell_back
 
     @property
     def token_ms(self) -> float | None:
@@ -57,189 +121,26 @@ class Cost:
         return 1000 * float(np.median([lap["token_floor"] for lap in self.laps]))
 
 
-def costs(rows: Sequence[Mapping[str, Any]]) -> list[Cost]:
-    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+def costs(rows: Sequence[Row]) -> list[Cost]:
+    grouped: dict[CostKey, list[Row]] = {}
     for row in rows:
-        cell = row["cell"]
-        run = f"{cell['threads']} threads, environment {row['env'][:6]}" + "".join(
-            f", {sha[:8]}" for sha in row.get("sources", ())
-        )
-        where = (*(cell[name] for name in ("model", "dtype", "device")), run)
-        where = (*where, *(cell[name] for name in ("method", "budget", "context", "batch")))
         if row["status"] == "ok":
-            grouped.setdefault(where, []).append(row)
+            grouped.setdefault(CostKey.of(row), []).append(row)
+    return sorted((cost for at, mine in grouped.items() for cost in _costs(at, mine)), key=_order)
+
+
+def _costs(at: CostKey, rows: Sequence[Row]) -> list[Cost]:
+    """One for each way in which its rounds were decoded."""
+    memory = next((row for row in rows if row["cell"]["what"] == "memory"), None)
+    timed = [row for row in rows if row["cell"]["what"] == "latency"]
     found = []
-    for (model, dtype, device, run, method, budget, context, batch), mine in grouped.items():
-        memory = next((row for row in mine if row["cell"]["what"] == "memory"), None)
-        timed = [row for row in mine if row["cell"]["what"] == "latency"]
-        # rounds of another length, or decoded in another way, are no rounds of this
-        ways = sorted({(row["cell"]["new_tokens"], _decode(row)) for row in timed}, key=_way) or [(0, ("eager", ""))]
-        for steps, (decode, fell_back) in ways:
-            laps = tuple(row for row in timed if (row["cell"]["new_tokens"], _decode(row)) == (steps, (decode, fell_back)))
-            fitted = batch or min(row["batch"] for row in [*laps, *([memory] if memory else [])])
-            asked = (model, dtype, device, run, method, budget, context, fitted)
-            found.append(Cost(*asked, steps, laps, memory, batch == 0, decode, fell_back))
-    return sorted(found, key=_order)
-
-
-def _decode(row: Mapping[str, Any]) -> tuple[str, str]:
-    """The way asked for, and why it was not taken."""
-    return row["cell"].get("decode", "eager"), row.get("fell_back") or ""
-
-
-def _way(way: tuple[int, tuple[str, str]]) -> tuple[int, int, str]:
-    steps, (decode, fell_back) = way
-    return steps, DECODES.index(decode), fell_back
+    for way in sorted({Way.of(row) for row in timed}, key=lambda way: way.order) or [Way()]:
+        laps = tuple(row for row in timed if Way.of(row) == way)
+        fitted = at.batch or min(row["batch"] for row in [*laps, *([memory] if memory else [])])
+        found.append(Cost(at.panel, at.method, at.budget, at.context, fitted, way, laps, memory, at.batch == 0))
+    return found
 
 
 def _order(cost: Cost) -> tuple[object, ...]:
-    return (
-        cost.panel,
-        cost.context,
-        cost.batch,
-        cost.method != "full",
-        order_of(cost.method),
-        cost.budget,
-        DECODES.index(cost.decode),
-    )
-
-
-def cost_tables(found: Sequence[Cost], rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Latency and memory of each model and device, and what could not be measured."""
-    made = []
-    for panel in dict.fromkeys(cost.panel for cost in found):
-        mine = [cost for cost in found if cost.panel == panel]
-        title = ", ".join(panel)
-        rate = next((lap for cost in mine for lap in cost.laps), None)
-        measured = (
-            ""
-            if rate is None
-            else f" Measured here: {rate['bandwidth'] / 1e9:.1f} GB/s copied, {rate['flops'] / 1e9:,.0f} GFLOP/s."
-        )
-        timed = [cost for cost in mine if cost.laps]
-        reasons = dict.fromkeys(f"{cost.decode} fell back to eager: {cost.fell_back}" for cost in timed if cost.fell_back)
-        captured = any(cost.decode != "eager" for cost in timed)
-        shown = tuple(name for name in LATENCY if captured or name not in ("decode", "capture"))
-        lines = tuple(tuple(line[LATENCY.index(name)] for name in shown) for line in map(_latency, timed))
-        made.append(Table(f"Latency, {title}", shown, lines, (FLOORS + measured, *reasons)))
-        watched = {(cost.method, cost.budget, cost.context, cost.batch): cost for cost in mine if cost.memory}
-        made.append(Table(f"Memory, {title}", MEMORY, tuple(map(_memory, watched.values())), (PEAKS,)))
-    missing: dict[tuple[str, ...], int] = {}
-    for row in rows:
-        if row["status"] != "ok":
-            cell = row["cell"]
-            what = (row["status"], cell["model"], cell["method"], cell["budget"] or "-", f"{cell['context']:,}", row["reason"])
-            missing[what] = missing.get(what, 0) + 1
-    if missing:
-        header = ("status", "model", "method", "budget", "context", "reason")
-        made.append(Table("Costs not measured", header, tuple(tuple(Cell(text) for text in what) for what in sorted(missing))))
-    return [table for table in made if table.rows]
-
-
-FLOORS = (
-    "Median over the rounds, each in a process of its own; `rounds` is their spread. Floor of a token: the bytes of the weights "
-    "and of the kept entries over the copy bandwidth; of a prefill: its products over their rate."
-)
-PEAKS = "Bytes above the model's weights; on a CPU what is resident, which includes the allocator's slack."
-
-
-def _latency(cost: Cost) -> tuple[Cell, ...]:
-    phases = {name: float(np.median([lap["phases"].get(name, 0.0) for lap in cost.laps])) for name in cost.laps[0]["phases"]}
-    token, floor = cost.token_ms or 0.0, cost.floor_ms
-    first = 1000 * float(np.median([lap["first_token"] for lap in cost.laps]))
-    rounds = [1000 * lap["token"] for lap in cost.laps]
-    low, high = (1000 * float(np.median([lap[name] for lap in cost.laps])) for name in ("p10", "p90"))
-    prefill_floor = float(np.median([lap["prefill_floor"] for lap in cost.laps]))
-    return (
-        *_asked(cost),
-        Cell(f"eager, not {cost.decode}" if cost.fell_back else cost.decode),
-        _number(phases["prefill"], "{:.3f}"),
-        _number(prefill_floor, "{:.3f}"),
-        *(
-            _number(phases.get(name, 0.0), "{:.3f}")
-            for name in ("observe", "column sums", "score", "select", "compact", "capture")
-        ),
-        _number(first, "{:.2f}"),
-        _number(token, "{:.2f}"),
-        Cell(f"{low:.2f} to {high:.2f}", low),
-        Cell(f"{min(rounds):.2f} to {max(rounds):.2f}", min(rounds)),
-        _number(floor, "{:.2f}"),
-        _number(token / floor, "{:.2f}x"),
-        _number(1000 * cost.batch / token, "{:.1f}"),
-    )
-
-
-def _memory(cost: Cost) -> tuple[Cell, ...]:
-    memory = cost.memory or {}
-    more = (memory["bytes_end"] - memory["bytes_kept"]) / memory["cell"]["new_tokens"]
-    kept, allocated, *peaks = (
-        _bytes(memory[name]) for name in ("bytes_kept", "bytes_allocated", "prefill_peak", "decode_peak", "bytes_end")
-    )
-    return (*_asked(cost), kept, allocated, Cell(f"{more / 2**10:,.1f} KiB", more), *peaks)
-
-
-def _asked(cost: Cost) -> tuple[Cell, ...]:
-    sizes = (
-        Cell(f"{cost.context:,}", cost.context),
-        Cell(f"{cost.batch} (largest)" if cost.largest else str(cost.batch), cost.batch),
-    )
-    return (Cell(cost.method), Cell(cost.budget or "-"), *sizes)
-
-
-def _number(value: float, form: str) -> Cell:
-    return Cell(form.format(value), value)
-
-
-def _bytes(value: float) -> Cell:
-    return Cell(f"{value / 2**20:,.1f} MiB", value)
-
-
-def cost_sentences(found: Sequence[Cost]) -> list[tuple[str, list[str]]]:
-    """In words, for a model and its variants on one device: a title, and a line for each way of decoding.
-
-    At the longest context and the smallest batch. A method is called faster only if its slowest round is faster than any of the
-    full cache's.
-    """
-    grouped: dict[Where, list[Cost]] = {}
-    for cost in found:
-        if cost.laps and not cost.fell_back:
-            grouped.setdefault((cost.model.split("+")[0], *cost.panel[1:]), []).append(cost)
-    made = []
-    for (parent, dtype, device, run), mine in grouped.items():
-        context = max(cost.context for cost in mine)
-        batch = min(cost.batch for cost in mine if cost.context == context)
-        at = [cost for cost in mine if (cost.context, cost.batch) == (context, batch)]
-        lines = [line for decode in DECODES if (line := _line([cost for cost in at if cost.decode == decode], parent))]
-        if lines:
-            together = f", {batch} at once" if batch > 1 else ""
-            made.append((f"{parent}, {dtype}, {device}, {run}: {context:,} tokens{together}", lines))
-    return made
-
-
-def _line(mine: Sequence[Cost], parent: str) -> str:
-    """Who is faster than the full cache, and who was not shown to be; empty if there is nothing to compare."""
-    full = next((cost for cost in mine if cost.method == "full" and cost.model == parent), None)
-    others = sorted((cost for cost in mine if cost is not full), key=lambda cost: cost.token_ms or 0.0)
-    if full is None or not others:
-        return ""
-    least = min(lap["token"] for lap in full.laps)
-    faster = [cost for cost in others if max(lap["token"] for lap in cost.laps) < least]
-    slower = [cost for cost in others if cost not in faster]
-    rounds = min(len(cost.laps) for cost in mine)
-    shown = "in every round" if rounds > 1 else "in the one round there was, which says nothing of the spread"
-    parts = [f"decode {full.decode}: full takes {_said(full)}, {(full.token_ms or 0.0) / full.floor_ms:.1f} times its floor."]
-    if faster:
-        parts.append(f"Faster {shown}: {'; '.join(map(_named, faster))}.")
-    if slower:
-        never = "Faster in some rounds at most" if rounds > 1 else "Not faster in it"
-        parts.append(f"{never}: {'; '.join(map(_named, slower))}.")
-    return " ".join(parts)
-
-
-def _named(cost: Cost) -> str:
-    variant = cost.model.partition("+")[2]
-    return cost.label + (f" on {variant}" if variant else "") + f" ({_said(cost)})"
-
-
-def _said(cost: Cost) -> str:
-    return f"{cost.token_ms:.2f} ms a token with {cost.laps[0]['bytes_kept'] / 2**20:,.1f} MiB kept"
+    method = (cost.method != "full", order_of(Label(cost.method)), cost.budget)
+    return (*cost.panel.place, cost.panel.run, cost.context, cost.batch, *method, DECODES.index(cost.decode))

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 from reports.cost import Cost
+from reports.keys import Label
 from reports.style import style_of
 from results.store import slug
 
@@ -34,13 +35,13 @@ def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
             _bars(axes, mine)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
         way = () if decode == "eager" else (f"decode {decode}",)
-        figure.suptitle(", ".join((*panel, *way)), fontsize=10)
-        paths.append(_saved(figure, folder, f"cost_{slug('_'.join((*panel[:3], *way)))}", paths))
+        figure.suptitle(", ".join((str(panel), *way)), fontsize=10)
+        paths.append(_saved(figure, folder, f"cost_{slug('_'.join((*panel.place, *way)))}", paths))
     for panel in dict.fromkeys(cost.panel for cost in found):
         held = {_cell(cost): cost for cost in found if cost.panel == panel and cost.memory and "footprint" in cost.memory}
         if held:
-            figure = _footprints(list(held.values()), ", ".join(panel))
-            paths.append(_saved(figure, folder, f"footprint_{slug('_'.join(panel[:3]))}", paths))
+            figure = _footprints(list(held.values()), str(panel))
+            paths.append(_saved(figure, folder, f"footprint_{slug('_'.join(panel.place))}", paths))
     return paths
 
 
@@ -57,7 +58,7 @@ def _cell(cost: Cost) -> tuple[object, ...]:
 
 
 def _colour(method: str) -> str:
-    return "black" if method == "full" else style_of(method).colour
+    return "black" if method == "full" else style_of(Label(method)).colour
 
 
 def _mib(points: Sequence[Sequence[int]]) -> tuple[list[int], list[float]]:
@@ -76,7 +77,7 @@ def _footprints(held: Sequence[Cost], title: str) -> Figure:
         read, after = points[:-2], points[-2:]  # the last two: compressed, and at the last token
         if not reading.lines:  # the same for all: nothing is dropped before the prompt is read
             reading.plot(*_mib(read), color="grey", linewidth=1.4, label="every method, while it reads")
-        style = style_of(cost.method)
+        style = style_of(Label(cost.method))
         manner = {"color": _colour(cost.method), "linestyle": style.dash, "marker": style.marker, "linewidth": 1.4}
         answering.plot(*_mib([(at - context, size) for at, size in after]), label=cost.label, **manner)
     reading.set(xlabel="tokens read", ylabel="keys and values, MiB", ylim=(0, None))
@@ -124,7 +125,7 @@ FLOOR = "floor: bytes over bandwidth"
 
 
 def _lines(axes: Any, line: Sequence[Cost], label: str, method: str) -> None:
-    style = style_of(method)
+    style = style_of(Label(method))
     manner = {"color": _colour(method), "marker": style.marker, "markersize": 4}
     timed, watched = [cost for cost in line if cost.laps], [cost for cost in line if cost.memory]
     contexts = [cost.context for cost in timed]

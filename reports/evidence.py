@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from reports.heads import head_map
-from results.record import Record
+from reports.keys import Protocol
+from results.record import Record, budget_size
 from results.store import slug
 
 ACROSS = 4  # maps side by side
@@ -43,11 +44,12 @@ def kept_maps(records: Iterable[Record], folder: Path) -> list[Path]:
 
 def _kept(model: str, found: Sequence[Record], folder: Path) -> list[Path]:
     first = found[0].key
-    same = [r for r in found if (r.key.benchmark, r.key.prompt, r.key.routing) == (first.benchmark, first.prompt, first.routing)]
+    asked = (first.benchmark, Protocol.of(first))
+    same = [record for record in found if (record.key.benchmark, Protocol.of(record.key)) == asked]
     methods = {budget: len({r.key.method for r in same if r.key.budget == budget}) for budget in {r.key.budget for r in same}}
     shared = [budget for budget, count in methods.items() if count == max(methods.values())]
-    budget = sorted(shared, key=lambda text: (text.endswith("%"), float(text.rstrip("%"))))[(len(shared) - 1) // 2]
-    shown = {r.key.method.split("@")[0]: np.array(r.kept) for r in same if r.key.budget == budget}
+    budget = sorted(shared, key=budget_size)[(len(shared) - 1) // 2]
+    shown = {r.key.method_name: np.array(r.kept) for r in same if r.key.budget == budget}
     if all(values.min() == values.max() for values in shown.values()):
         return []  # every head keeps as many: nothing to be seen
     across = min(ACROSS, len(shown))

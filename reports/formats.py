@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """What is shown, and what it is sorted by."""
 
     text: str
@@ -20,13 +20,14 @@ class Cell:
 class Table:
     title: str
     header: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[TableCell, ...], ...]
     notes: tuple[str, ...] = ()  # before the table
     label: str = ""  # a short name, for references
+    section: str = ""  # of a page, which several tables share; "": its own, of the table's title
 
 
-def words(*texts: str) -> tuple[Cell, ...]:
-    return tuple(Cell(text) for text in texts)
+def words(*texts: str) -> tuple[TableCell, ...]:
+    return tuple(TableCell(text) for text in texts)
 
 
 def markdown(tables: Sequence[Table], level: int = 2) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -14,61 +14,71 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from reports.tables import protocol_of
-from results.record import Key, Record
+from reports.keys import PanelKey, Protocol, TaskKey
+from results.record import Key, Record, budget_size
 from results.store import slug
 
 ACROSS = 4  # maps side by side
-Cell = tuple[int, int]  # tokens of the prompt, depth in percent
+Spot = tuple[int, int]  # tokens of the prompt, depth in percent
+
+
+@dataclass(frozen=True)
+class MapKey:
+    """A method at a budget: one map."""
+
+    method: str
+    budget: str
+
+    @classmethod
+    def of(cls, key: Key) -> MapKey:
+        return cls(key.method_name, key.budget)
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        return (self.method != "full", self.method, budget_size(self.budget))
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.budget}".strip()
 
 
 def needle_maps(records: Iterable[Record], folder: Path) -> list[Path]:
     """One figure a model, benchmark and protocol, a map for each method and budget; as PNG and SVG."""
-    found: dict[tuple[str, ...], dict[str, dict[Cell, list[float]]]] = {}
+    found: dict[PanelKey, dict[MapKey, dict[Spot, list[float]]]] = {}
     for record in records:
         if record.metrics and {"context", "depth"} <= set(record.columns):
-            where = (record.key.model, record.key.benchmark.split("@")[0], record.key.prompt, protocol_of(record.key))
-            cell = (int(record.columns["context"]), int(record.columns["depth"]))
-            maps = found.setdefault(where, {})
-            maps.setdefault(_label(record.key), {}).setdefault(cell, []).append(next(iter(record.metrics.values())))
-    return [path for where, maps in sorted(found.items()) for path in _figure(where, maps, folder)]
+            where = PanelKey(record.key.model, TaskKey(record.key.benchmark), Protocol.of(record.key))
+            spot = (int(record.columns["context"]), int(record.columns["depth"]))
+            spots = found.setdefault(where, {}).setdefault(MapKey.of(record.key), {})
+            spots.setdefault(spot, []).append(next(iter(record.metrics.values())))
+    return [path for where in sorted(found, key=lambda where: where.order) for path in _figure(where, found[where], folder)]
 
 
-def _label(key: Key) -> str:
-    return f"{key.method.split('@')[0]} {key.budget}".strip()
-
-
-def _figure(where: Sequence[str], maps: Mapping[str, Mapping[Cell, Sequence[float]]], folder: Path) -> list[Path]:
-    cells = {cell for one in maps.values() for cell in one}
-    lengths, depths = sorted({cell[0] for cell in cells}), sorted({cell[1] for cell in cells})
-    labels = sorted(maps, key=lambda label: (not label.startswith("full"), label.split()[0], _size(label)))
-    across = min(ACROSS, len(labels))
-    down = -(-len(labels) // across)
+def _figure(where: PanelKey, maps: Mapping[MapKey, Mapping[Spot, Sequence[float]]], folder: Path) -> list[Path]:
+    spots = {spot for one in maps.values() for spot in one}
+    lengths, depths = sorted({spot[0] for spot in spots}), sorted({spot[1] for spot in spots})
+    ordered = sorted(maps, key=lambda key: key.order)
+    across = min(ACROSS, len(ordered))
+    down = -(-len(ordered) // across)
     figure, axes = plt.subplots(down, across, figsize=(3.0 * across + 0.8, 2.7 * down + 0.5), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(labels) :]:
+    for axis in axes.flat[len(ordered) :]:
         axis.set_visible(False)
-    for axis, label in zip(axes.flat, labels, strict=False):
-        shown = _map(axis, maps[label], lengths, depths)
-        values = [value for one in maps[label].values() for value in one]
-        axis.set_title(f"{label}: {np.mean(values):.0f} % of {len(values)}", fontsize=9)
+    for axis, key in zip(axes.flat, ordered, strict=False):
+        shown = _map(axis, maps[key], lengths, depths)
+        values = [value for one in maps[key].values() for value in one]
+        axis.set_title(f"{key}: {np.mean(values):.0f} % of {len(values)}", fontsize=9)
     figure.supxlabel("tokens of the prompt", fontsize=9)
     figure.supylabel("depth of the needle, %", fontsize=9)
-    figure.suptitle(f"{', '.join(where[:3])}\n{where[3]}", fontsize=9)
+    asked = (where.model, str(where.task), where.protocol.prompt)
+    figure.suptitle(f"{', '.join(asked)}\n{where.protocol}", fontsize=9)
     figure.colorbar(shown, ax=axes, label="words of the answer found, %", shrink=0.8)
-    protocol = hashlib.sha256(where[3].encode()).hexdigest()[:6]
-    paths = [folder / f"needle_{slug('_'.join(where[:3]))}_{protocol}.{kind}" for kind in ("png", "svg")]
+    paths = [folder / f"needle_{slug('_'.join(asked))}_{where.protocol.short}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=150)
     plt.close(figure)
     return paths
 
 
-def _size(label: str) -> tuple[bool, float]:
-    budget = label.partition(" ")[2]
-    return (budget.endswith("%"), float(budget.rstrip("%")) if budget else 0.0)
-
-
-def _map(axis: Axes, found: Mapping[Cell, Sequence[float]], lengths: Sequence[int], depths: Sequence[int]) -> AxesImage:
+def _map(axis: Axes, found: Mapping[Spot, Sequence[float]], lengths: Sequence[int], depths: Sequence[int]) -> AxesImage:
     """Means; white where nothing was asked. Light is found, dark is lost: it reads in grey."""
     grid = np.full((len(depths), len(lengths)), np.nan)
     for (length, depth), values in found.items():

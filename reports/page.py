@@ -14,11 +14,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from reports import plots
-from reports.formats import Cell, Table
-from reports.present import PATH_ONLY, byte_table, is_path_only, mean_tables, score_tables
+from reports.formats import Table, TableCell, words
+from reports.keys import PanelKey, Protocol, TaskKey
+from reports.present import PATH_ONLY, byte_table, mean_tables, score_tables
 from reports.style import order_of
 from reports.summary import Family, sentence, verdicts
-from reports.tables import Line, protocol_of
+from reports.tables import Line
 from results.record import Record
 
 HERE = Path(__file__).parent
@@ -38,11 +39,20 @@ READING = (
     "Intervals are of 95 %: bootstraps over examples, Wilson's for shares of right answers. `Against full` is the paired "
     "difference to the full cache on the same examples; a star marks one that is significant at 0.05 by Holm's correction over "
     "the methods at the same budget.",
-    "For nll lower is better, for every other score higher. KL and top token compare a cell with the full cache while both are "
-    "fed the full cache's answer. `-`: nothing was measured; it is never 0.",
+    "{direction} KL and top token compare a cell with the full cache while both are fed the full cache's answer. `-`: nothing "
+    "was measured; it is never 0.",
     "question_in: the prompt is read with its question, then compressed. question_after: the context alone is read and "
     "compressed, then the question is asked. Protocols are never ranked together.",
 )
+
+
+def reading(found: Sequence[Line]) -> list[str]:
+    """How the numbers are to be read."""
+    lower = sorted({line.metric for line in found if line.metric and line.lower_is_better})
+    direction = (
+        f"For {' and '.join(lower)} lower is better, for every other score higher." if lower else "Higher scores are better."
+    )
+    return [text.format(direction=direction) for text in READING]
 
 
 @dataclass(frozen=True)
@@ -88,8 +98,8 @@ def page(
     shown = plots.panels(found)
     several = [family for family in families if len(family.tasks) > 1]
     sections = [
-        *([_section("Bytes", [byte_table(_of_first_panel(found), "Asked, kept and allocated")], BYTES)] if found else []),
-        *(_section(title, [t for t in tables if _kind(t) == title]) for title in dict.fromkeys(map(_kind, tables))),
+        *([_section("Bytes", [byte_table(_of_first_panel(found))], BYTES)] if found else []),
+        *(_section(title, [t for t in tables if _section_of(t) == title]) for title in dict.fromkeys(map(_section_of, tables))),
         *([_section("Answers", answers, ANSWERS)] if (answers := answer_tables(records)) else []),
     ]
     pictured = [one for one in pictures if one.paths]
@@ -117,7 +127,7 @@ def page(
         commands=made.commands,
         environments=[json.dumps(one, indent=1) for one in made.environments],
         data=[json.dumps({k: v for k, v in one.items() if k != "id"}) for one in made.data],
-        reading=[*READING, *([made.judge] if made.judge else [])],
+        reading=[*reading(found), *([made.judge] if made.judge else [])],
         show=_table,
     )
 
@@ -140,16 +150,16 @@ def _summary(family: Family) -> dict[str, Any] | None:
     found = verdicts(family)
     if not found:
         return None
-    note = PATH_ONLY if family.model == "reference" and not all(cell.own for cell in family.cells) else ""
-    return {"title": f"{family.title}: {family.metric}", "lines": [sentence(verdict) for verdict in found], "note": note}
+    note = PATH_ONLY if family.path_only else ""
+    return {"title": f"{family.title}: {family.at.metric}", "lines": [sentence(verdict) for verdict in found], "note": note}
 
 
 def _panel(panel: plots.Panel, number: int) -> dict[str, Any]:
     return {
         "anchor": f"task-{number}",
-        "title": panel.title,
-        "protocol": panel.protocol,
-        "note": PATH_ONLY if is_path_only(panel.lines[0]) else "",
+        "title": panel.at.title,
+        "protocol": str(panel.at.protocol),
+        "note": PATH_ONLY if panel.lines[0].path_only else "",
         "plots": [Markup(plots.inline(panel, field, what, 10 * number + n)) for n, (field, what) in enumerate(panel.fields)],
         "tables": [Table(table.title, table.header, table.rows) for table in score_tables(panel.lines)],
     }
@@ -157,7 +167,7 @@ def _panel(panel: plots.Panel, number: int) -> dict[str, Any]:
 
 def _legend(shown: Sequence[plots.Panel]) -> list[tuple[str, Markup]]:
     labels = sorted({label for panel in shown for label in panel.labels}, key=order_of)
-    return [(label, Markup(plots.swatch(label))) for label in labels]
+    return [(str(label), Markup(plots.swatch(label))) for label in labels]
 
 
 def _of_first_panel(found: Sequence[Line]) -> list[Line]:
@@ -166,29 +176,27 @@ def _of_first_panel(found: Sequence[Line]) -> list[Line]:
 
 def answer_tables(records: Sequence[Record]) -> list[Table]:
     """The first examples of each benchmark and protocol, method by method and budget by budget."""
-    grouped: dict[tuple[str, str, str, str], list[Record]] = {}
+    grouped: dict[PanelKey, list[Record]] = {}
     for record in records:
         if record.answer and record.key.example < ANSWERED and record.stop_reason != "forced":
-            where = (record.key.model, record.key.benchmark, record.key.prompt, protocol_of(record.key))
+            where = PanelKey(record.key.model, TaskKey(record.key.benchmark), Protocol.of(record.key))
             grouped.setdefault(where, []).append(record)
-    made = []
-    for (model, benchmark, prompt, protocol), mine in sorted(grouped.items()):
-        rows = []
-        for record in sorted(mine, key=lambda r: (r.key.example, r.key.seed, r.key.method, r.key.budget)):
-            method, budget, example = record.key.method.split("@")[0], record.key.budget, record.key.example
-            score = next(iter(record.metrics.values()), None)
-            text = record.answer or ""
-            answer = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
-            number = Cell("-", -math.inf) if score is None else Cell(f"{score:.3g}", score)
-            rows.append((Cell(str(example), example), Cell(method), Cell(budget or "-"), number, Cell(answer)))
-        title = f"{benchmark}, {prompt}, {model}"
-        made.append(Table(title, ("example", "method", "budget", "score", "answer"), tuple(rows), (protocol,)))
-    return made
+    return [_answers(where, grouped[where]) for where in sorted(grouped, key=lambda where: where.order)]
 
 
-def _kind(table: Table) -> str:
-    """Tables of one kind, such as the latencies of several models, share a section."""
-    return table.title.split(",")[0]
+def _answers(where: PanelKey, records: Sequence[Record]) -> Table:
+    rows = []
+    for record in sorted(records, key=lambda r: (r.key.example, r.key.seed, r.key.method, r.key.budget)):
+        score = next(iter(record.metrics.values()), None)
+        number = TableCell("-", -math.inf) if score is None else TableCell(f"{score:.3g}", score)
+        asked = (TableCell(str(record.key.example), record.key.example), *words(record.key.method_name, record.key.budget or "-"))
+        text = record.answer or ""
+        rows.append((*asked, number, TableCell(text if len(text) <= SHOWN else f"{text[:SHOWN]} ...")))
+    return Table(where.title, ("example", "method", "budget", "score", "answer"), tuple(rows), (str(where.protocol),))
+
+
+def _section_of(table: Table) -> str:
+    return table.section or table.title
 
 
 def _section(title: str, tables: Sequence[Table], about: str = "") -> dict[str, Any]:
@@ -208,7 +216,7 @@ def _table(table: Table, level: int = 3) -> Markup:
     return Markup(f'{title}{notes}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: TableCell) -> str:
     kinds = [kind for kind, holds in (("best", cell.best), ("words", cell.value is None), ("long", len(cell.text) > 60)) if holds]
     marks = f' class="{" ".join(kinds)}"' if kinds else ""
     value = "" if cell.value is None else f' data-value="{_number(cell.value)}"'

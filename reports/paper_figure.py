@@ -1,79 +1,85 @@
-"""A paper's figure from its side-by-side table: a line a method, measured and, where the paper prints numbers, the paper's."""
+"""A paper's figure, drawn anew: a line a method, measured and, where the paper prints numbers, the paper's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reports.formats import Cell, Table
+from reports.paper_points import Drawing, PaperPoint
 from reports.style import COLOURS
 
-METHOD, SETTING, COLUMN, PAPER, MEASURED = range(5)
-Row = Sequence[Cell]
+
+@dataclass(frozen=True)
+class Place:
+    """Where a point lies along the axis."""
+
+    name: str
+    amount: float | None = None  # None: no number
+    number: int = 0  # in the order of the paper
+
+    @property
+    def order(self) -> tuple[float, int, str]:
+        return (inf if self.amount is None else self.amount, self.number, self.name)
 
 
-def paper_figure(table: Table, title: str, path: Path) -> bool:
-    """Draws it, and says whether there was anything to draw.
-
-    A panel a task; columns along the axis, or settings if there is only one column.
-    """
-    rows = [row for row in table.rows if any(isfinite(_value(row[place])) for place in (PAPER, MEASURED))]
-    if not rows:
+def paper_figure(points: Sequence[PaperPoint], drawing: Drawing, title: str, path: Path) -> bool:
+    """Draws it, and says whether there was anything to draw. A panel a task, and one for each column in another unit."""
+    panels: dict[str, list[PaperPoint]] = {}
+    for point in points:
+        if point.paper is not None or point.ours is not None:
+            panels.setdefault(point.column if point.column in drawing.apart else point.setting.task, []).append(point)
+    if not panels:
         return False
-    panels = list(dict.fromkeys(_panel(row) for row in rows))
     figure = Figure(figsize=(max(6.4, 3.4 * len(panels)), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, panel in zip(axes, panels, strict=True):
-        mine = [row for row in rows if _panel(row) == panel]
-        methods = list(dict.fromkeys(row[METHOD].text for row in mine))
-        along = COLUMN if len({row[COLUMN].text for row in mine}) > 1 else SETTING if len(mine) > len(methods) else METHOD
-        names = sorted({_place(row[along]) for row in mine}, key=_size) if along != METHOD else methods
-        sizes = [_size(name)[0] for name in names]
-        places = dict(zip(names, sizes if isfinite(sum(sizes)) else range(len(names)), strict=True))
-        for number, method in enumerate(methods):
-            colour = COLOURS[number % len(COLOURS)]
-            for what, style, label in ((MEASURED, "-o", method), (PAPER, ":x", f"{method}, paper")):
-                points = [(places[_place(r[along])], _value(r[what])) for r in mine if r[METHOD].text == method]
-                points = sorted(point for point in points if isfinite(point[1]))
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4)
-        axis.set_xticks(list(places.values()), [name.split(" ")[0] if along == COLUMN else name for name in names], fontsize=8)
-        axis.set_title(panel)
-        axis.set_xlabel("tokens" if names[-1].endswith("tokens") else "")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel(_unit(rows[0]))
+    for axis, (name, mine) in zip(axes, panels.items(), strict=True):
+        _panel(axis, mine, drawing)
+        axis.set(title=name, xlabel=drawing.counted if _has_columns(mine) else "")
+    first = next(iter(panels))
+    axes[0].set_ylabel(first if first in drawing.apart else drawing.measured)
     axes[-1].legend(fontsize=7)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
     return True
 
 
-def _value(cell: Cell) -> float:
-    return float("-inf") if cell.value is None else cell.value
+def _panel(axis: Axes, points: Sequence[PaperPoint], drawing: Drawing) -> None:
+    places = _places(points, drawing)
+    ordered = sorted(set(places), key=lambda place: place.order)
+    amounts = [place.amount for place in ordered if place.amount is not None]
+    ticks = dict(zip(ordered, amounts if len(amounts) == len(ordered) else range(len(ordered)), strict=True))
+    for number, method in enumerate(dict.fromkeys(point.method for point in points)):
+        mine = [(ticks[place], point) for place, point in zip(places, points, strict=True) if point.method == method]
+        measured = [(at, point.ours.mean) for at, point in mine if point.ours is not None]
+        printed = [(at, point.paper) for at, point in mine if point.paper is not None]
+        manner: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "markersize": 4}
+        for drawn, style, label in ((measured, "-o", method), (printed, ":x", f"{method}, paper")):
+            if drawn:
+                axis.plot(*zip(*sorted(drawn), strict=True), style, label=label, **manner)
+    axis.set_xticks(list(ticks.values()), [place.name for place in ticks], fontsize=8)
+    axis.grid(alpha=0.3)
 
 
-def _place(cell: Cell) -> str:
-    """On the axis: what stands in brackets behind is left out."""
-    return cell.text.split(" (")[0]
+def _places(points: Sequence[PaperPoint], drawing: Drawing) -> list[Place]:
+    """Of each point: by columns; by settings if there is only one column; by methods if each has only one point."""
+    methods = list(dict.fromkeys(point.method for point in points))
+    if _has_columns(points):
+        return [_column(point.column, drawing) for point in points]
+    if len(points) > len(methods):
+        return [Place(point.setting.place, point.setting.amount) for point in points]
+    return [Place(point.method, number=methods.index(point.method)) for point in points]
 
 
-def _panel(row: Row) -> str:
-    """The task of a row, if it has one; peaks of memory stand apart from times."""
-    if row[COLUMN].text.startswith("peak"):
-        return row[COLUMN].text
-    last = row[SETTING].text.split(", ")[-1]
-    return last if last.startswith("qa") else ""
+def _has_columns(points: Sequence[PaperPoint]) -> bool:
+    return len({point.column for point in points}) > 1
 
 
-def _unit(row: Row) -> str:
-    column = row[COLUMN].text
-    return "seconds" if column.endswith(("token", "tokens")) else "score" if column.endswith("k") else column
-
-
-def _size(name: str) -> tuple[float, str]:
-    """Numbers in order: 1k, 25%, 512 tokens; words behind them."""
-    digits = name.split(" ")[0].rstrip("k%")
-    return (float(digits), name) if digits.replace(".", "", 1).isdigit() else (float("inf"), name)
+def _column(name: str, drawing: Drawing) -> Place:
+    amount = drawing.columns.get(name)
+    return Place(name if amount is None or not drawing.counted else f"{amount:g}", amount)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reports.keys import Label, PanelKey
 from reports.statistics import Estimate
 from reports.style import order_of, style_of
-from reports.tables import Line, label_of
+from reports.tables import Line
 from results.store import slug
 
 LEGEND_COLUMNS = 6
+FULL = Label("full")  # the unconverted model's: a line across
 HIGH = 3.6  # inches of the axes with their labels
 LEAST_KL = 1e-6  # below this two caches predict the same in float32
 FIELDS = (("score", "score"), ("kl", "KL to the full cache, nats"), ("top1", "same top token as full"))
@@ -34,19 +35,12 @@ UNUSED_IDS = r'id="(figure_1|axes_1|matplotlib\.axis_\d+|(patch|text|[xy]tick|li
 class Panel:
     """The lines of a model and its variants on one benchmark: they are counted in the same bytes."""
 
-    model: str
-    benchmark: str
-    prompt: str
-    protocol: str
+    at: PanelKey
     lines: tuple[Line, ...]
 
     @property
-    def title(self) -> str:
-        return f"{self.benchmark}, {self.prompt}, {self.model}"
-
-    @property
-    def labels(self) -> list[str]:
-        return sorted({label_of(line) for line in self.lines if line.byte_share is not None}, key=order_of)
+    def labels(self) -> list[Label]:
+        return sorted({line.label for line in self.lines if line.byte_share is not None}, key=order_of)
 
     @property
     def fields(self) -> list[tuple[str, str]]:
@@ -58,11 +52,11 @@ class Panel:
 
 
 def panels(found: Sequence[Line]) -> list[Panel]:
-    grouped: dict[tuple[str, str, str, str], list[Line]] = {}
+    grouped: dict[PanelKey, list[Line]] = {}
     for line in found:
-        where = (line.model.split("+")[0], line.benchmark, line.prompt, line.protocol.split(", prefill routed")[0])
+        where = PanelKey(line.parent, line.at.task, replace(line.protocol, routing=""))  # both routings: their labels differ
         grouped.setdefault(where, []).append(line)
-    made = [Panel(*where, tuple(lines)) for where, lines in grouped.items()]
+    made = [Panel(where, tuple(lines)) for where, lines in grouped.items()]
     return sorted(made, key=lambda panel: any(line.lower_is_better for line in panel.lines))  # what is answered comes first
 
 
@@ -81,12 +75,11 @@ def save(panel: Panel, folder: Path) -> list[Path]:
         _draw(axis, panel, field, what)
         handles, labels = axis.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles, strict=True))
-    figure.suptitle(panel.title, fontsize=10, y=1 - 0.08 / high)
+    figure.suptitle(panel.at.title, fontsize=10, y=1 - 0.08 / high)
     entries = (list(labelled.values()), list(labelled))
     below: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.0)}
     figure.legend(*entries, ncols=LEGEND_COLUMNS, fontsize=8, frameon=False, **below)
-    protocol = hashlib.sha256(panel.protocol.encode()).hexdigest()[:6]  # several panels may differ in nothing else
-    name = f"{slug(f'{panel.model}_{panel.benchmark}_{panel.prompt}')}_{protocol}"
+    name = f"{slug(f'{panel.at.model}_{panel.at.task}_{panel.at.protocol.prompt}')}_{panel.at.protocol.short}"
     paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
     with plt.rc_context({"svg.hashsalt": "bytes", "svg.fonttype": "none"}):  # the same bytes for the same figure
         figure.savefig(paths[0], dpi=150)
@@ -110,9 +103,7 @@ def _with_tips(svg: str, tips: dict[str, list[str]], number: int) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
-    svg = re.sub(
-        r'id="(figure_1|axes_1|patch_\d+|matplotlib\.axis_\d+|text_\d+|[xy]tick_\d+|line2d_\d+|LineCollection_\d+)"', "", svg
-    )
+    svg = re.sub(UNUSED_IDS, "", svg)
     for group, texts in tips.items():
         at = svg.index(f'id="{group}"')
         end = svg.index("</g>", at)
@@ -126,12 +117,12 @@ def _attribute(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def swatch(label: str) -> str:
+def swatch(label: Label) -> str:
     """A method's line and mark as SVG, for a legend outside of a figure."""
     figure = Figure(figsize=(0.42, 0.16))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
-    if label == "full":
+    if label == FULL:
         axis.plot([0, 2], [0, 0], color="black", linewidth=1)
     else:
         style = style_of(label)
@@ -140,7 +131,7 @@ def swatch(label: str) -> str:
         axis.plot([1], [0], color=style.colour, marker=style.marker, markersize=4, fillstyle=fill)
     axis.set(xlim=(-0.1, 2.1), ylim=(-1, 1))
     held = io.StringIO()
-    with plt.rc_context({"svg.hashsalt": label}):
+    with plt.rc_context({"svg.hashsalt": str(label)}):
         figure.savefig(held, format="svg", metadata={"Date": None}, transparent=True)
     return _with_tips(held.getvalue(), {}, 0)
 
@@ -154,11 +145,11 @@ def _draw(axis: Axes, panel: Panel, field: str, what: str) -> dict[str, list[str
         points = [
             (line.byte_share, value, line)
             for line in panel.lines
-            if label_of(line) == label and line.byte_share is not None and (value := getattr(line, field))
+            if line.label == label and line.byte_share is not None and (value := getattr(line, field))
         ]
-        if label.startswith("full") and field != "score":
+        if label.is_full and field != "score":
             continue  # compared with itself
-        if label == "full":
+        if label == FULL:
             for _, value, _ in points:
                 axis.axhline(value.mean, color="black", linewidth=1, label="full")
         elif points:
@@ -178,7 +169,7 @@ def _draw(axis: Axes, panel: Panel, field: str, what: str) -> dict[str, list[str
     return tips
 
 
-def _tip(label: str, share: float, value: Estimate, line: Line) -> str:
+def _tip(label: Label, share: float, value: Estimate, line: Line) -> str:
     budget = f" at {line.budget}" if line.budget else ""
     return f"{label}{budget}: {value.mean:.3g} [{value.low:.3g}, {value.high:.3g}], {share:.1%} of the bytes, n = {value.n}"
 
@@ -192,7 +183,7 @@ def _ticks(found: Sequence[Line]) -> tuple[list[float], list[str]]:
     return shares, [f"{share:.1%}" if share < 0.1 else f"{share:.0%}" for share in shares]
 
 
-def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], label: str) -> None:
+def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], label: Label) -> None:
     style = style_of(label)
     least = LEAST_KL if axis.get_yscale() == "log" else -np.inf
     means = [max(value.mean, least) for _, value in points]
@@ -201,7 +192,7 @@ def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], label: str) -> N
         [share for share, _ in points],
         means,
         yerr=spread,
-        label=label,
+        label=str(label),
         color=style.colour,
         marker=style.marker,
         fillstyle="full" if style.filled else "none",

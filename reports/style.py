@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reports.keys import Label
+
 # Okabe and Ito's colours, less their yellow, which paper does not hold.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#555555")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -21,18 +23,16 @@ class Style:
     filled: bool  # another setting of a method, or the same on a variant: its colour, not filled
 
 
-def style_of(label: str) -> Style:
-    """Of `snapkv`, `snapkv(kernel=5)` or `snapkv on gqa-2`."""
-    plain, _, variant = label.partition(" on ")
-    name, *setting = plain.split("#")[0].split("(")
+def style_of(label: Label) -> Style:
+    name = label.plain
     number = KNOWN.index(name) if name in KNOWN else len(KNOWN) + sum(map(ord, name))
     style, turn = number % len(COLOURS), number // len(COLOURS)
-    dash = DASHES[(style + turn + sum(map(ord, variant))) % len(DASHES)]
-    mark = VARIANTS.get(variant.split("-")[0], "P") if variant else MARKERS[(style + 3 * turn) % len(MARKERS)]
-    return Style(COLOURS[style], mark, dash, not (setting or variant))
+    dash = DASHES[(style + turn + sum(map(ord, label.where))) % len(DASHES)]
+    mark = VARIANTS.get(label.conversion, "P") if label.variant else MARKERS[(style + 3 * turn) % len(MARKERS)]
+    return Style(COLOURS[style], mark, dash, not (label.has_settings or label.variant))
 
 
-def order_of(label: str) -> tuple[int, str]:
+def order_of(label: Label) -> tuple[int, str]:
     """In legends: known methods in their order, then others, then those on variants."""
-    name = label.split(" on ")[0].split("#")[0].split("(")[0]
-    return (len(KNOWN) * (" on " in label) + (KNOWN.index(name) if name in KNOWN else len(KNOWN)), label)
+    known = KNOWN.index(label.plain) if label.plain in KNOWN else len(KNOWN)
+    return (len(KNOWN) * bool(label.variant) + known, str(label))

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from reports.keys import Label, Protocol, TaskKey
 from reports.statistics import Estimate, holm, mean_of_means, sign_flip_p
 from reports.style import order_of
-from reports.tables import SIGNIFICANT, Line, label_of
+from reports.tables import SIGNIFICANT, Example, Line
+from results.record import EMBEDDED, budget_size
 
 MANY = 6  # equals that are still named one by one
 FEW = 3  # methods that are named, where all of them are meant
 AS_MANY = 0.03  # by how much the bytes of equal caches may differ
 
-Example = tuple[str, tuple[int, int]]  # task, and its example
+
+@dataclass(frozen=True)
+class FamilyKey:
+    """What the tasks of a family have in common."""
+
+    model: str  # of variants, their parent
+    protocol: Protocol  # without the routing, which is part of a variant's label
+    metric: str
 
 
 @dataclass(frozen=True)
 class Family:
     """Tasks of one protocol and metric, for a model and its variants: what may be averaged, and compared at equal bytes."""
 
-    model: str
-    prompt: str
-    protocol: str  # without the truncation, which follows from each task's answers
-    metric: str
-    tasks: tuple[str, ...]
+    at: FamilyKey
+    tasks: tuple[TaskKey, ...]
     cells: tuple[Overall, ...]
 
     @property
@@ -34,75 +40,105 @@ class Family:
         return any(cell.lower_is_better for cell in self.cells)
 
     @property
+    def path_only(self) -> bool:
+        """Do the scores prove no more than that the path works?"""
+        return self.at.model == EMBEDDED and not all(cell.own for cell in self.cells)
+
+    @property
     def title(self) -> str:
-        tasks = self.tasks[0] if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
-        return f"{self.model}, {tasks}, {self.prompt}"
+        tasks = str(self.tasks[0]) if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
+        return f"{self.at.model}, {tasks}, {self.at.protocol.prompt}"
 
 
 @dataclass(frozen=True)
 class Overall:
     """One method at one budget over all tasks of a family."""
 
-    label: str  # snapkv, or "snapkv on gqa-2"
+    label: Label
     budget: str
     byte_share: float
     score: Estimate
     own: bool
-    values: Mapping[Example, float]  # better is larger
+    values: Mapping[TaskKey, Mapping[Example, float]]  # better is larger
     compressed: bool
     lower_is_better: bool = False
 
     @property
     def is_full(self) -> bool:
         """The unconverted model, nothing evicted."""
-        return self.label == "full"
+        return self.label == Label("full")
 
 
 def families(found: Sequence[Line]) -> list[Family]:
     """A cell takes part in a mean only if it has every example of every task that `full` has, or else that anything has."""
-    grouped: dict[tuple[str, str, str, str], list[Line]] = {}
+    grouped = _grouped([line for line in found if line.metric and line.score])
+    made = [_family(where, lines) for where, lines in sorted(grouped.items(), key=lambda item: _shown_in(*item))]
+    return [family for family in made if family.cells]
+
+
+def _grouped(found: Sequence[Line]) -> dict[FamilyKey, list[Line]]:
+    """The truncation follows from each task's answers, so tasks may differ in it; one task may not."""
+    cuts: dict[tuple[FamilyKey, TaskKey], set[int | None]] = {}
     for line in found:
-        if line.metric and line.score:
-            where = (line.model.split("+")[0], line.prompt, _shared(line.protocol), line.metric)
-            grouped.setdefault(where, []).append(line)
+        cuts.setdefault((_where(line), line.at.task), set()).add(line.protocol.truncation)
+    several = {where for (where, _), lengths in cuts.items() if len(lengths) > 1}
+    grouped: dict[FamilyKey, list[Line]] = {}
+    for line in found:
+        where = _where(line)
+        if where in several:
+            where = replace(where, protocol=replace(where.protocol, truncation=line.protocol.truncation))
+        grouped.setdefault(where, []).append(line)
+    return grouped
+
+
+def _where(line: Line) -> FamilyKey:
+    return FamilyKey(line.parent, replace(line.protocol, truncation=None, routing=""), line.metric or "")
+
+
+def _shown_in(where: FamilyKey, lines: Sequence[Line]) -> tuple[object, ...]:
+    """What is answered comes before likelihoods."""
+    return (where.model, lines[0].lower_is_better, where.protocol.prompt, str(where.protocol), where.metric)
+
+
+def _family(where: FamilyKey, lines: Sequence[Line]) -> Family:
+    every = [line for line in lines if line.is_full] or lines
+    tasks = tuple(dict.fromkeys(line.at.task for line in every))
+    cells: dict[tuple[Label, str], list[Line]] = {}
+    for line in lines:
+        cells.setdefault((line.label, line.budget), []).append(line)
+    needed = _examples(every)
+    if len(tasks) == 1:
+        needed = {tasks[0]: max((set(line.values) for line in every), key=len)}
     made = []
-    for where, lines in sorted(grouped.items(), key=lambda item: (item[0][0], item[1][0].lower_is_better, item[0])):
-        every = [line for line in lines if line.is_full] or lines
-        tasks = tuple(dict.fromkeys(line.benchmark for line in every))
-        cells: dict[tuple[str, str], list[Line]] = {}
-        for line in lines:
-            cells.setdefault((label_of(line), line.budget), []).append(line)
-        wanted = max((_examples(line) for line in every), key=len) if len(tasks) == 1 else None
-        measured = [mine for mine in cells.values() if {line.benchmark for line in mine} >= set(tasks)]
-        needed = wanted or set().union(*(_examples(line) for line in every))
-        whole = [_overall(mine) for mine in measured if set().union(*map(_examples, mine)) >= needed]
-        if whole:
-            made.append(Family(*where, tasks, tuple(sorted(whole, key=_order))))
-    return made
+    for mine in cells.values():
+        has = _examples(mine)
+        if all(has.get(task, set()) >= needed[task] for task in tasks):
+            made.append(_overall([line for line in mine if line.at.task in tasks]))
+    return Family(where, tasks, tuple(sorted(made, key=_order)))
 
 
-def _examples(line: Line) -> set[Example]:
-    return {(line.benchmark, example) for example in line.values}
+def _examples(lines: Sequence[Line]) -> dict[TaskKey, set[Example]]:
+    found: dict[TaskKey, set[Example]] = {}
+    for line in lines:
+        found.setdefault(line.at.task, set()).update(line.values)
+    return found
 
 
 def _order(cell: Overall) -> tuple[object, ...]:
-    return (not cell.is_full, order_of(cell.label), cell.budget)
-
-
-def _shared(protocol: str) -> str:
-    """Without what differs from task to task, or is part of a variant's label."""
-    return ", ".join(part for part in protocol.split(", ") if not part.startswith(("at most", "prefill routed")))
+    return (not cell.is_full, order_of(cell.label), budget_size(cell.budget))
 
 
 def _overall(lines: Sequence[Line]) -> Overall:
     sign = -1.0 if lines[0].lower_is_better else 1.0
-    values = {(line.benchmark, example): sign * value for line in lines for example, value in line.values.items()}
+    values: dict[TaskKey, dict[Example, float]] = {}
+    for line in lines:
+        values.setdefault(line.at.task, {}).update({example: sign * value for example, value in line.values.items()})
     share = float(np.mean([line.byte_share for line in lines if line.byte_share is not None]))
     means = mean_of_means([np.array(list(line.values.values())) for line in lines])
     score = means if len(lines) > 1 else lines[0].score or means
     compressed = any(line.compressed for line in lines)
     own, lower = all(line.own for line in lines), lines[0].lower_is_better
-    return Overall(label_of(lines[0]), lines[0].budget, share, score, own, values, compressed, lower)
+    return Overall(lines[0].label, lines[0].budget, share, score, own, values, compressed, lower)
 
 
 @dataclass(frozen=True)
@@ -137,27 +173,23 @@ def verdicts(family: Family) -> list[Verdict]:
     return found
 
 
-def budget_size(budget: str) -> tuple[bool, float]:
-    """For sorting: KV sizes, then shares."""
-    return (budget.endswith("%"), float(budget.removesuffix("%") or 0))
-
-
 def _whole_at(cell: Overall, share: float) -> bool:
     """A variant's whole cache that takes about as many bytes."""
     return not cell.is_full and not cell.budget and abs(cell.byte_share / share - 1) <= AS_MANY
 
 
 def _mean(cell: Overall, family: Family) -> float:
-    return float(np.mean([np.mean([v for (task, _), v in cell.values.items() if task == name]) for name in family.tasks]))
+    return float(np.mean([np.mean(list(cell.values[task].values())) for task in family.tasks]))
 
 
 def _p(ours: Overall, theirs: Overall, family: Family) -> float:
     """Of the mean of task means: an example of a task with few examples weighs more."""
-    shared = sorted(set(ours.values) & set(theirs.values))
-    if not shared:
-        return 1.0
-    counts = {task: sum(name == task for name, _ in shared) for task in family.tasks}
-    return sign_flip_p(np.array([(ours.values[key] - theirs.values[key]) / max(1, counts[key[0]]) for key in shared]))
+    differences: list[float] = []
+    for task in sorted(family.tasks, key=str):
+        mine, other = ours.values[task], theirs.values[task]
+        shared = sorted(set(mine) & set(other))
+        differences += [(mine[example] - other[example]) / len(shared) for example in shared]
+    return sign_flip_p(np.array(differences)) if differences else 1.0
 
 
 def _to_full(best: Overall, full: Overall | None, family: Family) -> str:
@@ -182,13 +214,14 @@ def sentence(verdict: Verdict) -> str:
         parts.append(f"no difference is shown to {_listed(verdict.level) if len(verdict.level) <= FEW else 'any other'}")
     if verdict.to_full:
         parts.append(verdict.to_full)
-    budget = f"{verdict.budget} of the bytes" if verdict.budget.endswith("%") else f"{verdict.budget} entries a head"
-    share = "" if verdict.budget.endswith("%") else f" ({verdict.byte_share:.1%} of the bytes)"
+    is_share = budget_size(verdict.budget).is_share
+    budget = f"{verdict.budget} of the bytes" if is_share else f"{verdict.budget} entries a head"
+    share = "" if is_share else f" ({verdict.byte_share:.1%} of the bytes)"
     has = "has the best mean" if len(best) == 1 else "share the best mean"
     who = _listed(best) if len(best) <= MANY else f"{len(best)} methods, {_listed(best[:FEW])} among them,"
     return f"At {budget}{share}, {who} {has}, {best[0].score.mean:.3g}: {'; '.join(parts)}."
 
 
 def _listed(cells: Sequence[Overall]) -> str:
-    names = [cell.label for cell in sorted(cells, key=lambda cell: order_of(cell.label))]
+    names = [str(cell.label) for cell in sorted(cells, key=lambda cell: order_of(cell.label))]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

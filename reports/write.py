@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from reports import plots
-from reports.cost import cost_sentences, cost_tables, costs
+from reports.cost import Cost, costs
 from reports.cost_plots import cost_pictures
+from reports.cost_tables import cost_sentences, cost_tables
 from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
+from reports.more_tables import length_tables, lm_eval_table, missing_table
 from reports.needles import needle_maps
-from reports.page import READING, Made, Pictures, page
-from reports.present import length_tables, lm_eval_table, mean_tables, missing_table, score_tables
-from reports.summary import families, sentence, verdicts
-from reports.tables import LOWER_IS_BETTER, frame, lines
+from reports.page import Made, Pictures, page, reading
+from reports.present import mean_tables, score_tables
+from reports.summary import Family, families, sentence, verdicts
+from reports.tables import Line, frame, lines
+from results.record import Record
 from results.store import StoreError, read_commands, read_costs, read_folder, read_ratings, read_rows, read_verdicts
 
 
@@ -27,33 +30,28 @@ def write_report(out: Path) -> list[Path]:
     Raises:
         StoreError: no rows, rows of another schema, or a folder that cannot be written to.
     """
-    measured = read_costs(out)
-    records = [] if measured and not (out / "rows").is_dir() else read_rows(out)
+    rows = read_costs(out)
+    records = [] if rows and not (out / "rows").is_dir() else read_rows(out)
     ratings = read_ratings(out)
-    lower = {name for one in read_folder(out, "metrics") for name, higher in one["metrics"].items() if not higher}
-    found = lines(records, next(iter(ratings.values()), None), {*LOWER_IS_BETTER, *lower})
-    averaged = families(found)
+    found = lines(records, next(iter(ratings.values()), None))
     folder = out / "report"
     plotted = folder / "plots"
+    table, text, paper, html = (folder / f"scores{ending}" for ending in (".csv", ".md", ".tex", ".html"))
+    averaged, measured = families(found), costs(rows)
+    several = mean_tables([family for family in averaged if len(family.tasks) > 1])
+    cost, said = cost_tables(measured, rows), cost_sentences(measured)
+    rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval")), *missing_table(records)]
+    judged = _judged_by(ratings, read_verdicts(out))
+    made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"), judged)
     try:
         shutil.rmtree(plotted, ignore_errors=True)  # what is no longer drawn is not left lying about
         plotted.mkdir(parents=True)
-        table, text, paper, html = (folder / f"scores{ending}" for ending in (".csv", ".md", ".tex", ".html"))
-        several = mean_tables([family for family in averaged if len(family.tasks) > 1])
-        cost = cost_tables(costs(measured), measured)
-        rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval")), *missing_table(records)]
         frame(found).to_csv(table, index=False)
-        short = [f"- {family.title}, {family.metric}: {sentence(one)}" for family in averaged for one in verdicts(family)]
-        said = cost_sentences(costs(measured))
-        short += [f"- {title}, {line}" for title, lines in said for line in lines]
-        judged = _judged_by(ratings, read_verdicts(out))
-        head = ["# Scores against bytes", "", *judged, *("\n\n".join(READING).splitlines()), "", *short, "", ""]
-        text.write_text("\n".join(head) + markdown([*several, *score_tables(found), *cost, *rest]))
+        text.write_text(_head(found, averaged, said, judged) + markdown([*several, *score_tables(found), *cost, *rest]))
         paper.write_text(latex([*several, *score_tables(found), *cost]))
+        pictures = _pictures(out, records, plotted, measured)
         for panel in plots.panels(found):
             plots.save(panel, plotted)
-        pictures = [*_pictures(out, records, plotted), Pictures("Cost", COST, cost_pictures(costs(measured), plotted))]
-        made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"), judged[0] if judged else "")
         title = f"KV-cache methods: {out.name}"
         html.write_text(page(title, found, averaged, records, pictures, [*cost, *rest], made, said), encoding="utf-8")
     except OSError as error:
@@ -61,13 +59,22 @@ def write_report(out: Path) -> list[Path]:
     return [html, text, table, paper, plotted]
 
 
-def _pictures(out: Path, records: Sequence[Any], folder: Path) -> list[Pictures]:
+def _head(found: Sequence[Line], averaged: Sequence[Family], said: Sequence[tuple[str, list[str]]], judged: str) -> str:
+    """How to read it, and in short what came out."""
+    short = [f"- {family.title}, {family.at.metric}: {sentence(one)}" for family in averaged for one in verdicts(family)]
+    short += [f"- {title}, {line}" for title, lines in said for line in lines]
+    paragraphs = [*([judged] if judged else []), *reading(found)]
+    return "\n".join(["# Scores against bytes", "", "\n\n".join(paragraphs), "", *short, "", ""])
+
+
+def _pictures(out: Path, records: Sequence[Record], folder: Path, measured: Sequence[Cost]) -> list[Pictures]:
     heads, routing = read_folder(out, "heads"), read_folder(out, "routing")
     needles = [path for path in needle_maps(records, folder) if path.suffix == ".png"]
     return [
         Pictures("Needles", NEEDLES, needles),
         Pictures("Heads", HEADS, [*importance_maps(heads, folder), *kept_maps(records, folder)]),
         Pictures("Routing", ROUTING, routing_pictures(routing, folder), [_text(one) for one in routing]),
+        Pictures("Cost", COST, cost_pictures(measured, folder)),
     ]
 
 
@@ -93,12 +100,12 @@ COST = (
 )
 
 
-def _judged_by(ratings: dict[str, dict[str, float]], verdicts: dict[str, Counter[str]]) -> list[str]:
+def _judged_by(ratings: dict[str, dict[str, float]], verdicts: dict[str, Counter[str]]) -> str:
     """Who judged, and how often without a rating. Of several judges the first one's are shown: they are not on one scale."""
     if not ratings:
-        return []
+        return ""
     shown, *others = ratings
     more = f" Ratings of {', '.join(others)} are stored, but not shown." if others else ""
     without = ", ".join(f"{count} {status}" for status, count in sorted(verdicts[shown].items()) if status != "ok")
     missing = f", and {without}, which are no ratings" if without else ""
-    return [f"Ratings from 1 to 10 are those of {shown}, of {len(ratings[shown])} answers{missing}.{more}", ""]
+    return f"Ratings from 1 to 10 are those of {shown}, of {len(ratings[shown])} answers{missing}.{more}"

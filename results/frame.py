@@ -10,7 +10,7 @@ import pandas as pd
 
 from results.record import Key, Record
 
-NESTED = ("key", "metrics", "fidelity", "columns", "kept")
+NESTED = ("key", "metrics", "fidelity", "columns", "kept", "lower_is_better", "right_or_wrong")
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
 
-SCHEMA = 3
-MIGRATED = (2,)  # older schemas whose rows mean the same: 2 lacks `kept`
+SCHEMA = 4
+MIGRATED = (2, 3)  # older schemas whose rows mean the same: 2 lacks `kept`, both lack what is said of metrics and tasks
+
+# What rows before schema 4 do not say. Reports knew it by name then, so for those rows the names are kept; of what bears another
+# name more was better (unless the run had stored a direction, see `results.store`), nothing was right or wrong by its nature, and
+# the embedded model was not made for it.
+OLD_LOWER_IS_BETTER = ("nll",)
+OLD_RIGHT_OR_WRONG = ("exact",)
+OLD_EMBEDDED_CAN = ("recall", "two_hop", "recall_many", "needle_text", "needle_facts", "perplexity_own", "random_tokens")
 
 Status = Literal["ok", "skipped", "failed"]
+EMBEDDED = "reference"  # the model that comes with the suite
 DECODES = ("eager", "graph", "compiled")  # ways of decoding of a cost row
 Column = str | int | float
 
@@ -45,10 +54,75 @@ class Key:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:24]
 
     @property
-    def protocol(self) -> tuple[str, ...]:
-        """Rows of different protocols are never ranked together."""
-        sampled = (f"temperature={self.temperature:g}",) if self.temperature else ()
-        return (self.prompt, self.chat, str(self.truncation), self.granularity, self.routing, self.stop, self.dtype, *sampled)
+    def parent(self) -> str:
+        """The unconverted model."""
+        return split_variant(self.model)[0]
+
+    @property
+    def variant(self) -> str:
+        """The conversion, "" for none."""
+        return split_variant(self.model)[1]
+
+    @property
+    def benchmark_name(self) -> str:
+        """With its settings, without its version: "recall(length=512)"."""
+        return split_version(self.benchmark)[0]
+
+    @property
+    def benchmark_settings(self) -> dict[str, str]:
+        """Those that were asked for by name: {"length": "512"}."""
+        return split_settings(self.benchmark_name)[1]
+
+    @property
+    def task(self) -> str:
+        """The benchmark without settings and version: "recall"."""
+        return split_settings(self.benchmark_name)[0]
+
+    @property
+    def method_name(self) -> str:
+        """With its settings, without its version: "snapkv(kernel=5)"."""
+        return split_version(self.method)[0]
+
+    @property
+    def method_version(self) -> str:
+        """A plugin's with the hash of its file: "1+9f86d081"."""
+        return split_version(self.method)[1]
+
+
+def split_variant(model: str) -> tuple[str, str]:
+    """Parent and conversion: "reference+gqa-2" -> ("reference", "gqa-2"); without a conversion "" is the second."""
+    parent, _, variant = model.partition("+")
+    return parent, variant
+
+
+def split_conversion(variant: str) -> tuple[str, str]:
+    """A conversion and its sizes: "mixsga-3:1:6" -> ("mixsga", "3:1:6")."""
+    name, _, sizes = variant.partition("-")
+    return name, sizes
+
+
+def split_version(name: str) -> tuple[str, str]:
+    """Name and version of a method or benchmark: "snapkv(kernel=5)@1" -> ("snapkv(kernel=5)", "1")."""
+    plain, _, version = name.partition("@")
+    return plain, version
+
+
+def split_settings(name: str) -> tuple[str, dict[str, str]]:
+    """Name and settings: "snapkv(kernel=5)" -> ("snapkv", {"kernel": "5"})."""
+    plain, _, inside = name.partition("(")
+    parts = (part.partition("=") for part in inside.removesuffix(")").split(",") if part)
+    return plain, {setting.strip(): value for setting, _, value in parts}
+
+
+class BudgetSize(NamedTuple):
+    """For sorting: KV sizes, then shares."""
+
+    is_share: bool
+    amount: float  # percent of the bytes, or entries a stored head; 0 for no budget
+
+
+def budget_size(budget: str) -> BudgetSize:
+    return BudgetSize(budget.endswith("%"), float(budget.removesuffix("%") or 0))
 
 
 @dataclass(frozen=True)
@@ -62,6 +136,9 @@ class Record:
     answer: str | None = None
     stop_reason: str | None = None  # end | length
     metrics: dict[str, float] = field(default_factory=dict)
+    lower_is_better: list[str] = field(default_factory=list)  # names of metrics; of all others more is better
+    right_or_wrong: list[str] = field(default_factory=list)  # names of metrics of which an answer has 0 or 1
+    embedded_can: bool = False  # was the embedded model made to do the task?
     fidelity: dict[str, float] = field(default_factory=dict)
     columns: dict[str, Column] = field(default_factory=dict)  # of the example: length, depth, ...
     prompt_tokens: int | None = None
@@ -81,19 +158,32 @@ class Record:
         return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Record:
+    def from_json(cls, row: dict[str, Any], lower: Collection[str] = ()) -> Record:
         """
+        Args:
+            lower: metrics of which less is better, for rows too old to say it themselves.
+
         Raises:
             ValueError: a row of another schema, or with fields missing or unknown.
         """
-        if row.get("schema") in MIGRATED:
-            row = {**row, "schema": SCHEMA}
-        if row.get("schema") != SCHEMA:
+        if row.get("schema") not in (*MIGRATED, SCHEMA):
             raise ValueError(f"row of schema {row.get('schema')}, this version reads {', '.join(map(str, (*MIGRATED, SCHEMA)))}")
         unknown = set(row) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"row with unknown fields {sorted(unknown)}")
         try:
-            return cls(**{**row, "key": Key(**row["key"])})
-        except (TypeError, KeyError) as error:
+            found = cls(**{**row, "key": Key(**row["key"])})
+            return found if found.schema == SCHEMA else _migrated(found, lower)
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"row with wrong fields: {error}") from None
+
+
+def _migrated(old: Record, lower: Collection[str]) -> Record:
+    """With what rows before schema 4 do not say."""
+    return replace(
+        old,
+        lower_is_better=[name for name in old.metrics if name in OLD_LOWER_IS_BETTER or name in lower],
+        right_or_wrong=[name for name in old.metrics if name in OLD_RIGHT_OR_WRONG],
+        embedded_can=old.key.task in OLD_EMBEDDED_CAN,
+        schema=SCHEMA,
+    )

@@ -245,6 +245,11 @@ def _parsed(data: bytes) -> Iterator[dict[str, object]]:
             yield row
 
 
+def _lower_is_better(out: Path) -> set[str]:
+    """Metrics of which less is better, as runs before schema 4 stored it: in a folder of its own, by benchmark."""
+    return {name for one in read_folder(out, "metrics") for name, higher in one.get("metrics", {}).items() if not higher}
+
+
 def read_rows(out: Path) -> list[Record]:
     """Every cell's row, in the order of the files: the first `ok` one, else the newest.
 
@@ -255,10 +260,11 @@ def read_rows(out: Path) -> list[Record]:
     if not files:
         raise StoreError(f"no rows in {out / 'rows'}: run something first, or name another folder with --out")
     records: dict[str, Record] = {}
+    lower = _lower_is_better(out)
     for path in files:
         for number, row in enumerate(_parsed(path.read_bytes()), 1):
             try:
-                record = Record.from_json(row)
+                record = Record.from_json(row, lower)
             except ValueError as error:
                 raise StoreError(f"{path}, row {number}: {error}") from None
             held = records.get(record.key.id)

@@ -23,8 +23,9 @@ from harness.engine.rows import compact, compact_and_free
 from harness.registry import BUILTIN
 from harness.suites import COST_SUITES, SUITES
 from methods import METHODS
-from reports.cost import cost_sentences, cost_tables, costs
+from reports.cost import costs
 from reports.cost_plots import cost_pictures
+from reports.cost_tables import cost_sentences, cost_tables
 from results.record import DECODES
 from results.store import read_costs
 

@@ -25,7 +25,10 @@ from harness.papers.tables import HUB, TABLES, asked_for, paper, paper_models, r
 from harness.registry import choose
 from methods import METHODS
 from methods.headkv import HeadScores
-from reports.paper import PaperRow, Side, side_by_side
+from reports.paper import paper_table, side_by_side
+from reports.paper_figure import paper_figure
+from reports.paper_points import Drawing, PaperPoint, PaperRow, Setting, Side
+from reports.statistics import Estimate
 from results.store import read_costs, read_rows
 
 PAPERS = ("headkv", "mixsga")
@@ -87,8 +90,9 @@ def test_numbers_are_those_of_the_papers() -> None:
 
 def test_every_cell_of_a_table_has_something_of_ours_that_stands_for_it() -> None:
     for table in TABLES.values():
-        for benchmark in table.columns.values():
-            choose("benchmark", benchmark, BENCHMARKS)
+        for row in table.numbers["rows"]:
+            for name in (name for column in row["values"] for name in table.benchmarks(row, column, False)):
+                assert choose("benchmark", name, BENCHMARKS)[0] == name, "as rows will name it"
         for model in paper_models(table):
             assert model in HUB
             for row in rows_of(table, model):
@@ -105,13 +109,45 @@ def test_what_was_not_measured_is_never_filled() -> None:
     rows = rows_of(table, "Llama-3-8B-Instruct")
     asked = [asked_for(table, row, "m", False) for row in rows]
     paper_rows = [
-        PaperRow(row["method"], "128", row["values"], {c: table.benchmarks(row, c, False) for c in row["values"]}, one.method, "")
+        PaperRow(
+            row["method"],
+            Setting(budget="128"),
+            row["values"],
+            {c: table.benchmarks(row, c, False) for c in row["values"]},
+            one.method,
+            "",
+        )
         for row, one in zip(rows, asked, strict=True)
     ]
     side = Side("headkv:table2", "", (), table.numbers["averages"], {}, ())
-    found = side_by_side(side, paper_rows, [()] * len(rows))
+    found = paper_table(side.name, side_by_side(side, paper_rows, [()] * len(rows)))
     assert len(found.rows) == 3 * 7 and {row[4].text for row in found.rows} == {row[5].text for row in found.rows} == {"-"}
     assert found.rows[0][3].value == 23.49
+
+
+def test_settings_are_told_as_the_papers_do() -> None:
+    rows = {"50% (3:1:6)": {"size": "50%", "ratios": "3:1:6"}, "128, qa1": {"budget": "128", "task": "qa1"}, "-": {"budget": ""}}
+    rows["0:1:0, H2O keeps 80%"] = {"ratios": "0:1:0", "h2o keeps": "80%"}
+    assert {str(Setting.of(row)): row for row in rows.values()} == rows
+    assert [Setting.of(row).amount for row in rows.values()] == [50.0, 128.0, None, None]
+
+
+def test_a_figure_is_drawn_of_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Estimate(2.0, 1.5, 2.5, 4)
+    lengths = {"1 token": 1.0, "512 tokens": 512.0}
+    points = [PaperPoint(m, Setting(budget="128"), c, None, ours) for m in ("SnapKV", "FullKV") for c in (*lengths, "peak GB")]
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    drawing = Drawing("seconds", "tokens", lengths, apart=("peak GB",))
+    assert paper_figure(points, drawing, "", tmp_path / "a.png")
+    times, peaks = figures[0].axes
+    assert [line.get_xdata().tolist() for line in times.lines] == [[1, 512]] * 2 and times.get_ylabel() == "seconds"
+    assert [text.get_text() for text in times.get_xticklabels()] == ["1", "512"] and times.get_xlabel() == "tokens"
+    assert [text.get_text() for text in peaks.get_xticklabels()] == ["SnapKV", "FullKV"], "another unit stands apart"
+    sizes = [PaperPoint("mixSGA", Setting(size=size), "perplexity", 10.0, None) for size in ("50%", "25%")]
+    assert paper_figure(sizes, Drawing("perplexity"), "", tmp_path / "b.png")
+    assert [line.get_xdata().tolist() for line in figures[1].axes[0].lines] == [[25, 50]]
+    assert not paper_figure([PaperPoint("a", Setting(), "b", None, None)], drawing, "", tmp_path / "c.png")
 
 
 @pytest.mark.data

@@ -8,10 +8,12 @@ import pytest
 from helpers import call
 
 from benchmarks import BENCHMARKS
+from benchmarks.base import embedded_can
 from harness.evaluation.conformance import check_plugin
 from harness.registry import BUILTIN, BadPlugin, Plugin, load_plugin, registry_of
 from methods import CONVERSIONS, METHODS
 from methods.base import Eviction
+from reports.tables import lines
 from results.store import read_rows
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "plugins"
@@ -71,6 +73,44 @@ def test_an_example_runs_as_it_is(
     assert len(read_rows(Path("out"))) > len(rows), "another text of the plugin is another entry"
     assert call("list", "methods", "--plugin", "mine.py") == 0
     assert not any("mine" in table for table in (METHODS, BENCHMARKS, CONVERSIONS)), "nothing stays plugged in"
+
+
+def _benchmark(path: Path, metric: str, score: str) -> Path:
+    """The example with another metric."""
+    text = (EXAMPLES / "benchmark.py").read_text()
+    for ours, theirs in (
+        ('Metric("exact", unit="share", right_or_wrong=True)', metric),
+        ('{"exact": float(answer.strip().startswith(example.answers[0]))}', score),
+    ):
+        assert ours in text
+        text = text.replace(ours, theirs)
+    path.write_text(text)
+    return path
+
+
+def test_rows_say_what_a_plugins_metric_means(tmp_path: Path) -> None:
+    metric = 'Metric("errors", unit="share", higher_is_better=False, right_or_wrong=True)'
+    path = _benchmark(tmp_path / "mine.py", metric, '{"errors": float(example.answers[0] not in answer)}')
+    assert call("check", str(path)) == 0
+    asked = ("run", "--suite", "smoke", "--plugin", str(path), "--benchmarks", "capitals", "--methods", "full,snapkv,h2o")
+    assert call(*asked, "--budgets", "12,30", "--limit", "2", "--out", str(tmp_path / "out")) == 0
+    rows = read_rows(tmp_path / "out")
+    assert {row.status for row in rows} == {"ok"}
+    assert all(row.lower_is_better == row.right_or_wrong == ["errors"] and not row.embedded_can for row in rows)
+    assert all(line.lower_is_better for line in lines(rows))
+
+
+def test_a_metric_that_is_right_or_wrong_is_0_or_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metric = 'Metric("exact", unit="share", right_or_wrong=True)'
+    assert call("check", str(_benchmark(tmp_path / "mine.py", metric, '{"exact": len(answer) / 100}'))) == 1
+    assert "as exact, which is said to be right or wrong: 0 or 1" in capsys.readouterr().out
+
+
+def test_facts_of_a_task_are_no_part_of_its_repr() -> None:
+    made_for = {name for name, task in BENCHMARKS.items() if embedded_can(task)}
+    facts = ("recall", "two_hop", "recall_many", "needle_text", "needle_facts")
+    assert made_for == {*facts, "perplexity_own", "random_tokens"}
+    assert not any("embedded_can" in repr(task) or "right_or_wrong" in repr(task) for task in BENCHMARKS.values())
 
 
 def test_a_method_may_protect_many(tmp_path: Path) -> None:

@@ -5,20 +5,24 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import random
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reports.compare import comparison
-from reports.formats import Cell, Table, latex, markdown
-from reports.present import length_tables
+from reports.formats import Table, TableCell, latex, markdown
+from reports.keys import Protocol
+from reports.more_tables import length_tables
+from reports.plots import panels
+from reports.present import score_tables
 from reports.summary import families, sentence, verdicts
 from reports.tables import lines
 from reports.write import write_report
@@ -69,8 +73,8 @@ def made_rows(examples: int = 8) -> list[Record]:
     variant = replace(KEY, model="reference+gqa-2", revision="v")
     rows += [_row(replace(variant, example=example), float(example < 7), 0.5) for example in range(examples)]
     skipped, failed = (replace(KEY, method="pyramidkv@1", budget=budget) for budget in ("32", "50%"))
-    rows.append(Record(skipped, "skipped", "env", reason="2 entries a head cannot hold the 8 protected ones"))
-    rows.append(Record(failed, "failed", "env", reason="out of memory: 3 <GiB> & more"))
+    rows.append(Record(skipped, "skipped", "env", reason="2 entries a head cannot hold the 8 protected ones", embedded_can=True))
+    rows.append(Record(failed, "failed", "env", reason="out of memory: 3 <GiB> & more", embedded_can=True))
     return rows
 
 
@@ -84,6 +88,8 @@ def _row(key: Key, score: float, share: float) -> Record:
         answer=NASTY if key.example == 1 else f"answer {score:g}",
         stop_reason="end",
         metrics={"exact": score},
+        right_or_wrong=["exact"],
+        embedded_can=True,
         fidelity=fidelity,
         columns={"length": 1024},
         prompt_tokens=1000,
@@ -98,6 +104,21 @@ def _row(key: Key, score: float, share: float) -> Record:
         if key.example == 0
         else None,
     )
+
+
+SINCE = {"kept": 3, "lower_is_better": 4, "right_or_wrong": 4, "embedded_can": 4}  # the schema that brought a field
+
+
+def as_stored(row: Record, schema: int) -> str:
+    """The row's line as an older version of the suite wrote it."""
+    fields = json.loads(row.to_json())
+    return json.dumps({name: value for name, value in fields.items() if SINCE.get(name, 0) <= schema} | {"schema": schema}) + "\n"
+
+
+def stored_by(schema: int, out: Path, rows: list[Record]) -> Path:
+    (out / "rows").mkdir(parents=True)
+    (out / "rows" / "rows.jsonl").write_text("".join(as_stored(row, schema) for row in rows))
+    return out
 
 
 def stored(out: Path, rows: list[Record]) -> Path:
@@ -123,6 +144,15 @@ def out(tmp_path: Path) -> Path:
         path.write_text(json.dumps(what))
     (folder / "commands.jsonl").write_text('{"when": "now", "command": "python run_all.py run <x>"}\n{"torn')
     return folder
+
+
+def test_reports_are_made_of_stored_rows_alone() -> None:
+    drawn_with = {"results", "reports", "numpy", "pandas", "matplotlib", "jinja2", "markupsafe"}
+    for path in (Path(__file__).parent.parent / "reports").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in getattr(node, "names", ())]
+            roots = {str(name).partition(".")[0] for name in names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+            assert roots <= drawn_with | set(sys.stdlib_module_names), path.name
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -157,8 +187,8 @@ def test_a_tiny_difference_is_no_difference() -> None:
 def test_a_mean_over_tasks_needs_every_task() -> None:
     rows = [row for row in made_rows() if not (row.key.benchmark == "two_hop@1" and row.key.method == "h2o@1")]
     (family,) = [family for family in families(lines(rows)) if len(family.tasks) == 2]
-    assert {cell.label for cell in family.cells} == {"full", "snapkv", "headkv_r2"}, "h2o lacks a task, the variant too"
-    snap = next(cell for cell in family.cells if (cell.label, cell.budget) == ("snapkv", "32"))
+    assert {str(cell.label) for cell in family.cells} == {"full", "snapkv", "headkv_r2"}, "h2o lacks a task, the variant too"
+    snap = next(cell for cell in family.cells if (str(cell.label), cell.budget) == ("snapkv", "32"))
     assert snap.score.mean == pytest.approx((3 / 8 + 2 / 8) / 2)
 
 
@@ -166,6 +196,50 @@ def test_protocols_are_never_mixed() -> None:
     after = [replace(row, key=replace(row.key, prompt="question_after")) for row in made_rows()]
     assert len(families(lines(made_rows() + after))) == 2 * len(families(lines(made_rows())))
     assert comparison(lines(made_rows()), lines(after), ("a", "b")) == []
+
+
+OTHER = {
+    "prompt": "question_after",
+    "chat": "template",
+    "truncation": 101,
+    "granularity": "query",
+    "routing": "argmax",
+    "stop": "none",
+    "dtype": "bfloat16",
+    "temperature": 1e-7,
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Protocol)])
+def test_protocols_that_differ_in_one_field_share_nothing(name: str) -> None:
+    variant = {"model": "reference+mixsga-3:1:6", "routing": "expert_choice"}
+    rows = [replace(row, key=replace(row.key, **variant)) for row in made_rows() if row.key.model == KEY.model]
+    others = [replace(row, key=replace(row.key, **{name: OTHER[name]})) for row in rows]
+    one, both = lines(rows), lines([*rows, *others])
+    assert len(both) == 2 * len(one) and not any(line.label.mark for line in both)
+    assert len({line.panel for line in both}) == len(score_tables(both)) == 2 * len(score_tables(one))
+    assert len({str(line.protocol) + line.protocol.prompt for line in both}) == 2, "the words tell them apart, too"
+    assert comparison(one, lines(others), ("a", "b")) == []
+    drawn = panels(both)
+    if name == "routing":  # both routings of a variant stand in one picture, under two names
+        assert len(drawn) == len(panels(one)) and {len(panel.labels) for panel in drawn} == {0, 2 * 4}
+    else:
+        assert len(drawn) == 2 * len(panels(one))
+    cells = [cell for family in families(both) for cell in family.cells]
+    assert len(cells) == 2 * sum(len(family.cells) for family in families(one)), "nothing is averaged over both"
+
+
+def test_a_truncation_may_follow_from_the_task() -> None:
+    rows = [replace(row, key=replace(row.key, truncation=90 + (row.key.benchmark == "recall@1"))) for row in made_rows()]
+    assert any(len(family.tasks) == 2 for family in families(lines(rows))), "answers of other lengths leave other room"
+
+
+def test_a_task_that_full_lacks_is_in_no_mean() -> None:
+    rows = [row for row in made_rows() if not (row.key.benchmark == "two_hop@1" and row.key.method == "full@1")]
+    (family,) = families(lines(rows))
+    assert [str(task) for task in family.tasks] == ["recall@1 1024"] and len(family.cells) == 8
+    snap = next(cell for cell in family.cells if (str(cell.label), cell.budget) == ("snapkv", "32"))
+    assert snap.score.mean == 3 / 8 and len(verdicts(family)) == 2
 
 
 def test_two_runs_side_by_side(tmp_path: Path) -> None:
@@ -199,15 +273,29 @@ def test_broken_folders_get_one_line_or_a_report_that_says_so(tmp_path: Path) ->
     assert "| snapkv | 32 | 6.2% | 6.9% | 1 | 1 [1, 1] |" in (one / "report" / "scores.md").read_text()
     rows = [replace(row, metrics={"exact": math.nan}) if row.key.method == "h2o@1" else row for row in made_rows()]
     found = lines(rows)
-    assert all(line.score is None for line in found if line.method == "h2o@1"), "what is not a number is not a score"
+    assert all(line.score is None for line in found if line.label.method == "h2o"), "what is not a number is not a score"
     write_report(stored(tmp_path / "nan", rows))
     path = next((tmp_path / "one" / "rows").glob("*snapkv*"))
-    old = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "kept"} | {"schema": 2}) + "\n" for row in old))
-    assert len(read_rows(one)) == len(made_rows(1)), "rows of the schema before are read"
-    path.write_text(json.dumps(old[0] | {"schema": 1}) + "\n" + '{"torn')
+    path.write_text(as_stored(made_rows(1)[0], 1) + '{"torn')
     with pytest.raises(StoreError, match="schema 1"):
         write_report(one)
+
+
+def test_rows_of_older_schemas_read_as_before(tmp_path: Path) -> None:
+    rows = made_rows()
+    assert read_rows(stored_by(3, tmp_path / "3", rows)) == [
+        replace(row, right_or_wrong=["exact"] * bool(row.metrics)) for row in rows
+    ]
+    assert read_rows(stored_by(2, tmp_path / "2", rows))[0].kept is None
+    write_report(tmp_path / "3")
+    assert (tmp_path / "3" / "report" / "scores.csv").read_text() == (GOLDEN / "scores.csv").read_text()
+    others = [
+        replace(row, key=replace(row.key, benchmark="perplexity@1"), metrics={"nll": row.metrics["exact"]})
+        for row in rows
+        if row.metrics
+    ]
+    found = lines(read_rows(stored_by(3, tmp_path / "other", others)))
+    assert all(line.lower_is_better and not line.own for line in found), "it was told by names"
 
 
 def test_longbench_e_is_told_by_length() -> None:
@@ -229,32 +317,58 @@ def test_what_bears_a_name_but_is_not_the_same_is_told_apart() -> None:
             key = replace(KEY, benchmark=f"{task}@1", method=f"mine@1+{mark}", budget="32")
             rows += [_row(replace(key, example=example), score, 0.0625) for example in range(8)]
     found = lines(rows)
-    mine = {line.method: line.score.mean for line in found if line.method.startswith("mine") and line.score}
+    mine = {line.label.name: line.score.mean for line in found if line.label.method == "mine" and line.score}
     assert sorted(mine.values()) == [0.0, 1.0] and all("#" in name for name in mine)
     (family,) = [family for family in families(found) if len(family.tasks) == 2]
-    assert sorted(cell.score.mean for cell in family.cells if cell.label.startswith("mine")) == [0.0, 1.0]
-    assert not any("#" in line.method for line in lines(made_rows()))
+    assert sorted(cell.score.mean for cell in family.cells if cell.label.method == "mine") == [0.0, 1.0]
+    assert not any(line.label.mark for line in lines(made_rows()))
 
 
 def test_the_direction_of_a_metric_is_its_own(tmp_path: Path) -> None:
+    lowest, highest = "At 32 entries a head (6.2% of the bytes), h2o has the best mean, 0", "headkv_r2 has the best mean"
     rows = [replace(row, metrics={"errors": row.metrics["exact"]}) if row.metrics else row for row in made_rows()]
-    out = stored(tmp_path / "errors", rows)
+    assert highest in _said(stored(tmp_path / "more", rows))
+    said = _said(stored(tmp_path / "less", [replace(row, lower_is_better=["errors"]) for row in rows]))
+    assert lowest in said and "For errors lower is better, for every other score higher." in said
+    old = stored_by(3, tmp_path / "old", rows)
+    assert highest in _said(old), "nothing says otherwise"
+    (old / "metrics").mkdir()
+    (old / "metrics" / "recall.json").write_text('{"metrics": {"errors": false}}')
+    assert lowest in _said(old), "runs before schema 4 stored directions in a folder"
+    (tmp_path / "more" / "metrics").mkdir()
+    (tmp_path / "more" / "metrics" / "recall.json").write_text('{"metrics": {"errors": false}}')
+    assert highest in _said(tmp_path / "more"), "newer rows say it themselves"
+
+
+def _said(out: Path) -> str:
     write_report(out)
-    assert "headkv_r2 has the best mean" in (out / "report" / "scores.md").read_text()
-    (out / "metrics").mkdir()
-    (out / "metrics" / "recall.json").write_text('{"metrics": {"errors": false}}')
-    write_report(out)
-    assert "At 32 entries a head (6.2% of the bytes), h2o has the best mean, 0" in (out / "report" / "scores.md").read_text()
+    return (out / "report" / "scores.md").read_text()
+
+
+def test_a_right_or_wrong_metric_of_any_name_is_a_proportion() -> None:
+    named = [replace(row, metrics={"solved": 1.0}, right_or_wrong=["solved"]) for row in made_rows() if row.metrics]
+    assert all(line.score is not None and line.score.low < 1 for line in lines(named)), "Wilson's interval has a width"
+    plain = [replace(row, right_or_wrong=[]) for row in named]
+    assert all(line.score is not None and line.score.low == 1 for line in lines(plain)), "a bootstrap's has none"
+
+
+def test_scores_that_prove_the_path_alone_say_so(tmp_path: Path) -> None:
+    warning = "prove the path, not the methods"
+    rows = [replace(row, embedded_can=False) for row in made_rows()]
+    assert warning in _said(stored(tmp_path / "cannot", rows))
+    assert warning not in _said(stored(tmp_path / "can", made_rows()))
+    others = [replace(row, key=replace(row.key, model=f"other-{row.key.model}")) for row in rows]
+    assert warning not in _said(stored(tmp_path / "other", others)), "it is said of the embedded model alone"
 
 
 def test_a_mean_needs_every_example_that_full_has() -> None:
     rows = [row for row in made_rows() if not (row.key.method == "headkv_r2@1" and row.key.example > 1)]
     (family,) = [family for family in families(lines(rows)) if len(family.tasks) == 2]
-    assert "headkv_r2" not in {cell.label for cell in family.cells}
+    assert "headkv_r2" not in {cell.label.method for cell in family.cells}
 
 
 def test_every_form_escapes() -> None:
-    table = Table("a & b_c", ("x_1", "50%"), ((Cell("<b>|"), Cell("#{}~^\\", 1.0, best=True)),), ("100 % of $x$",))
+    table = Table("a & b_c", ("x_1", "50%"), ((TableCell("<b>|"), TableCell("#{}~^\\", 1.0, best=True)),), ("100 % of $x$",))
     assert r"\textless{}b\textgreater{}|" in latex([table])
     assert r"\textbf{\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}}" in latex([table])
     assert r"\caption{a \& b\_c. 100 \% of \$x\$}" in latex([table]) and r"x\_1 & 50\%" in latex([table])

@@ -68,7 +68,7 @@ def test_draws_of_a_record_are_averaged_and_generated_examples_are_not() -> None
     assert line.score is not None and (line.score.mean, line.score.n) == (0.75, 2)
     (line,) = lines([replace(row, key=replace(row.key, data="")) for row in drawn])
     assert line.score is not None and (line.score.mean, line.score.n) == (0.75, 4)
-    sampled = lines([replace(row, key=replace(row.key, temperature=1.0, routing="argmax")) for row in drawn])[0].protocol
+    sampled = str(lines([replace(row, key=replace(row.key, temperature=1.0, routing="argmax")) for row in drawn])[0].protocol)
     assert "sampled at temperature 1" in sampled and sampled.endswith("prefill routed by argmax")
 
 

@@ -4,9 +4,9 @@
     python -m benchmarks.peers.compare --python peers/bin/python --prompts 1 --out results/peers
 
 kvpress pins other versions of transformers and pandas, so it runs in an environment of its own (`kvpress_side.py`). The model
-is `run_all.py bench sweep`'s. Settings are made equal where both have them: SnapKV with a window of 8 and mean-pooling over 7, StreamingLLM
-with 4 sinks. Kept positions are compared for SnapKV, StreamingLLM, TOVA and Knorm; PyramidKV and AdaKV share budgets by other
-rules.
+is that of `run_all.py bench sweep`. Settings are made equal where both have them: SnapKV with a window of 8 and mean-pooling over
+7, StreamingLLM with 4 sinks. Kept positions are compared for SnapKV, StreamingLLM, TOVA and Knorm; PyramidKV and AdaKV share budgets
+by other rules.
 """
 
 from __future__ import annotations

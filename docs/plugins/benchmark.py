@@ -17,7 +17,7 @@ CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Kenya": "Nairobi", "Peru": "Li
 class Capitals:
     times: int = 8  # how often the list is told; `capitals(times=20)` on the command line changes it
     name = "capitals@1"  # raise the version when prompts or scoring change: rows of the two never mix
-    metrics = (Metric("exact", unit="share"),)
+    metrics = (Metric("exact", unit="share", right_or_wrong=True),)  # an answer has 0 or 1
     size = None  # as many examples as one likes
     forced = False  # answers are generated, not scored for their likelihood
     chat = True  # a chat template may be put around its prompts

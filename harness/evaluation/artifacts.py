@@ -27,18 +27,16 @@ def record_command(out: Path, arguments: Sequence[str]) -> None:
 
 
 def record_artifacts(out: Path, grid: Grid) -> None:
-    """Writes what belongs to a whole grid: `data/`, `heads/` and `metrics/`.
+    """Writes what belongs to a whole grid: `data/` and `heads/`.
 
     Raises:
         StoreError: the folder cannot be written to.
     """
-    for label, task in grid.tasks.items():
+    for task in grid.tasks.values():
         if task.data and reads_data(task):
             records = task.records()
             about = {"source": records.source, "sha256": records.sha256, "records": len(records.rows), "licence": records.licence}
             write_json(out / "data" / f"{records.sha256[:12]}.json", about)
-        better = {metric.name: metric.higher_is_better for metric in task.metrics}
-        write_json(out / "metrics" / f"{slug(grid.benchmark_name(label))}.json", {"metrics": better})
     for method in grid.methods.values():
         if (scores := method.given_head_scores) is not None:
             about = {"variant": scores.variant, "kind": scores.kind, "attempts": scores.attempts, "successes": scores.successes}

@@ -267,6 +267,8 @@ def _scores_every_metric(task: Task) -> str | None:
             return f"the answer {answer!r} gets the metrics {sorted(found)}, {sorted(named)} are promised"
         if not all(np.isfinite(value) for value in found.values()):
             return f"the answer {answer!r} gets {found}, which is no number"
+        if unsure := [metric.name for metric in task.metrics if metric.right_or_wrong and found[metric.name] not in (0, 1)]:
+            return f"the answer {answer!r} gets {found[unsure[0]]:g} as {unsure[0]}, which is said to be right or wrong: 0 or 1"
     if named and example.answers:
         sign = 1 if task.metrics[0].higher_is_better else -1
         right, wrong = (sign * task.score(text, example)[named[0]] for text in (example.answers[0], "nothing like it"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from benchmarks.base import Example, Task
+from benchmarks.base import NLL, Example, Task, embedded_can
 from harness.cache import Arena
 from harness.engine.generate import Answer
 from harness.engine.measure import keep_freed_memory
@@ -40,7 +40,7 @@ from harness.evaluation.sweep import CELL_BYTES, Cell, Outcome, Sweep
 from harness.families import CannotConvert
 from harness.models.load import check_name, load_model
 from harness.registry import Registry
-from results.record import Record
+from results.record import Record, Status
 from results.store import Store
 
 
@@ -199,21 +199,26 @@ def _outcomes(sweep: Sweep, unit: Unit, found: Opened) -> Iterator[tuple[Cell, O
 
 
 def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outcome: Outcome, env: str) -> Record:
-    key = unit.keys[cell]
+    key, can = unit.keys[cell], embedded_can(unit.task)
     reason = outcome.failed or outcome.skipped
     if reason or not prompts:
-        return Record(key, "failed" if outcome.failed else "skipped", env, reason=reason, columns=unit.example.columns)
+        status: Status = "failed" if outcome.failed else "skipped"
+        return Record(key, status, env, reason=reason, columns=unit.example.columns, embedded_can=can)
     assert outcome.answer is not None and outcome.counts is not None
     text = said(model, unit.example, prompts[0], outcome.answer)
     end = outcome.answer.end
     full = sum(model.parent_shape.full_entries(prompt.context) for prompt in prompts)
+    scored = (NLL,) if prompts[0].forced else unit.task.metrics
     return Record(
         key,
         "ok",
         env,
         answer=text,
         stop_reason=outcome.answer.stop_reason,
-        metrics={"nll": outcome.fidelity["loss"]} if prompts[0].forced else unit.task.score(str(text), unit.example),
+        metrics={NLL.name: outcome.fidelity["loss"]} if prompts[0].forced else unit.task.score(str(text), unit.example),
+        lower_is_better=[metric.name for metric in scored if not metric.higher_is_better],
+        right_or_wrong=[metric.name for metric in scored if metric.right_or_wrong],
+        embedded_can=can,
         fidelity=outcome.fidelity,
         columns=unit.example.columns,
         prompt_tokens=sum(len(prompt.ids) for prompt in prompts),

@@ -89,7 +89,7 @@ def _choices(records: list[Record], labels: dict[str, dict[float, str]], metrics
     for where in dict.fromkeys(map(_where, done)):
         mine = [record for record in done if _where(record) == where]
         for name, named in labels.items():
-            by_beta = {beta: [r for r in mine if r.key.method.split("@")[0] == label] for beta, label in named.items()}
+            by_beta = {beta: [r for r in mine if r.key.method_name == label] for beta, label in named.items()}
             means = {beta: _mean_of_means(rows, metrics) for beta, rows in by_beta.items() if rows}
             if means:
                 best = max(means, key=lambda beta: (round(means[beta], 9), beta))
@@ -108,7 +108,7 @@ def _where(record: Record) -> tuple[str, str, str]:
 def _mean_of_means(records: list[Record], metrics: Mapping[str, Metric]) -> float:
     tasks: dict[str, list[float]] = {}
     for record in records:
-        metric = metrics[record.key.benchmark.split("@")[0]]
+        metric = metrics[record.key.benchmark_name]
         value = record.metrics[metric.name]
         tasks.setdefault(record.key.benchmark, []).append(value if metric.higher_is_better else -value)
     return mean(mean(values) for values in tasks.values())

@@ -142,7 +142,7 @@ def _pretrained(table: str, columns: Mapping[str, str], **more: Any) -> PaperTab
 
 
 LONG_SIZES, BOTH_SIZES = Sizes(1150, 7900, 64), Sizes(1550, 7900, 64)
-NEEDLE = "needle(needles=text, shortest=1000, longest={}, lengths=8)"
+NEEDLE = "needle(lengths=8,longest={},needles=text,shortest=1000)"  # as rows name it
 WITH_PERPLEXITY = SHOTS | {PERPLEXITY: "perplexity_windows"}
 
 TABLES: dict[str, PaperTable] = {

@@ -1,0 +1,174 @@
+"""What lines, panels and means are grouped by: fields, each of which says in words what is shown of it.
+
+Whatever groups, compares or leaves a part out does it by field (`replace(protocol, truncation=None)`), never by the words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields, replace
+
+from results.record import Column, Key, Record, budget_size, split_conversion, split_settings
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a task was asked. Rows of different protocols are never ranked together."""
+
+    prompt: str
+    chat: str
+    truncation: int | None  # tokens; None: it may differ from task to task
+    granularity: str
+    routing: str  # "" for a model that does not route its tokens, or where both routings stand side by side
+    stop: str
+    dtype: str
+    temperature: float
+
+    @classmethod
+    def of(cls, key: Key) -> Protocol:
+        return cls(**{field.name: getattr(key, field.name) for field in fields(cls)})
+
+    def __str__(self) -> str:
+        """All of it but the prompt, which is shown apart."""
+        parts = (
+            "raw prompt" if self.chat == "raw" else "chat template",
+            "" if self.truncation is None else f"at most {self.truncation} tokens",
+            f"a row a {'KV' if self.granularity == 'kv' else 'query'} head",
+            f"sampled at temperature {self.temperature:.12g}" if self.temperature else "greedy",
+            "up to an end token" if self.stop == "eos" else "end tokens ignored",
+            self.dtype,
+            f"prefill routed by {self.routing.replace('_', ' ')}" if self.routing else "",
+        )
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def short(self) -> str:
+        """For file names: several panels may differ in nothing else."""
+        return hashlib.sha256(str(self).encode()).hexdigest()[:6]
+
+
+@dataclass(frozen=True)
+class TaskKey:
+    """A benchmark at one length: lengths are columns of rows, and are not averaged together."""
+
+    benchmark: str  # with its version
+    length: Column | None = None  # None where rows carry none, or the benchmark's name tells it
+
+    @classmethod
+    def of(cls, record: Record) -> TaskKey:
+        named = "length" in record.key.benchmark_settings
+        return cls(record.key.benchmark, None if named else record.columns.get("length"))
+
+    def __str__(self) -> str:
+        return self.benchmark if self.length is None else f"{self.benchmark} {self.length}"
+
+
+@dataclass(frozen=True)
+class PanelKey:
+    """What stands in one table or one picture."""
+
+    model: str  # a variant's own name, or its parent where variants stand side by side
+    task: TaskKey
+    protocol: Protocol
+
+    @property
+    def title(self) -> str:
+        return f"{self.task}, {self.protocol.prompt}, {self.model}"
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        return (self.model, str(self.task), self.protocol.prompt, str(self.protocol))
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a line is called in tables and legends."""
+
+    method: str  # with its settings
+    mark: str = ""  # tells apart what bears the same name
+    variant: str = ""
+    causal: bool = False  # the prefill was routed by argmax
+
+    @property
+    def plain(self) -> str:
+        """The method without settings."""
+        return split_settings(self.method)[0]
+
+    @property
+    def has_settings(self) -> bool:
+        return self.method != self.plain
+
+    @property
+    def name(self) -> str:
+        """The method, told apart."""
+        return f"{self.method}#{self.mark}" if self.mark else self.method
+
+    @property
+    def where(self) -> str:
+        """On which variant, "" for none."""
+        return (self.variant + " (argmax)" * self.causal).strip()
+
+    @property
+    def conversion(self) -> str:
+        """The variant without its sizes: "gqa" of "gqa-2"."""
+        return split_conversion(self.variant)[0]
+
+    @property
+    def is_full(self) -> bool:
+        """Nothing evicted, whatever the variant."""
+        return self.method == "full"
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.where}" if self.where else self.name
+
+
+@dataclass(frozen=True)
+class LineKey:
+    """What the rows of one line share: all of their key but example and seed, which are 0 here, and the length."""
+
+    asked: Key
+    length: Column | None = None
+
+    @classmethod
+    def of(cls, record: Record) -> LineKey:
+        return cls(replace(record.key, example=0, seed=0), TaskKey.of(record).length)
+
+    @property
+    def task(self) -> TaskKey:
+        return TaskKey(self.asked.benchmark, self.length)
+
+    @property
+    def protocol(self) -> Protocol:
+        return Protocol.of(self.asked)
+
+    @property
+    def panel(self) -> PanelKey:
+        return PanelKey(self.asked.model, self.task, self.protocol)
+
+    @property
+    def label(self) -> Label:
+        return Label(self.asked.method_name, variant=self.asked.variant, causal=self.asked.routing == "argmax")
+
+    @property
+    def mark(self) -> str:
+        """Another version of a method, other settings or other weights: another mark."""
+        told = f"{self.asked.revision} {self.asked.method} {self.asked.params}"
+        return hashlib.sha256(told.encode()).hexdigest()[:4]
+
+    @property
+    def question(self) -> LineKey:
+        """The same for all methods and budgets."""
+        return replace(self, asked=replace(self.asked, method="", params="", budget=""))
+
+    @property
+    def cell(self) -> LineKey:
+        """The same for all tasks: a method at a budget."""
+        return LineKey(replace(self.asked, benchmark="", benchmark_params="", data="", max_new_tokens=0))
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """Model, benchmark, protocol, method, budget; the full cache first."""
+        key = self.asked
+        shown = (key.model, str(self.task), key.prompt, str(self.protocol))
+        hidden = (key.revision, key.benchmark_params, key.data, key.max_new_tokens, key.fidelity)
+        return (*shown, *hidden, not self.label.is_full, key.method, key.params, budget_size(key.budget))

@@ -1,0 +1,101 @@
+"""Tables beside the scores: lm-eval's own aggregation, scores by the length of the text, and what was not measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reports.formats import Table, TableCell, words
+from reports.keys import LineKey, TaskKey
+from reports.present import size_of
+from results.record import Record, split_version
+
+LM_EVAL = "Compressed: the share of requests whose context lost entries; a short context that fits says nothing about a method."
+
+
+def lm_eval_table(found: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What lm-eval itself makes of the stored answers, cell by cell."""
+    if not found:
+        return []
+    metrics = sorted({metric for cell in found for metric in cell["results"] if "_stderr" not in metric})
+    header = ("model", "task", "method", "budget", "n", "compressed", *(metric.removesuffix(",none") for metric in metrics))
+    rows = []
+    for cell in sorted(found, key=_cell_order):
+        routing = f" ({cell['routing']})" if cell["routing"] else ""
+        chat = ", chat template" if cell["chat"] == "template" else ""
+        task = split_version(cell["benchmark"])[0].removeprefix("lm_eval:") + chat
+        values = [cell["results"].get(metric) for metric in metrics]
+        shown = [TableCell("-", float("-inf")) if value is None else TableCell(f"{value:.4g}", value) for value in values]
+        asked = words(cell["model"] + routing, task, split_version(cell["method"])[0], cell["budget"] or "-")
+        share = cell["compressed"]
+        rows.append((*asked, TableCell(str(cell["examples"]), cell["examples"]), TableCell(f"{share:.0%}", share), *shown))
+    return [Table("lm-eval's own aggregation", header, tuple(rows), (LM_EVAL,))]
+
+
+def _cell_order(cell: Mapping[str, Any]) -> tuple[object, ...]:
+    where = tuple(cell[part] for part in ("model", "routing", "benchmark", "chat"))
+    return (*where, split_version(cell["method"])[0] != "full", cell["method"], size_of(cell["budget"]))
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Why something is not in a table."""
+
+    status: str
+    model: str
+    method: str
+    budget: str
+    task: TaskKey
+    reason: str
+
+    @classmethod
+    def of(cls, record: Record) -> Gap:
+        key = record.key
+        return cls(record.status, key.model, key.method_name, key.budget, TaskKey.of(record), record.reason or "")
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        return (self.status, self.model, self.method, self.budget or "-", str(self.task), self.reason)
+
+
+def missing_table(records: Iterable[Record]) -> list[Table]:
+    """What was skipped or failed, and why, so that every gap in a table is explained."""
+    counts = Counter(Gap.of(record) for record in records if record.status != "ok")
+    if not counts:
+        return []
+    rows = []
+    for gap in sorted(counts, key=lambda gap: gap.shown):
+        *asked, reason = words(*gap.shown)
+        rows.append((*asked, TableCell(str(counts[gap]), counts[gap]), reason))
+    return [Table("Not measured", ("status", "model", "method", "budget", "benchmark", "examples", "reason"), tuple(rows))]
+
+
+BUCKETS = (("0-4k", 4000.0), ("4-8k", 8000.0), ("8k+", float("inf")))  # LongBench-E's, in words
+EXTENDED = "_e"  # behind the names of LongBench-E's sets
+
+
+def length_tables(records: Iterable[Record]) -> list[Table]:
+    """LongBench-E as it is reported: the mean of the tasks' means by the length of the text."""
+    found: dict[LineKey, dict[str, dict[str, list[float]]]] = {}
+    for record in records:
+        words_long = record.columns.get("words")
+        if words_long is None or not record.metrics or not record.key.task.endswith(EXTENDED):
+            continue
+        bucket = next(label for label, end in BUCKETS if float(words_long) < end)
+        tasks = found.setdefault(LineKey.of(record).cell, {}).setdefault(bucket, {})
+        tasks.setdefault(record.key.benchmark, []).append(next(iter(record.metrics.values())))
+    if not found:
+        return []
+    rows = []
+    for at in sorted(found, key=lambda at: at.order):
+        means = [_mean_of_tasks(found[at].get(label, {})) for label, _ in BUCKETS]
+        asked = (f"{at.asked.model}, {at.protocol}", at.protocol.prompt, at.asked.method_name, at.asked.budget or "-")
+        rows.append((*words(*asked), *(TableCell("-" if mean is None else f"{mean:.2f}", mean) for mean in means)))
+    header = ("model", "prompt", "method", "budget", *(label for label, _ in BUCKETS))
+    return [Table("LongBench-E by length", header, tuple(rows), ("Means of task means, by the words of the text.",))]
+
+
+def _mean_of_tasks(tasks: Mapping[str, Sequence[float]]) -> float | None:
+    return None if not tasks else sum(sum(scores) / len(scores) for scores in tasks.values()) / len(tasks)
