@@ -1,9 +1,10 @@
-# `make demo` and `make test` set everything up on a fresh machine with Python 3.11 or 3.12.
+# `make demo` and `make test` set everything up on a fresh machine with Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test lint mutants reference clean
+.PHONY: demo test lint wheel mutants reference clean
 
 demo: $(VENV)/ready
 	$(RUN) run_all.py
@@ -16,17 +17,26 @@ lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The wheel, built and installed into an environment of its own, runs the smoke suite from another folder than the checkout.
+wheel:
+	rm -rf .wheel
+	$(PYTHON) -m venv .wheel/env
+	.wheel/env/bin/python $(PIP) wheel --no-deps --wheel-dir .wheel/dist .
+	.wheel/env/bin/python $(PIP) install .wheel/dist/*.whl
+	cd .wheel && HF_HUB_OFFLINE=1 env/bin/kv-cache-scale run --suite smoke --out smoke
+	cd .wheel && env/bin/kv-cache-scale new method mine && env/bin/kv-cache-scale check mine.py
+
 # Breaks the code on purpose, fault by fault, and wants the tests to fail each time.
 mutants: $(VENV)/ready-dev
 	HF_HUB_OFFLINE=1 $(RUN) tests/mutants.py
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) $(PIP) install -r requirements.txt
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(RUN) $(PIP) install -r requirements.txt -r requirements-dev.txt
 	touch $@
 
 # The default run whose rows and report are part of the repository.
@@ -36,4 +46,4 @@ reference: $(VENV)/ready
 	mv results/reference/report reports/reference
 
 clean:
-	rm -rf $(VENV) results/default
+	rm -rf $(VENV) .wheel build results/default

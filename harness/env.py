@@ -62,7 +62,9 @@ def _processor() -> str:
 
 
 def _commit() -> dict[str, object]:
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():  # installed: a checkout around it is not ours
+        return {"commit": None, "clean": None}
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
         what = ["git", "status", "--porcelain", "--", ":/", ":!/results", ":!/reports/reference"]  # what a run writes is no code

@@ -95,6 +95,17 @@ def test_cells_that_cannot_run_are_rows_with_a_reason(tmp_path: Path) -> None:
         (("--shard", "3/2"), "shard '3/2'"),
         (("--device", "cuda:77"), "device 'cuda:77' is not here"),
         (("--truncation", "1"), "--truncation 1 must be at least 2"),
+        (("--methods", ""), "--methods is empty"),
+        (("--budgets", " , "), "--budgets is empty"),
+        (("--model", ""), "--model is empty"),
+        (("--methods", "snapkv,h2o,snapkv"), "--methods names snapkv twice"),
+        (("--budgets", "32,32"), "--budgets names 32 twice"),
+        (("--seed", "-1"), "--seed -1 must not be negative"),
+        (("--seed", "x"), "--seed 'x' must be whole numbers"),
+        (("--temperature", "nan"), "--temperature nan must be at least 0"),
+        (("--methods", "snapkv:nosuch"), "no allocator 'nosuch'; known: uniform, pyramid"),
+        (("--methods", "full:pyramid"), "method 'full' has no allocator"),
+        (("--judge-url", "http://127.0.0.1:1/v1"), "needs both --judge-url and --judge-model"),
     ],
 )
 def test_bad_requests_get_one_line_and_exit_code_2(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness.cli.arguments import parser
+from harness.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -33,6 +36,19 @@ def test_every_command_that_is_shown_is_one(page: Path) -> None:
             parser().parse_args(words or ["run"])
         except SystemExit:
             pytest.fail(f"{page.name}: python run_all.py{line}")
+
+
+def test_the_example_of_the_api_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example.replace("limit=10", "limit=1"), names)
+    found = names["found"]
+    assert len(found) == 5 and set(found["status"]) == {"ok"} and {"exact", "fidelity.kl", "example.length"} <= set(found)
+    again = names["evaluate"](replace(names["request"], methods=("full",), limit=1))
+    assert again["id"].tolist() == found[found["method"] == "full@1"]["id"].tolist()
+    with pytest.raises(UserError, match="no method 'nosuch'"):
+        names["evaluate"](replace(names["request"], methods=("nosuch",)))
 
 
 def test_the_readmes_table_is_that_of_the_report() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import call
 
 from benchmarks import BENCHMARKS
 from benchmarks.base import embedded_can
+from harness.cache import Needs, Prefill, Selection, keep_all
 from harness.evaluation.conformance import check_plugin
+from harness.evaluation.request import RunRequest
+from harness.evaluation.run import run_request
 from harness.registry import BUILTIN, BadPlugin, Plugin, load_plugin, registry_of
 from methods import CONVERSIONS, METHODS
 from methods.base import Eviction
@@ -164,6 +169,86 @@ def test_two_plugins_may_not_share_a_name(tmp_path: Path) -> None:
     with pytest.raises(BadPlugin, match="choose another"):
         registry_of([tmp_path / "one.py", tmp_path / "two.py"])
     assert "mine" in registry_of([tmp_path / "one.py"]).methods and "mine" not in BUILTIN.methods
+
+
+def test_an_allocator_with_a_field_called_kind_is_given_no_head_scores(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    text = (EXAMPLES / "allocator.py").read_text().replace("lift: float = 1.0", 'kind: str = "plain"\n    lift: float = 1.0')
+    path.write_text(text + '\nALLOCATORS = {"rising": MiddleLayers(lift=2.0)}\n')
+    registry = registry_of([path])
+    assert registry.methods["middle_layers"].head_scores is None
+    assert call("run", "--suite", "smoke", "--plugin", str(path), "--methods", "full,middle_layers,h2o:rising", "--budgets", "12",
+                "--limit", "1", "--out", str(tmp_path / "out")) == 0  # fmt: skip
+    sha = load_plugin(path).sha256[:8]
+    assert {row.key.method for row in read_rows(tmp_path / "out")} == {"full@1", f"middle_layers@1+{sha}", f"h2o:rising@1+{sha}"}
+    assert {row.status for row in read_rows(tmp_path / "out")} == {"ok"}
+
+
+@dataclass(frozen=True)
+class EveryOther:
+    """A method that is no eviction by scorer and allocator: neighbours are merged into their mean."""
+
+    version = 1
+    takes_budget, is_reference = False, False
+    needs, scorer, head_scores, given_head_scores = Needs(), None, None, None
+
+    def with_head_scores(self, scores: object) -> EveryOther:
+        return self
+
+    def cannot_run(self, *_: object) -> str | None:
+        return None
+
+    def compress(self, prefill: Prefill, total: int, scores: object) -> Selection:
+        kept = torch.arange(1, prefill.tokens, 2)
+        return tuple(
+            tuple(replace(row, kept=kept, merged=(_pairs(kv.keys[n]), _pairs(kv.values[n]))) for n, row in enumerate(rows))
+            for kv, rows in zip(prefill.layers, keep_all(prefill), strict=True)
+        )
+
+
+def _pairs(entries: torch.Tensor) -> torch.Tensor:
+    return entries[: len(entries) // 2 * 2].unflatten(0, (-1, 2)).mean(1)
+
+
+def test_a_method_that_merges_runs_without_a_change_of_the_sweep(tmp_path: Path) -> None:
+    registry = BUILTIN.adding(Plugin(Path("merging"), "0" * 64, {"METHODS": {"every_other": EveryOther()}}))
+    settings = {"methods": ("full", "every_other"), "models": ("random:tiny-llama",), "limit": 1, "out": tmp_path}
+    request = RunRequest("smoke", benchmarks=("random_tokens(length=64,max_new_tokens=4)",), **settings)  # type: ignore[arg-type]
+    assert run_request(request, registry).failed == 0
+    full, half = sorted(read_rows(tmp_path)[::2], key=lambda row: -(row.entries or 0))
+    assert half.key.method == "every_other@1+00000000" and 2 * (half.entries or 0) == full.entries and half.fidelity["kl"] > 0
+
+
+def test_installed_packages_bring_entries_by_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package as pip would lay it: a module, and the metadata that names what it brings."""
+    (tmp_path / "their_package.py").write_text((EXAMPLES / "method.py").read_text())
+    info = tmp_path / "their_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+    points = "[kv_cache_scale.methods]\ntheirs = their_package:METHOD\n"
+    (info / "entry_points.txt").write_text(points)
+    with (tmp_path / "their_package.py").open("a") as file:
+        file.write('\nMETHOD = METHODS["large_values"]\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = registry_of()
+    assert "theirs" in registry.methods and registry.plugins[0].path == Path("their-package")
+    assert registry.mark("METHODS", "theirs(sinks=0)") == f"+{registry.plugins[0].sha256[:8]}"
+    assert (
+        call("run", "--suite", "smoke", "--methods", "theirs", "--budgets", "20", "--limit", "1", "--out", str(tmp_path / "o"))
+        == 0
+    )
+    assert {row.key.method.split("+")[0] for row in read_rows(tmp_path / "o")} == {"theirs@1"}
+    (info / "entry_points.txt").write_text(points.replace("METHOD\n", "ABSENT\n"))
+    assert call("list", "methods") == 2
+
+
+def test_a_plugin_that_ends_the_process_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("import sys\nsys.exit(0)\n")
+    assert call("list", "methods", "--plugin", str(path)) == 2
+    assert "line 2: SystemExit: 0" in capsys.readouterr().err
+    assert call("new", "method", "snapkv") == 2
+    assert "'snapkv' is the name of something that is there already" in capsys.readouterr().err
 
 
 def test_our_own_entries_keep_the_contract() -> None:

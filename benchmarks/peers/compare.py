@@ -5,8 +5,8 @@
 
 kvpress pins other versions of transformers and pandas, so it runs in an environment of its own (`kvpress_side.py`). The model
 is that of `run_all.py bench sweep`. Settings are made equal where both have them: SnapKV with a window of 8 and mean-pooling over
-7, StreamingLLM with 4 sinks. Kept positions are compared for SnapKV, StreamingLLM, TOVA and Knorm; PyramidKV and AdaKV share budgets
-by other rules.
+7, StreamingLLM with 4 sinks. Kept positions are compared for SnapKV, StreamingLLM, TOVA and Knorm; PyramidKV and AdaKV share
+budgets by other rules.
 """
 
 from __future__ import annotations

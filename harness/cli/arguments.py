@@ -12,13 +12,19 @@ ABOUT = "The suite's command line. `python run_all.py` runs the default suite an
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(prog="run_all.py", description=ABOUT)
+def parser(program: str = "run_all.py") -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog=program, description=ABOUT)
     commands = main.add_subparsers(dest="command", metavar="command")
     for name, (about, add_options) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about, argument_default=argparse.SUPPRESS)
         add_options(command)
     return main
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
@@ -52,7 +58,7 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="examples of each benchmark")
     add("--seed", help="of generated examples and sampled answers; several with commas")
     add("--temperature", type=float, help="of sampled answers (default: the suite's; 0 is greedy)")
-    add("--out", type=Path, help="folder for rows and report (default: results/default)")
+    add("--out", type=_path, help="folder for rows and report (default: results/default)")
     _add_device(command)
     add("--cell-bytes", type=int, help="rows of the cells decoded together, at most this many bytes")
     add("--contexts", help="cost suites: tokens of the prompts, with commas")
@@ -70,13 +76,13 @@ def _add_list(command: argparse.ArgumentParser) -> None:
     kinds = ("methods", "allocators", "conversions", "recipes", "benchmarks", "suites", "models", "papers")
     command.add_argument("what", choices=kinds)
     command.add_argument("--json", action="store_true", help="as JSON")
-    command.add_argument("--data-dir", type=Path, help="papers: where their data are looked for")
+    command.add_argument("--data-dir", type=_path, help="papers: where their data are looked for")
     _add_plugin(command)
 
 
 def _add_report(command: argparse.ArgumentParser) -> None:
     about = "folder of the rows (default: results/default); given twice, the two are also put side by side"
-    command.add_argument("--out", type=Path, action="append", help=about)
+    command.add_argument("--out", type=_path, action="append", help=about)
 
 
 def _add_importance(command: argparse.ArgumentParser) -> None:
@@ -85,14 +91,14 @@ def _add_importance(command: argparse.ArgumentParser) -> None:
     add("--kind", choices=("r", "er", "r2"), required=True, help="retrieval, enhanced retrieval, retrieval and reasoning")
     add("--chat", choices=("raw", "template"), help="(default: raw)")
     add("--needles", choices=("text", "facts"), help="English sentences, or those of the embedded model (default: by model)")
-    add("--haystack", type=Path, help="folder of .txt files (default: generated prose)")
+    add("--haystack", type=_path, help="folder of .txt files (default: generated prose)")
     add("--max-length", type=int, help="tokens of the longest prompt (default: 10,000, or what the model has positions for)")
     add("--lengths", type=int, help="evenly spaced up to the longest (default: 5)")
     add("--depths", type=int, help="evenly spaced (default: 10)")
     add("--attempts", type=int, help="needles hidden and asked for (default: 100)")
     add("--seed", type=int, help="(default: 0)")
     add("--teacher-forced", action="store_true", help="our own option: feed the right answers, for models too weak to give them")
-    add("--out", type=Path, help="file for the scores (default: results/head_scores/<model>_<kind>.json)")
+    add("--out", type=_path, help="file for the scores (default: results/head_scores/<model>_<kind>.json)")
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
@@ -104,9 +110,9 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     add("--percent", type=int, help="of the layers that cla stores: 50 for half")
     add("--ratios", help="of mixSGA's experts, which keep every head, half, a quarter, ...: 3:1:6")
     add("--ablation", help="gqa, mqa: first or random heads instead of means; mixsga: random; cla: first")
-    add("--text", type=Path, help="file or folder of .txt to heal on")
-    add("--instruct", type=Path, help=".jsonl with prompt and output to heal on; only outputs are trained on")
-    add("--data-dir", type=Path, help="folder with the recipe's data; for the embedded model, with lm/books")
+    add("--text", type=_path, help="file or folder of .txt to heal on")
+    add("--instruct", type=_path, help=".jsonl with prompt and output to heal on; only outputs are trained on")
+    add("--data-dir", type=_path, help="folder with the recipe's data; for the embedded model, with lm/books")
     add("--length", type=int, help="tokens of a row of text (default: 1,024, or the recipe's)")
     add("--rows", type=int, help="of a batch of text (default: 4, or the recipe's)")
     add("--epochs", type=float, help="times through the recipe's data (default: the recipe's)")
@@ -124,14 +130,14 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     add("--save-every", type=int, help="steps between checkpoints (default: 100)")
     add("--seed", type=int, help="(default: 0)")
     add("--save-dtype", choices=("float32", "bfloat16"), help="of saved weights (default: bfloat16)")
-    add("--out", type=Path, help="folder of the variant (default: results/variants/<model>+<conversion>)")
+    add("--out", type=_path, help="folder of the variant (default: results/variants/<model>+<conversion>)")
 
 
 def _add_tokens(command: argparse.ArgumentParser) -> None:
     _add_model(command)
-    command.add_argument("--text", type=Path, required=True, help="file; its first tokens are read as one sequence")
+    command.add_argument("--text", type=_path, required=True, help="file; its first tokens are read as one sequence")
     command.add_argument("--tokens", type=int, help="(default: 128)")
-    command.add_argument("--out", type=Path, help="of .csv and .png (default: results/token_importance)")
+    command.add_argument("--out", type=_path, help="of .csv and .png (default: results/token_importance)")
 
 
 def _add_beta(command: argparse.ArgumentParser) -> None:
@@ -142,7 +148,7 @@ def _add_beta(command: argparse.ArgumentParser) -> None:
 def _add_score(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("benchmark", choices=("longbench",))
-    add("path", type=Path, help="<task>.jsonl (.gz, .xz) of LongBench's own form, or a folder of them")
+    add("path", type=_path, help="<task>.jsonl (.gz, .xz) of LongBench's own form, or a folder of them")
     add("--extended", action="store_true", help="LongBench-E: by length")
     add("--workers", type=int, help="processes (default: one a core)")
     add("--json", action="store_true", help="as JSON")
@@ -158,13 +164,13 @@ def _add_reproduce(command: argparse.ArgumentParser) -> None:
     add("--train", action="store_true", help="train the variants that are missing, by the paper's recipe")
     add("--steps", type=int, help="of that training, instead of the recipe's epochs")
     add("--epochs", type=float, help="of that training, instead of the recipe's")
-    add("--instruct", type=Path, help="of that training: a .jsonl with prompt and output instead of Dolly-15k")
-    add("--variants", type=Path, help="folder where trained variants are looked for and put (default: results/variants)")
+    add("--instruct", type=_path, help="of that training: a .jsonl with prompt and output instead of Dolly-15k")
+    add("--variants", type=_path, help="folder where trained variants are looked for and put (default: results/variants)")
     add("--context", type=int, help="tokens of the prompt, for tables of time (default: the paper's)")
     _add_data(command)
     add("--head-scores", help="files or folders of head scores for HeadKV, with commas")
     _add_device(command)
-    add("--out", type=Path, help="(default: results/papers)")
+    add("--out", type=_path, help="(default: results/papers)")
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
@@ -207,7 +213,7 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 
 def _add_data(command: argparse.ArgumentParser) -> None:
     about = "folder with data sets and published head scores; looked into before the hub"
-    command.add_argument("--data-dir", type=Path, help=about)
+    command.add_argument("--data-dir", type=_path, help=about)
 
 
 COMMANDS = {

@@ -23,9 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _stop_alike()
         given = sys.argv[1:] if arguments is None else arguments
-        options = parser().parse_args(given or ["run"])
+        options = parser(program()).parse_args(given or ["run"])
         if options.command is None:
-            parser().print_help()
+            parser(program()).print_help()
             return 2
         options.arguments = given
         return _guarded(options)
@@ -33,6 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only print a traceback of the goodbye
         print("\nstopped; what is finished is stored, and the same command goes on from there", file=sys.stderr)
         return 130
+
+
+def program() -> str:
+    """What the command is called: the script of the checkout, or the installed command."""
+    name = Path(sys.argv[0]).name
+    return name if name == "kv-cache-scale" else "run_all.py"
 
 
 def _stop_alike() -> None:
@@ -55,10 +61,10 @@ def _guarded(options: argparse.Namespace) -> int:
     try:
         return COMMANDS[options.command](options)
     except DiskFull as error:
-        print(f"run_all.py: {error}", file=sys.stderr)
+        print(f"{program()}: {error}", file=sys.stderr)
         return 1
     except UserError as error:
-        print(f"run_all.py: {error}", file=sys.stderr)
+        print(f"{program()}: {error}", file=sys.stderr)
         return 2
 
 
