@@ -1,6 +1,6 @@
 """How long each phase of an answer takes: prefill, observation, scores, selection, compaction, first token, later tokens.
 
-The clock is given, so that what is measured can be tested without a machine's moods. A subject is anything that goes through the
+The clock is given, so that the measuring can be tested without a real one. A subject is anything that goes through the
 phases in order; it is warmed up once with the same shapes, then measured once. Rounds and processes are the caller's.
 """
 

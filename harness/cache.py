@@ -158,7 +158,7 @@ class LayerKV:
     window: int | None = None
     query_heads: int = 0
     readers: int = 1  # layers of the model that read it
-    prompt: int = 0  # a checksum of the prompt's ids, for what is drawn by lot
+    prompt: int = 0  # a checksum of the prompt's ids: the seed of what is drawn at random
 
     @property
     def positions(self) -> Tensor:

@@ -121,7 +121,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one cache before eviction, in flat (layer, expert_group, head) order, as numpy columns."""
+    """The rows of one cache before eviction, in flat (layer, expert group, head) order, as numpy columns."""
 
     layer: np.ndarray
     length: np.ndarray  # entries that a row could keep
@@ -169,7 +169,7 @@ class UsesHeadScores(ABC):
 class Scores:
     """A scorer's view of one prefill: shared by all methods and budgets that use the scorer."""
 
-    values: list[list[Tensor]]  # of each layer and expert_group: [rows, m]; protected entries are inf
+    values: list[list[Tensor]]  # of each layer and expert group: [rows, m]; protected entries are inf
     _ranks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def rank(self, layer: int, expert_group: int) -> Tensor:

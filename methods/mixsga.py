@@ -20,7 +20,7 @@ class MixSGA:
     """Experts of 1, 2, 4, ... heads a group, and a router a layer. With a single expert there is no router."""
 
     ratios: tuple[int, ...]  # of the tokens, in order of cost; 0: no such expert
-    learned: bool = True  # else experts are drawn by lot
+    learned: bool = True  # else experts are drawn at random
 
     @classmethod
     def of(cls, numbers: tuple[int, ...], option: str) -> MixSGA:

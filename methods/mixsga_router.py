@@ -68,7 +68,7 @@ class Router(nn.Module):
 
     Args:
         groups: heads averaged by each expert, ascending; ratios: their shares of the tokens.
-        learned: else experts are drawn by lot, in their shares (the paper's ablation).
+        learned: else experts are drawn at random, in their shares (the paper's ablation).
     """
 
     def __init__(self, hidden: int, groups: Sequence[int], ratios: Sequence[int], learned: bool = True) -> None:
@@ -84,14 +84,14 @@ class Router(nn.Module):
         self.segments: Tensor | None = None  # [B, T] of the next pass, in training; None: every row is one sequence
         self.assigned: Tensor | None = None  # [B, T] of the last pass
         self.logits: Tensor | None = None  # [B, T, E] of the last pass, float32
-        self.scores: Tensor | None = None  # what was ranked: the logits, or the lot
+        self.scores: Tensor | None = None  # what was ranked: the logits, or random scores
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, hidden] -> [B, T], the expert of each token; -1 for padding."""
         with torch.autocast(hidden.device.type, enabled=False):
             logits = nn.functional.linear(hidden.float(), self.score.weight.float(), self.score.bias.float())
         self.logits = logits
-        scores = self.scores = logits.detach() if self.learned else self._lot(logits.detach())
+        scores = self.scores = logits.detach() if self.learned else self._random(logits.detach())
         if self.mode == "argmax":
             self.assigned = scores.argmax(-1)
         else:
@@ -103,12 +103,12 @@ class Router(nn.Module):
             self.assigned = expert_choice(scores.flatten(0, 1), self.ratios, segments.flatten()).view(rows, tokens)
         return self.assigned
 
-    def _lot(self, logits: Tensor) -> Tensor:
-        """Scores by lot: of each token alone, so that decoding needs no state. Their argmax follows the ratios."""
-        luck = (logits * 37.0).frac().abs().mean(-1, keepdim=True).mul(53.0).frac()  # [B, T, 1], spread over 0..1
+    def _random(self, logits: Tensor) -> Tensor:
+        """Random scores, from each token alone, so that decoding needs no state. Their argmax follows the ratios."""
+        draw = (logits * 37.0).frac().abs().mean(-1, keepdim=True).mul(53.0).frac()  # [B, T, 1], spread over 0..1
         ends = [sum(self.ratios[: number + 1]) / sum(self.ratios) for number in range(len(self.ratios))]
-        inside = [(luck >= begin) & (luck < end) for begin, end in pairwise([0.0, *ends])]
-        return torch.where(torch.cat(inside, -1), 1.0 + luck, luck)
+        inside = [(draw >= begin) & (draw < end) for begin, end in pairwise([0.0, *ends])]
+        return torch.where(torch.cat(inside, -1), 1.0 + draw, draw)
 
     def loss(self, form: RouterLoss) -> Tensor:
         """Cross-entropy between the last pass's scores and the experts that it assigned, over real tokens (section 3.3)."""

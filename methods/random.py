@@ -1,4 +1,4 @@
-"""Random: evict by lot. The end of the scale that a method must beat."""
+"""Random eviction: the end of the scale that a method must beat."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ class ByLot:
     def score(self, layer: LayerKV) -> Tensor:
         import torch
 
-        lots = torch.Generator().manual_seed(layer.prompt * 2**20 + self.seed * 1009 + layer.index)
+        generator = torch.Generator().manual_seed(layer.prompt * 2**20 + self.seed * 1009 + layer.index)
         heads = layer.query_heads // layer.width
-        return torch.rand(heads, layer.keys.shape[1], generator=lots).to(layer.keys.device)
+        return torch.rand(heads, layer.keys.shape[1], generator=generator).to(layer.keys.device)

@@ -1,9 +1,9 @@
 """Decode attention over rows as Triton kernels: rows of unequal length, of several widths, split by length, merged exactly.
 
-One kernel writes a new token behind its rows; one takes a piece of a row a program (`split_plan`) and leaves a partial
-softmax with its log-sum-exp; one merges the parts of each query, of one row or of several. How long a row is stands on the
-device, so a captured graph of them is right at every length; entries outside of a row's length are never read. Flash-Decoding
-(Dao et al., 2023) splits a dense cache in the same way.
+One kernel writes a new token behind its rows; one computes a split-KV work item a program (`split_plan`) and leaves a partial
+softmax with its log-sum-exp; one merges the partial results of each query, of one row or of several. How long a row is stands
+on the device, so a captured graph of them is right at every length; entries outside of a row's length are never read. Flash-
+Decoding (Dao et al., 2023) splits a dense cache in the same way.
 
 On a machine without a GPU the same code runs under TRITON_INTERPRET=1, which is how the tests run it.
 """
@@ -101,7 +101,7 @@ def row_attention(
     masked: bool,
     window: int,
 ) -> Tensor:
-    """Pieces, then their merging. DevicePlan as in `split_plan.SplitPlan`."""
+    """The work items, then the merging of their partial results. Tables as in `split_plan.SplitPlan`."""
     count, dim = queries.shape
     items = item.shape[1]
     padded = _power_of_two(dim)

@@ -1,7 +1,7 @@
 """Decoding from static buffers: nothing of a step is decided on the host, so a step can be compiled, captured and replayed.
 
 The lengths of a layer's rows stand on the device. A step writes one token of every cell behind its rows, attends to them, and
-leaves the likeliest next token where the next step reads it. Where a layer has several expert_groups (mixSGA) every row gets the
+leaves the likeliest next token where the next step reads it. Where a layer has several expert groups (mixSGA) every row gets the
 token's keys and values, and only the rows of its expert become longer: what the others got lies in their slack, is read by
 nobody and overwritten by the next.
 
@@ -89,7 +89,7 @@ class StaticLayer:
         self.parts = torch.as_tensor(order).to(device)  # [N, expert_groups], where in M
 
     def append(self, keys: Tensor, values: Tensor, seen: Tensor, experts: Tensor | None) -> None:
-        """keys, values: [H, C, D]; seen: [C], the new tokens' positions; experts: [C], the expert_group that takes each."""
+        """keys, values: [H, C, D]; seen: [C], the new tokens' positions; experts: [C], the expert group that takes each."""
         pool = (self.layer.keys, self.layer.values, self.layer.positions)
         new = [part.transpose(0, 1).reshape(-1, part.shape[2]).contiguous() for part in (keys, values)]  # [C * H, D]
         taken_by = seen if experts is None else experts
@@ -194,7 +194,7 @@ class StaticDecode:
 
     @torch.inference_mode()
     def _made(self, mode: Mode) -> Callable[[], None]:
-        """The step as it will be run. What it does while it is made is taken back."""
+        """The step as it will be run. What it changes while it is compiled and captured is restored."""
         self._taken_back(self._once)  # what is wrong with the step itself is said by itself
         run, stage = self._once, "compiled"
         try:

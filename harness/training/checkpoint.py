@@ -1,4 +1,4 @@
-"""Checkpoints of a training: written whole, by the first of several processes; gone on from if of the same training."""
+"""Checkpoints of a training: model, optimizer and RNG state, written by the first process, resumed by the same training only."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _shard(network: PreTrainedModel) -> None:
 
 
 def choose_trained(network: PreTrainedModel, recipe: Recipe) -> None:
-    """Which weights are trained. A router by lot never is."""
+    """Which weights are trained. A random router never is."""
     lot = {id(weight) for router in routers(network) if not router.learned for weight in router.parameters()}
     kinds = ("k_proj", "v_proj", "k_norm", "router")
     if recipe.trains == "kv" and not any("k_proj" in name for name, _ in network.named_parameters()):
