@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 
+from benchmarks import manual
 from benchmarks.base import CountTokens
 from benchmarks.data import BadData, Data
 from benchmarks.prose import sentences
@@ -31,6 +32,8 @@ class Haystack:
         Raises:
             BadData: no such folder, or no text in it.
         """
+        if folder is not None and str(folder) == manual.NAME and not folder.is_dir():
+            return _of_manual()
         return cls() if folder is None else _read(folder)
 
     def sentences(self, seed: str) -> Iterator[str]:
@@ -74,11 +77,18 @@ def _read(folder: Path) -> Haystack:
     return Haystack(lines, hashlib.sha256(text.encode()).hexdigest()[:16], folder.name)
 
 
+@lru_cache(maxsize=1)
+def _of_manual() -> Haystack:
+    text = manual.manual()
+    lines = tuple(" ".join(line.split()) for line in SENTENCE_END.split(text) if line.strip())
+    return Haystack(lines, hashlib.sha256(text.encode()).hexdigest()[:16], "Python's manual")
+
+
 @dataclass(frozen=True)
 class InHaystack:
     """What tasks that hide something share: where their haystack comes from."""
 
-    haystack: str = ""  # folder of .txt, by itself or in --data-dir; "": prose of our own
+    haystack: str = ""  # folder of .txt, by itself or in --data-dir; python: its manual; "": prose of our own
     data_dir: Path | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -7,13 +7,14 @@ models (variants) under `full`. Scores are mean negative log-likelihoods in nats
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from benchmarks import data
+from benchmarks import data, manual
 from benchmarks.base import NLL, CountTokens, Example
 from benchmarks.data import Data
 from benchmarks.prose import sentences
@@ -64,7 +65,7 @@ def _up_to(tokens: int, lines: Iterator[str], count_tokens: CountTokens) -> list
 class OfText:
     """Pieces of one text, in order. Each starts with the token that the tokenizer puts before a text, if it does."""
 
-    text: str = "wikitext2"  # or a file or folder of .txt, by itself or in --data-dir
+    text: str = "wikitext2"  # or python, its manual; or a file or folder of .txt, by itself or in --data-dir
     data_dir: Path | None = field(default=None, repr=False, compare=False)
     metrics = (NLL,)
     size = None  # how many pieces there are depends on the tokenizer: examples end where the text does
@@ -72,6 +73,10 @@ class OfText:
     chat = False
 
     def records(self) -> Data:
+        if self.text == manual.NAME:
+            text = manual.manual()
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            return Data(({"text": text},), digest, "Python's manual (pydoc_data.topics)", manual.LICENCE)
         return data.text(self.text, self.data_dir)
 
     @property

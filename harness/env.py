@@ -14,7 +14,7 @@ import torch
 
 from results.store import write_json
 
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "accelerate", "datasets", "lm-eval", "triton", "flash-attn")
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "accelerate", "datasets", "lm-eval", "triton", "flash-attn", "gguf")
 
 
 def environment(device: torch.device) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.cache import PromptProtocol
+from harness.cache import Chat, PromptProtocol
 from results.record import DECODES
 
 
@@ -24,7 +24,9 @@ class Suite:
     seeds: tuple[int, ...] = (0,)  # of generated examples and sampled answers
     temperature: float = 0.0
     fidelity: bool = True
+    chat: Chat = "raw"  # is a chat template put around the prompts?
     cost: str = ""  # the cost suite that is run behind it, unless the request is narrowed
+    behind: tuple[str, ...] = ()  # suites that are run behind it, likewise; one whose model is not here is left out, and said so
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,19 @@ SUITES: dict[str, Suite] = {
         prompts=("question_in", "question_after"),
         limit=10,
         cost="cost-default",
+        behind=("smollm2",),
+    ),
+    "smollm2": Suite(
+        about="a real small model, SmolLM2-135M-Instruct: needles in Python's manual, and the manual's likelihood",
+        models=("smollm2",),
+        methods=("full", "streaming_llm", "h2o", "snapkv", "ada_snapkv", "headkv_r2"),
+        budgets=("64", "128"),
+        benchmarks=(
+            "needle(haystack=python,shortest=512,longest=1024,lengths=3,depths=5)",
+            "perplexity(text=python,read=512,scored=128)",
+        ),
+        chat="template",
+        limit=30,
     ),
     "smoke": Suite(
         about="a minute of everything, on a random model: does the machinery run here?",

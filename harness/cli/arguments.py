@@ -91,7 +91,7 @@ def _add_importance(command: argparse.ArgumentParser) -> None:
     add("--kind", choices=("r", "er", "r2"), required=True, help="retrieval, enhanced retrieval, retrieval and reasoning")
     add("--chat", choices=("raw", "template"), help="(default: raw)")
     add("--needles", choices=("text", "facts"), help="English sentences, or those of the embedded model (default: by model)")
-    add("--haystack", type=_path, help="folder of .txt files (default: generated prose)")
+    add("--haystack", type=_path, help="folder of .txt files, or python for its manual (default: generated prose)")
     add("--max-length", type=int, help="tokens of the longest prompt (default: 10,000, or what the model has positions for)")
     add("--lengths", type=int, help="evenly spaced up to the longest (default: 5)")
     add("--depths", type=int, help="evenly spaced (default: 10)")

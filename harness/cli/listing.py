@@ -21,7 +21,8 @@ def listing(what: str, registry: Registry, data_dir: Path | None = None) -> dict
         from harness.models.shapes import SHAPES
 
         shapes = {f"random:{name}": f"{shape['model_type']}, random weights" for name, shape in SHAPES.items()}
-        return {"reference": "the embedded model", **shapes}
+        smollm2 = "SmolLM2-135M-Instruct out of a package, dequantised; unquantised: HuggingFaceTB/SmolLM2-135M-Instruct"
+        return {"reference": "the embedded model", "smollm2": smollm2, **shapes}
     if what == "recipes":
         from harness.training.recipes import RECIPES
 

@@ -93,6 +93,7 @@ def _run(options: argparse.Namespace) -> int:
     from harness.evaluation.artifacts import record_command
 
     failed = run.run_request(request, registry).failed
+    failed += run.run_behind(request, registry)
     cost = cost_behind(request)
     failed += run_cost(cost, registry) if cost else 0
     record_command(request.out, options.arguments)

@@ -41,6 +41,18 @@ class UnsupportedModel(UserError):
     """The harness cannot reach this model's attention, so it would run uncompressed."""
 
 
+def refuse_family(name: str, config: Any) -> None:
+    """
+    Raises:
+        UnsupportedModel: a family that is not reached.
+    """
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"model {name!r} is of the family {config.model_type!r}, which the harness does not reach; "
+            f"reached: {', '.join(FAMILIES)}"
+        )
+
+
 @dataclass(frozen=True)
 class Observed:
     """Seconds of a prefill that were spent on watching it."""
@@ -146,11 +158,9 @@ class Model:
     ) -> None:
         self.network, self.tokenizer, self.name, self.revision = network.eval(), tokenizer, name, revision
         config = network.config
-        if config.model_type not in FAMILIES or not getattr(network, "_supports_attention_backend", False):
-            raise UnsupportedModel(
-                f"model {name!r} is of the family {config.model_type!r}, which the harness does not reach; "
-                f"reached: {', '.join(FAMILIES)}"
-            )
+        refuse_family(name, config)
+        if not getattr(network, "_supports_attention_backend", False):
+            raise UnsupportedModel(f"model {name!r}: its attention cannot be reached through transformers' interface")
         if any(kind in str(getattr(config, "rope_parameters", "")) for kind in LENGTH_DEPENDENT):
             raise UnsupportedModel(
                 f"model {name!r} turns its keys by an angle that depends on the prompt's length ({' or '.join(LENGTH_DEPENDENT)} "

@@ -14,7 +14,7 @@ from harness.engine.model import Model
 from harness.errors import BadRequest
 from harness.evaluation.loglikelihood import likelihood_prompts
 from harness.evaluation.prompts import CannotPrompt, Prompt, Protocol, has_example, tokenize
-from harness.evaluation.request import Part, RunRequest, Shard
+from harness.evaluation.request import Part, RunRequest, Shard, narrowed
 from harness.evaluation.sweep import Cell
 from harness.registry import BUILTIN, Registry
 from harness.suites import COST_SUITES, SUITES, Suite
@@ -127,13 +127,21 @@ def suite_of(request: RunRequest, registry: Registry) -> Suite:
     suite = SUITES[request.suite]
     changes: dict[str, Any] = {
         name: value
-        for name in ("models", "methods", "budgets", "benchmarks", "prompts", "limit", "seeds", "temperature", "fidelity")
+        for name in ("models", "methods", "budgets", "benchmarks", "prompts", "limit", "seeds", "temperature", "fidelity", "chat")
         if (value := getattr(request, name)) not in (None, ())
     }
     if request.models or request.methods:
         changes["variants"] = ()
     suite = replace(suite, **changes)
     return replace(suite, benchmarks=tuple(registry.benchmark_names(suite.benchmarks)))
+
+
+def requests_behind(request: RunRequest) -> list[RunRequest]:
+    """The suites behind the request's own, if nothing of it was narrowed."""
+    suite = SUITES.get(request.suite)
+    if suite is None or narrowed(request):
+        return []
+    return [replace(request, suite=name) for name in suite.behind]
 
 
 def tasks_of(request: RunRequest, suite: Suite, registry: Registry) -> dict[str, Task]:
@@ -169,7 +177,7 @@ def grid_of(request: RunRequest, suite: Suite, registry: Registry) -> Grid:
     methods = dict(registry.method(text) for text in suite.methods)
     if not budgets and any(method.takes_budget for method in methods.values()):
         raise BadRequest("these methods need --budgets, such as 128,25%")
-    shared = (request.chat, request.granularity, "eos", request.truncation, request.max_new_tokens, suite.temperature)
+    shared = (suite.chat, request.granularity, "eos", request.truncation, request.max_new_tokens, suite.temperature)
     return Grid(
         tasks=tasks_of(request, suite, registry),
         methods=methods,

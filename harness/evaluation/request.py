@@ -66,7 +66,7 @@ class RunRequest:
     seeds: tuple[int, ...] = ()  # of generated examples and sampled answers
     temperature: float | None = None
     fidelity: bool | None = None  # compare with the full cache token by token?
-    chat: Chat = "raw"
+    chat: Chat | None = None
     granularity: Granularity = "kv"
     routings: tuple[Routing, ...] = ("expert_choice",)  # of mixSGA prefills
     truncation: int | None = None  # tokens of a prompt; None: what the model has positions for
@@ -88,7 +88,7 @@ class RunRequest:
         for what, asked, known in (
             ("prompt protocol", self.prompts, get_args(PromptProtocol)),
             ("routing", self.routings, get_args(Routing)),
-            ("chat", (self.chat,), get_args(Chat)),
+            ("chat", (self.chat,) if self.chat else (), get_args(Chat)),
             ("granularity", (self.granularity,), get_args(Granularity)),
             ("part of the examples", (self.examples,), get_args(Part)),
             ("dtype", (self.dtype,) if self.dtype else (), DTYPES),

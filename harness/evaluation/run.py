@@ -32,12 +32,14 @@ from harness.evaluation.plan import (
     grids_of,
     opened,
     plan_of,
+    requests_behind,
     units,
 )
 from harness.evaluation.prompts import Prompt, Protocol
 from harness.evaluation.request import RunRequest
 from harness.evaluation.sweep import CELL_BYTES, Cell, Outcome, Sweep
 from harness.families import CannotConvert
+from harness.models.gguf import BadGguf
 from harness.models.load import check_name, load_model
 from harness.registry import Registry
 from results.record import Record, Status
@@ -103,6 +105,17 @@ def run_request(request: RunRequest, registry: Registry) -> Ran:
         for reason, count in tally.reasons.items():
             print(f"  {count} x {reason}", file=sys.stderr)
     return ran
+
+
+def run_behind(request: RunRequest, registry: Registry) -> int:
+    """Runs the suites behind a request's own, and gives how many cells failed. What is not here is left out, and said so."""
+    failed = 0
+    for behind in requests_behind(request):
+        try:
+            failed += run_request(behind, registry).failed
+        except BadGguf as missing:
+            print(f"suite {behind.suite} is left out: {missing}", file=sys.stderr)
+    return failed
 
 
 def _run_on(model: Model, request: RunRequest, grid: Grid, found: Iterator[Unit], store: Store, keys: set[str]) -> Tally:

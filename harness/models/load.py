@@ -1,4 +1,4 @@
-"""Models by name: a hub id, a local folder, `reference`, or a published shape with random weights."""
+"""Models by name: a hub id, a local folder, a GGUF file, `smollm2`, `reference`, or a published shape with random weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from harness.engine.model import Model
 from harness.errors import BadRequest, UserError, first_line
+from harness.models.gguf import SMOLLM2, converted, file_of, is_gguf
 from harness.models.shapes import SHAPES
 from harness.models.variants import convert, digest_of, is_variant, open_variant
 from harness.registry import BUILTIN, Registry
@@ -86,6 +87,9 @@ def check_name(name: str, registry: Registry = BUILTIN) -> None:
     shape = name.removeprefix("random:")
     if shape != name and shape not in SHAPES:
         raise UnknownModel(f"no shape {shape!r}; known: {', '.join(SHAPES)}")
+    if is_gguf(name):
+        file_of(name)
+        return
     if not Path(whole).is_dir() and not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         raise UnknownModel(f"model {name!r}: no such folder")
 
@@ -93,7 +97,7 @@ def check_name(name: str, registry: Registry = BUILTIN) -> None:
 def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, registry: Registry = BUILTIN) -> Model:
     """
     Args:
-        name: `reference`, `random:<shape>`, a folder with a config and safetensors, or a hub id.
+        name: `reference`, `smollm2`, `random:<shape>`, a folder with a config and safetensors, a .gguf file, or a hub id.
         revision: of a hub id; None: its main branch, whose commit is then the record's.
 
     Raises:
@@ -110,6 +114,8 @@ def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | No
         return _variant(Path(name), dtype, device, registry)
     if name.startswith("random:"):
         return _random(name, dtype, device)
+    if is_gguf(name):
+        return _from_gguf(name, dtype, device)
     folder = REFERENCE if name == "reference" else Path(name)
     if folder.is_dir():
         return _from_folder(folder, name, dtype, device)
@@ -151,6 +157,13 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, device: torch.devi
         raise UnknownModel(f"model {name!r} cannot be read from {folder}: {first_line(error)}") from None
     shown = name if name == "reference" else folder.name
     return Model(_on(network, device), tokenizer, shown, digest_of(folder))
+
+
+def _from_gguf(name: str, dtype: torch.dtype, device: torch.device) -> Model:
+    found = converted(name)
+    network = AutoModelForCausalLM.from_pretrained(found.folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(found.folder, local_files_only=True)
+    return Model(_on(network, device), tokenizer, name if name == SMOLLM2 else Path(name).stem, found.revision)
 
 
 def _from_hub(name: str, dtype: torch.dtype, device: torch.device, revision: str | None) -> Model:
