@@ -39,18 +39,23 @@ FAULTS = (
     Fault(
         "values of another row",
         "harness/engine/attention.py",
-        "group.block(layer.values)",
-        "group.block(layer.values).roll(1, 0)",
+        "block.entries(layer.values)",
+        "block.entries(layer.values).roll(1, 0)",
     ),
     Fault("slack read", "harness/engine/rows.py", "[:, : self.length]", "[:, : self.length + 1]"),
     Fault("remainder lost", "methods/sharing.py", "counts[open_rows] += 1", "total -= left"),
     Fault(
         "drafts not checked",
         "harness/engine/generate.py",
-        "taken = min(right, len(piece) - 1)",
-        "taken = len(piece) - 1",
+        "accepted = min(right, len(piece) - 1)",
+        "accepted = len(piece) - 1",
     ),
-    Fault("drafts behind the end counted", "harness/engine/generate.py", "taken = len(answer.tokens) - before - 1", "taken += 0"),
+    Fault(
+        "drafts behind the end counted",
+        "harness/engine/generate.py",
+        "accepted = len(answer.tokens) - before - 1",
+        "accepted += 0",
+    ),
     Fault(
         "ended cells' rows stay",
         "harness/engine/rows.py",
@@ -90,7 +95,13 @@ FAULTS = (
         "takes = experts[token] >= 0",
         "tests/test_conversions.py",
     ),
-    Fault("padding routed", "methods/mixsga.py", "(segments >= 0) & (expert < 0)", "(expert < 0)", "tests/test_conversions.py"),
+    Fault(
+        "padding routed",
+        "methods/mixsga_router.py",
+        "(segments >= 0) & (expert < 0)",
+        "(expert < 0)",
+        "tests/test_conversions.py",
+    ),
     Fault(
         "heads of the wrong group",
         "harness/families.py",
@@ -119,7 +130,7 @@ FAULTS = (
     ),
     Fault(
         "continuation scored from its second token",
-        "harness/engine/generate.py",
+        "harness/engine/scoring.py",
         "first = max(0, len(tokens) - scored - start)",
         "first = max(0, len(tokens) - scored - start + 1)",
         "tests/test_lm_eval.py",
@@ -205,7 +216,13 @@ FAULTS = (
         "observation left in the prefill", "benchmarks/latency.py", 'phases["prefill"] -= seconds', "pass", "tests/test_cost.py"
     ),
     Fault("layers kept while copied", "harness/engine/rows.py", "held[index] = kv = None", "pass", "tests/test_cost.py"),
-    Fault("plugins without a hash", "harness/plugins.py", 'f"+{plugin.sha256[:8]}"', '""', "tests/test_plugins.py"),
+    Fault(
+        "plugins without a hash",
+        "harness/registry.py",
+        'f"+{sha}" for sha in found',
+        '"" for sha in found',
+        "tests/test_plugins.py",
+    ),
     Fault(
         "answers read in the context",
         "harness/evaluation/loglikelihood.py",
@@ -238,12 +255,12 @@ FAULTS = (
     Fault(
         "padding is routed", "harness/training/loop.py", "numbers.masked_fill(~self.real, -1)", "numbers", "tests/test_recipes.py"
     ),
-    Fault("evaluated records trained on", "harness/training/recipes.py", "not in known", "is not None", "tests/test_recipes.py"),
+    Fault("evaluated records trained on", "harness/training/corpora.py", "not in known", "is not None", "tests/test_recipes.py"),
     Fault(
         "others' words before one's own",
         "harness/engine/generate.py",
-        "for last in lasts for source in sources",
-        "for last in lasts for source in reversed(sources)",
+        "for last in lasts for table in tables",
+        "for last in lasts for table in reversed(tables)",
     ),
     Fault(
         "measured from the paper",
@@ -259,6 +276,33 @@ FAULTS = (
         "set(ours) | set(baseline)",
         "tests/test_statistics.py",
     ),
+    Fault(
+        "a field called kind",
+        "methods/base.py",
+        "if isinstance(self.allocator, UsesHeadScores) else None\n\n    @property\n    def given",
+        'if hasattr(self.allocator, "kind") else None\n\n    @property\n    def given',
+        "tests/test_plugins.py",
+    ),
+    Fault("finished cells run again", "harness/evaluation/plan.py", "if cell not in self.finished]", "]", "tests/test_cli.py"),
+    Fault("merged entries not stored", "harness/engine/rows.py", "if row.merged is None:", "if True:", "tests/test_rows.py"),
+    Fault(
+        "positions of merged entries", "harness/engine/rows.py", "positions = positions[row.kept]", "pass", "tests/test_rows.py"
+    ),
+    Fault(
+        "an arrow back up",
+        "harness/cache.py",
+        "from harness.logits import",
+        "import harness.registry\nfrom harness.logits import",
+        "tests/test_imports.py",
+    ),
+    Fault(
+        "plugins checked by nobody",
+        "harness/evaluation/conformance.py",
+        "if plugin.path.is_file() and (fault",
+        "if False and (fault",
+        "tests/test_plugins.py",
+    ),
+    Fault("another quantisation, the same name", "harness/models/gguf.py", "-{self.quantisation}", "", "tests/test_gguf.py"),
 )
 HELPER = """
 
