@@ -1,4 +1,4 @@
-"""Which head scores belong to a model: named by the user, shipped with the embedded model, or published and at hand."""
+"""Which head scores belong to a model: named by the user, shipped with the package, or published and at hand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from harness.engine.model import Model
 from harness.evaluation.plan import Grid
 from harness.models.load import REFERENCE
 from methods.headkv import BadScores, HeadScores
+
+SHIPPED = {
+    "reference": REFERENCE / "head_scores",
+    "smollm2": Path(__file__).parents[1] / "models" / "head_scores",  # docs/head-importance.md says how they were measured
+}
 
 
 def with_head_scores(grid: Grid, model: Model, given: Sequence[Path], data_dir: Path | None) -> Grid:
@@ -38,7 +43,7 @@ def _scores(kind: str, model: Model, given: Sequence[Path], data_dir: Path | Non
             return scores
         except BadScores as error:
             refusal = refusal or error
-    at_hand = [REFERENCE / "head_scores"] if model.name == "reference" else []
+    at_hand = [SHIPPED[model.name]] if model.name in SHIPPED else []
     at_hand += [] if data_dir is None else [data_dir / "headkv" / "head_score"]
     name = model.name.rsplit("/", 1)[-1]
     for path in _files([place for place in at_hand if place.is_dir()]):
