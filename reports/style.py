@@ -20,15 +20,16 @@ class Style:
     colour: str
     marker: str
     dash: str
-    filled: bool  # another setting of a method, or the same on a variant: its colour, not filled
+    filled: bool  # another setting of a method, or the same on a variant: its colour, not filled, with a mark and dash of its own
 
 
 def style_of(label: Label) -> Style:
     name = label.plain
     number = KNOWN.index(name) if name in KNOWN else len(KNOWN) + sum(map(ord, name))
     style, turn = number % len(COLOURS), number // len(COLOURS)
-    dash = DASHES[(style + turn + sum(map(ord, label.where))) % len(DASHES)]
-    mark = VARIANTS.get(label.conversion, "P") if label.variant else MARKERS[(style + 3 * turn) % len(MARKERS)]
+    settings = sum(map(ord, label.method[len(name) :])) % (len(MARKERS) - 1) + 1 if label.has_settings else 0
+    dash = DASHES[(style + turn + settings + sum(map(ord, label.where))) % len(DASHES)]
+    mark = VARIANTS.get(label.conversion, "P") if label.variant else MARKERS[(style + 3 * turn + settings) % len(MARKERS)]
     return Style(COLOURS[style], mark, dash, not (label.has_settings or label.variant))
 
 
