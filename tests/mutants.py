@@ -259,6 +259,13 @@ FAULTS = (
         "set(ours) | set(baseline)",
         "tests/test_statistics.py",
     ),
+    Fault(
+        "weights drawn by chance",
+        "harness/models/pretrained.py",
+        "    if said:\n",
+        "    if said == 0:\n",
+        "tests/test_checkpoints.py",
+    ),
 )
 HELPER = """
 

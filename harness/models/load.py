@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils import logging as transformers_logging
 
 from harness.engine.model import Model
 from harness.errors import BadRequest, UserError, first_line
+from harness.models.pretrained import digest_of, read_network, read_tokenizer
 from harness.models.shapes import SHAPES
-from harness.models.variants import convert, digest_of, is_variant, open_variant
+from harness.models.variants import convert, is_variant, open_variant
 from harness.registry import BUILTIN, Registry
 
 transformers_logging.disable_progress_bar()  # a bar a checkpoint, amid our own
@@ -123,9 +124,9 @@ def shipped_variant(conversion: str) -> Path:
 
 def _variant(folder: Path, dtype: torch.dtype, device: torch.device, registry: Registry) -> Model:
     network, about, digest = open_variant(folder, dtype, registry)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if _has_tokenizer(folder) else None
+    tokenizer = _tokenizer(folder, about.name)
     if tokenizer is None and about.parent == "reference":
-        tokenizer = AutoTokenizer.from_pretrained(REFERENCE, local_files_only=True)
+        tokenizer = _tokenizer(REFERENCE, about.name)
     shape = replace(about.parent_shape, itemsize=dtype.itemsize)
     return Model(_on(network, device), tokenizer, about.name, digest, shape)
 
@@ -145,30 +146,34 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, device: torch.devi
     if not (folder / "config.json").exists() or not weights:
         raise UnknownModel(f"model {name!r}: {folder} holds no config.json with *.safetensors")
     try:
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if _has_tokenizer(folder) else None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        network = read_network(folder, dtype)
+    except Exception as error:  # see read_network
         raise UnknownModel(f"model {name!r} cannot be read from {folder}: {first_line(error)}") from None
+    tokenizer = _tokenizer(folder, name)
     shown = name if name == "reference" else folder.name
     return Model(_on(network, device), tokenizer, shown, digest_of(folder))
 
 
+def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase | None:
+    try:
+        return read_tokenizer(folder)
+    except Exception as error:  # see read_tokenizer
+        raise UnknownModel(f"model {name!r}: its tokenizer cannot be read from {folder}: {first_line(error)}") from None
+
+
 def _from_hub(name: str, dtype: torch.dtype, device: torch.device, revision: str | None) -> Model:
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        commit = getattr(config, "_commit_hash", None) or revision or "main"
-        network = AutoModelForCausalLM.from_pretrained(name, revision=commit, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
-    except (OSError, ValueError) as error:
+        commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None) or revision or "main"
+        network = read_network(name, dtype, commit)
+        tokenizer = read_tokenizer(name, commit)
+    except OSError as error:
         advice = "give a folder that holds it, or go online; a gated model needs its licence accepted and `hf auth login`"
         raise UnknownModel(
             f"model {name!r} is neither a folder here nor reachable on the hub: {first_line(error)} ({advice})"
         ) from None
-    return Model(_on(network, device), tokenizer, name, str(commit))
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    except Exception as error:  # see read_network
+        raise UnknownModel(f"model {name!r} of the hub cannot be read: {first_line(error)}") from None
+    return Model(_on(network, device), tokenizer, name, commit)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:

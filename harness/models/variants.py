@@ -7,14 +7,12 @@ checkpoint of transformers beside `variant.json`; another keeps its weights in `
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -23,6 +21,7 @@ from harness.engine.model import Model
 from harness.errors import UserError, first_line
 from harness.families import CannotConvert, wrapped
 from harness.files import whole
+from harness.models.pretrained import check_weights, digest_of, is_tied, read_network, say_untied
 from harness.registry import BUILTIN, Registry
 
 ABOUT, WEIGHTS = "variant.json", "variant.safetensors"
@@ -74,6 +73,7 @@ def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, w
     Args:
         weights: by name; None: the network's own.
     """
+    say_untied(network)
     own, tied = network.state_dict() if weights is None else weights, _tied(network)
     state = {name: tensor.contiguous() for name, tensor in own.items() if name not in tied}
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, w
 
 def _tied(network: PreTrainedModel) -> set[str]:
     """Names of weights that are another's: they are neither written nor missed."""
-    return set(getattr(network, "_tied_weights_keys", None) or ()) if network.config.tie_word_embeddings else set()
+    return set(getattr(network, "_tied_weights_keys", None) or ()) if is_tied(network) else set()
 
 
 def is_variant(folder: Path) -> bool:
@@ -137,32 +137,16 @@ def open_variant(folder: Path, dtype: torch.dtype, registry: Registry = BUILTIN)
             )
             conversion.apply(network)
             absent, extra = network.load_state_dict(load_file(weights), strict=False)
-            tied = _tied(network)
-            if extra or set(absent) - tied:
-                raise BadVariant(
-                    f"variant {folder}: its weights are not those of {about.conversion}: {sorted([*extra, *absent])[:3]}"
-                )
+            check_weights(set(absent) - _tied(network), extra)
             network.tie_weights()
             if (folder / "generation_config.json").exists():
                 network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
             network.to(dtype)
         else:
-            network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    except BadVariant:
-        raise
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            network = read_network(folder, dtype)
+    except Exception as error:  # see read_network
         raise BadVariant(f"variant {folder} cannot be read: {first_line(error)}") from None
     return network.eval(), about, digest_of(folder, about.conversion)
-
-
-def digest_of(folder: Path, conversion: str = "") -> str:
-    """Of everything in a checkpoint that answers depend on: weights, configuration, tokenizer; and of what was done to it."""
-    digest = hashlib.sha256(conversion.encode())
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    for path in [*sorted(folder.glob("*.safetensors")), *(folder / name for name in names if (folder / name).exists())]:
-        with path.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def bytes_a_token(shape: ModelShape, text: str, registry: Registry = BUILTIN) -> float:

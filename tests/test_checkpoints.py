@@ -1,0 +1,119 @@
+"""Checkpoints as people have them: weights that do not fit, heads of their own, odd tokenizers; read right, or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import BASE, FAMILIES
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from harness.models.load import UnknownModel, byte_tokenizer, load
+from harness.models.variants import About, BadVariant, open_variant, save
+from harness.registry import BUILTIN
+
+CPU = torch.device("cpu")
+Weights = dict[str, Tensor]
+
+
+def checkpoint(folder: Path, family: str = "llama", **changes: Any) -> Any:
+    """A tiny model of random weights in `folder`, with a byte tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**{**BASE, **FAMILIES[family], "vocab_size": 260, "tie_word_embeddings": False, **changes})
+    net = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for weight in net.parameters():
+        if weight.ndim > 1:
+            weight.data.normal_(std=0.15)
+    net.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return net
+
+
+def rewritten(folder: Path, change: Callable[[Weights], Weights], file: str = "model.safetensors") -> None:
+    weights = load_file(folder / file)
+    save_file(change(weights), folder / file, metadata={"format": "pt"})
+
+
+def opened(folder: Path) -> Any:
+    return load(str(folder), torch.float32, CPU)
+
+
+def logits(net: Any) -> Tensor:
+    with torch.no_grad():
+        return net(input_ids=torch.arange(5, 25)[None], use_cache=False).logits[0]
+
+
+MISFITS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
+    "no head": (lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"}, "missing: lm_head.weight$"),
+    "a layer short": (lambda w: {k: v for k, v in w.items() if ".layers.1." not in k}, "missing: model.layers.1.* and 6 more$"),
+    "a prefix": (lambda w: {f"module.{k}": v for k, v in w.items()}, "missing: lm_head.weight, .*; not the model's: module."),
+    "a layer too many": (lambda w: w | {"model.layers.7.x": torch.ones(2)}, "not the model's: model.layers.7.x$"),
+    "another shape": (lambda w: w | {"model.norm.weight": torch.ones(3)}, r"shape: model.norm.weight \[3\] for \[64\]$"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_weights_that_do_not_fit_are_refused_by_name(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    change, said = MISFITS[name]
+    checkpoint(tmp_path / "m")
+    rewritten(tmp_path / "m", change)
+    with pytest.raises(UnknownModel, match=said):
+        opened(tmp_path / "m")
+    assert "REPORT" not in capfd.readouterr().err, "the refusal is one line"
+
+
+def test_tied_heads_and_buffers_of_old_are_not_missed(tmp_path: Path) -> None:
+    tied = checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    assert torch.equal(logits(opened(tmp_path / "tied").network), logits(tied))
+    plain = checkpoint(tmp_path / "old")
+    rewritten(tmp_path / "old", lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    assert torch.equal(logits(opened(tmp_path / "old").network), logits(plain))
+
+
+@pytest.mark.parametrize("text", ["gqa-2", "mixsga-1:1"])
+def test_variants_whose_weights_do_not_fit_are_refused_by_name(text: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m")
+    parent = opened(tmp_path / "m")
+    BUILTIN.conversion(text).apply(parent.network)
+    save(parent.network, None, About("m", "0", parent.parent_shape, text), tmp_path / "v")
+    (file,) = (path.name for path in (tmp_path / "v").glob("*.safetensors"))
+    rewritten(tmp_path / "v", lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"}, file)
+    with pytest.raises(BadVariant, match=r"missing: lm_head.weight$"):
+        open_variant(tmp_path / "v", torch.float32)
+
+
+def test_a_quantised_checkpoint_without_its_package_is_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    how = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": how}))
+    with pytest.raises(UnknownModel, match=r"cannot be read from .*compressed-tensors"):
+        opened(tmp_path / "m")
+
+
+@pytest.mark.parametrize("text", ["", '{"version": "1.0", "model": {"type": "BPE2"}}', "{"])
+def test_a_tokenizer_that_cannot_be_read_is_refused(text: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text(text)
+    with pytest.raises(UnknownModel, match="its tokenizer cannot be read"):
+        opened(tmp_path / "m")
+
+
+def test_a_hub_ids_revision_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "models--own--tiny"
+    for number, commit in enumerate(("a" * 40, "b" * 40)):
+        checkpoint(cache / "snapshots" / commit, num_hidden_layers=1 + number)
+    (cache / "refs").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for layers, commit in ((1, "a" * 40), (2, "b" * 40)):
+        (cache / "refs" / "main").write_text(commit)
+        model = load("own/tiny", torch.float32, CPU)
+        assert (model.revision, model.depth) == (commit, layers), "whatever main is today"
+    assert load("own/tiny", torch.float32, CPU, revision="a" * 40).depth == 1
