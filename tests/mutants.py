@@ -266,6 +266,19 @@ FAULTS = (
         "    if said == 0:\n",
         "tests/test_checkpoints.py",
     ),
+    Fault(
+        "no number is perfect fidelity",
+        "harness/engine/scoring.py",
+        "shares * (full - ours)).sum(-1)",
+        "shares * (full - ours)).nan_to_num(0.0).sum(-1)",
+    ),
+    Fault(
+        "no number is a finished cell",
+        "harness/evaluation/sweep.py",
+        "if not math.isfinite(value)}",
+        "if value is None}",
+        "tests/test_checkpoints.py",
+    ),
 )
 HELPER = """
 

@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from harness.evaluation.request import RunRequest
+from harness.evaluation.run import run_request
 from harness.models.load import UnknownModel, byte_tokenizer, load
 from harness.models.variants import About, BadVariant, open_variant, save
 from harness.registry import BUILTIN
+from results.record import Record
+from results.store import read_rows
 
 CPU = torch.device("cpu")
 Weights = dict[str, Tensor]
@@ -117,3 +121,23 @@ def test_a_hub_ids_revision_is_its_commit(tmp_path: Path, monkeypatch: pytest.Mo
         model = load("own/tiny", torch.float32, CPU)
         assert (model.revision, model.depth) == (commit, layers), "whatever main is today"
     assert load("own/tiny", torch.float32, CPU, revision="a" * 40).depth == 1
+
+
+def rows_of(folder: Path, task: str, **more: Any) -> list[Record]:
+    """Records of full and snapkv on the checkpoint `folder`/m and on data beside it."""
+    asked: dict[str, Any] = {"methods": ("full", "snapkv"), "budgets": ("16",), "limit": 1, "device": "cpu", **more}
+    run_request(
+        RunRequest(models=(str(folder / "m"),), benchmarks=(task,), data_dir=folder, out=folder / "out", **asked), BUILTIN
+    )
+    return list(read_rows(folder / "out"))
+
+
+@pytest.mark.parametrize("fidelity", [True, False])
+@pytest.mark.parametrize("task", ["random_tokens(length=48,max_new_tokens=4)", "perplexity:text.txt(read=40,scored=8)"])
+def test_what_is_no_number_is_a_failed_cell(task: str, fidelity: bool, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over a dog " * 4)
+    rewritten(tmp_path / "m", lambda w: w | {"lm_head.weight": w["lm_head.weight"].index_fill(0, torch.tensor([9]), torch.nan)})
+    found = rows_of(tmp_path, task, fidelity=fidelity)
+    assert found and {row.status for row in found} == {"failed"}
+    assert all("not a number" in (row.reason or "") and not row.metrics and not row.fidelity for row in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from harness.evaluation.plan import (
 )
 from harness.evaluation.prompts import Prompt, Protocol
 from harness.evaluation.request import RunRequest
-from harness.evaluation.sweep import CELL_BYTES, Cell, Outcome, Sweep
+from harness.evaluation.sweep import CELL_BYTES, NOT_A_NUMBER, Cell, Outcome, Sweep
 from harness.families import CannotConvert
 from harness.models.load import check_name, load_model
 from harness.registry import Registry
@@ -209,13 +210,16 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
     end = outcome.answer.end
     full = sum(model.parent_shape.full_entries(prompt.context) for prompt in prompts)
     scored = (NLL,) if prompts[0].forced else unit.task.metrics
+    metrics = {NLL.name: outcome.fidelity["loss"]} if prompts[0].forced else unit.task.score(str(text), unit.example)
+    if wrong := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
+        return Record(key, "failed", env, reason=f"{NOT_A_NUMBER}: {', '.join(wrong)}", answer=text, columns=unit.example.columns)
     return Record(
         key,
         "ok",
         env,
         answer=text,
         stop_reason=outcome.answer.stop_reason,
-        metrics={NLL.name: outcome.fidelity["loss"]} if prompts[0].forced else unit.task.score(str(text), unit.example),
+        metrics=metrics,
         lower_is_better=[metric.name for metric in scored if not metric.higher_is_better],
         right_or_wrong=[metric.name for metric in scored if metric.right_or_wrong],
         embedded_can=can,
