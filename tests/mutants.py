@@ -279,6 +279,14 @@ FAULTS = (
         "if value is None}",
         "tests/test_checkpoints.py",
     ),
+    Fault(
+        "a head of its own lost",
+        "harness/models/pretrained.py",
+        "if network.config.tie_word_embeddings and not is_tied(network):",
+        "if False:",
+        "tests/test_checkpoints.py",
+    ),
+    Fault("another model under a variant's name", "harness/models/variants.py", "> ALIKE:", "> 99:", "tests/test_checkpoints.py"),
 )
 HELPER = """
 

@@ -141,3 +141,37 @@ def test_what_is_no_number_is_a_failed_cell(task: str, fidelity: bool, tmp_path:
     found = rows_of(tmp_path, task, fidelity=fidelity)
     assert found and {row.status for row in found} == {"failed"}
     assert all("not a number" in (row.reason or "") and not row.metrics and not row.fidelity for row in found)
+
+
+def merged(folder: Path) -> Any:
+    """A checkpoint with a head of its own whose configuration calls it tied, as merged fine-tunes have it."""
+    net = checkpoint(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    return net
+
+
+@pytest.mark.parametrize("text", ["none", "gqa-2", "mixsga-1:1", "cla-50"])
+def test_a_variant_keeps_the_head_of_its_parent(text: str, tmp_path: Path) -> None:
+    net = merged(tmp_path / "m")
+    converted = load(f"{tmp_path / 'm'}+{text}", torch.float32, CPU)
+    save(converted.network, None, About("m", "0", converted.parent_shape, text), tmp_path / "v")
+    again, _, _ = open_variant(tmp_path / "v", torch.float32)
+    now, before = again.state_dict(), net.state_dict()
+    kept = [name for name in before if not any(part in name for part in ("k_proj", "v_proj"))]
+    assert "lm_head.weight" in kept and all(torch.equal(now[name], before[name]) for name in kept)
+    if text == "none":
+        assert torch.equal(logits(again), logits(net))
+
+
+@pytest.mark.parametrize("text", ["gqa-2", "mixsga-1:1"])
+def test_a_variant_that_says_something_else_than_it_did_is_refused(text: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m")
+    converted = load(f"{tmp_path / 'm'}+{text}", torch.float32, CPU)
+    save(converted.network, None, About("m", "0", converted.parent_shape, text), tmp_path / "v")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        open_variant(tmp_path / "v", dtype)
+    (file,) = (path.name for path in (tmp_path / "v").glob("*.safetensors"))
+    rewritten(tmp_path / "v", lambda w: w | {"lm_head.weight": w["lm_head.weight"].roll(1, 0)}, file)
+    with pytest.raises(BadVariant, match=r"logits differ by up to \d"):
+        open_variant(tmp_path / "v", torch.float32)

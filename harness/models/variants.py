@@ -14,18 +14,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from harness.cache import ModelShape
 from harness.engine.model import Model
 from harness.errors import UserError, first_line
-from harness.families import CannotConvert, wrapped
+from harness.families import CannotConvert, routers, wrapped
 from harness.files import whole
 from harness.models.pretrained import check_weights, digest_of, is_tied, read_network, say_untied
 from harness.registry import BUILTIN, Registry
 
 ABOUT, WEIGHTS = "variant.json", "variant.safetensors"
 FORMAT = "variant/1"
+PROBED, SHOWN = 4, 32  # tokens, and logits of each, by which a variant is known again
+ALIKE = 0.2  # of their spread: what another dtype may change of them
 
 
 class BadVariant(UserError):
@@ -68,10 +71,10 @@ def convert(parent: Model, text: str, registry: Registry = BUILTIN) -> Model:
 
 
 def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, weights: dict[str, Any] | None = None) -> None:
-    """Writes a variant. `variant.json` comes last: without it the folder is none.
+    """Writes a variant. `variant.json` comes last: without it the folder is none. It holds a few of the network's logits.
 
     Args:
-        weights: by name; None: the network's own.
+        weights: by name, of a network that is spread over processes; None: the network's own.
     """
     say_untied(network)
     own, tied = network.state_dict() if weights is None else weights, _tied(network)
@@ -86,7 +89,10 @@ def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, w
         network.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    text = json.dumps({"format": FORMAT, **asdict(about)}, indent=1)
+    said = {"format": FORMAT, **asdict(about)}
+    if weights is None:
+        said["logits"] = [round(float(value), 4) for value in sample_logits(network).flatten()]
+    text = json.dumps(said, indent=1)
     with whole(folder / ABOUT) as draft:
         draft.write_text(text + "\n")
 
@@ -94,6 +100,38 @@ def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, w
 def _tied(network: PreTrainedModel) -> set[str]:
     """Names of weights that are another's: they are neither written nor missed."""
     return set(getattr(network, "_tied_weights_keys", None) or ()) if is_tied(network) else set()
+
+
+@torch.no_grad()
+def sample_logits(network: PreTrainedModel) -> Tensor:
+    """A few numbers that tell whether two networks are the same model, [PROBED, SHOWN] on the host.
+
+    Where tokens are routed each is a sequence of its own, so that it takes the same expert however the numbers are rounded.
+    """
+    found, vocabulary, training = routers(network), network.config.vocab_size, network.training
+    for router in found:
+        router.mode, router.segments = "expert_choice", None
+    ids = torch.arange(PROBED, device=network.device) * (vocabulary // PROBED)
+    logits = network.eval()(input_ids=ids[:, None] if found else ids[None], use_cache=False).logits
+    network.train(training)
+    return logits.reshape(PROBED, -1)[:, :: max(1, vocabulary // SHOWN)][:, :SHOWN].float().cpu()
+
+
+def _check_logits(network: PreTrainedModel, saved: list[float], folder: Path) -> None:
+    """
+    Raises:
+        BadVariant: the network says something else than the one that was saved, beyond what another dtype does.
+    """
+    ours = sample_logits(network)
+    if len(saved) != ours.numel():
+        raise BadVariant(f"variant {folder}: {ABOUT} tells {len(saved)} logits, and the model has {ours.numel()}; train it again")
+    theirs = torch.tensor(saved).view_as(ours)
+    off = (ours - theirs).square().mean(1).sqrt() / theirs.std(1)  # [PROBED]
+    if torch.isfinite(off).all() and off.median() > ALIKE:
+        raise BadVariant(
+            f"variant {folder}: its logits differ by up to {(ours - theirs).abs().max():.3g} from those that it was saved with: "
+            "its files, or what transformers makes of them, have changed; train it again"
+        )
 
 
 def is_variant(folder: Path) -> bool:
@@ -109,6 +147,7 @@ def read_about(folder: Path) -> About:
         found = json.loads((folder / ABOUT).read_text())
         if found.pop("format") != FORMAT:
             raise ValueError(f"of another format than {FORMAT}")
+        found.pop("logits", None)
         shape = found["parent_shape"]
         shape["windows"] = tuple(shape["windows"])
         if missing := {field.name for field in fields(About)} - set(found):
@@ -146,6 +185,8 @@ def open_variant(folder: Path, dtype: torch.dtype, registry: Registry = BUILTIN)
             network = read_network(folder, dtype)
     except Exception as error:  # see read_network
         raise BadVariant(f"variant {folder} cannot be read: {first_line(error)}") from None
+    if saved := json.loads((folder / ABOUT).read_text()).get("logits"):
+        _check_logits(network, saved, folder)
     return network.eval(), about, digest_of(folder, about.conversion)
 
 

@@ -154,7 +154,7 @@ def _saved(
     from accelerate import PartialState
 
     from harness.families import routers
-    from harness.models.variants import About, bytes_a_token, save
+    from harness.models.variants import About, bytes_a_token, open_variant, save
     from harness.training.checkpoint import forget, sharded, whole_weights
     from harness.training.loop import routing_of
 
@@ -181,6 +181,7 @@ def _saved(
     said = {"recipe": request.recipe, **asdict(reading.recipe), "trained_on": reading.text}
     variant = About(model.name, model.revision, shape, request.conversion, said, results)
     save(model.network, model.tokenizer, variant, out, weights)
+    open_variant(out, dtype, registry)  # refuses what does not come back as it was; the training's checkpoint is then still there
     forget(out)
     return Trained(variant, out)
 
