@@ -287,6 +287,13 @@ FAULTS = (
         "tests/test_checkpoints.py",
     ),
     Fault("another model under a variant's name", "harness/models/variants.py", "> ALIKE:", "> 99:", "tests/test_checkpoints.py"),
+    Fault(
+        "scaled positions forgotten",
+        "harness/engine/model.py",
+        "max(positions, int(",
+        "min(positions, int(",
+        "tests/test_checkpoints.py",
+    ),
 )
 HELPER = """
 

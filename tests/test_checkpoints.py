@@ -175,3 +175,25 @@ def test_a_variant_that_says_something_else_than_it_did_is_refused(text: str, tm
     rewritten(tmp_path / "v", lambda w: w | {"lm_head.weight": w["lm_head.weight"].roll(1, 0)}, file)
     with pytest.raises(BadVariant, match=r"logits differ by up to \d"):
         open_variant(tmp_path / "v", torch.float32)
+
+
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES: dict[str, tuple[dict[str, Any], int]] = {
+    "plain": ({"rope_type": "default"}, 256),
+    "yarn, as model cards say": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+    "yarn over less than the positions": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 200}, 800),
+    "yarn, counted already": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+    "linear": ({"rope_type": "linear", "factor": 2.5}, 640),
+    "llama3, counted already": (LLAMA3 | {"factor": 8.0, "original_max_position_embeddings": 64}, 256),
+    "llama3": (LLAMA3 | {"factor": 8.0, "original_max_position_embeddings": 256}, 2048),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_positions_count_what_the_rope_is_scaled_by(name: str, tmp_path: Path) -> None:
+    rope, positions = ROPES[name]
+    checkpoint(tmp_path / "m", max_position_embeddings=256, rope_parameters={"rope_theta": 10000.0, **rope})
+    assert opened(tmp_path / "m").max_tokens == positions
+    if name.startswith("yarn, as"):
+        (row,) = rows_of(tmp_path, "random_tokens(length=700,max_new_tokens=4)", methods=("full",), prompts=("question_in",))
+        assert row.status == "ok" and row.prompt_tokens is not None and row.prompt_tokens >= 700, "not cut at 256"

@@ -172,8 +172,11 @@ class Model:
 
     @property
     def max_tokens(self) -> int:
-        """Positions that the model was made for."""
-        return int(self.network.config.max_position_embeddings)
+        """Positions that the model was made for, by scaling its RoPE too."""
+        config = self.network.config
+        ropes = getattr(config, "rope_parameters", None) or {}
+        by_layer = [rope for rope in ropes.values() if isinstance(rope, dict)] or [ropes]
+        return min(_scaled_positions(rope, int(config.max_position_embeddings)) for rope in by_layer)
 
     def words(self, tokens: list[int]) -> str:
         """Tokens as text, without special ones; as numbers where there is no tokenizer."""
@@ -262,6 +265,19 @@ class Model:
             logits_to_keep=keep,
             rows_pass=work,
         ).logits
+
+
+def _scaled_positions(rope: dict[str, Any], positions: int) -> int:
+    """What a RoPE of these parameters reaches, where `positions` is what the configuration says.
+
+    Model cards switch YaRN on and leave the positions as they were (Qwen), configurations of linear scaling hold those of before
+    (Vicuna), and those of Llama 3 have the scaled length.
+    """
+    kind, factor = rope.get("rope_type", "default"), rope.get("factor") or 1.0
+    before = rope.get("original_max_position_embeddings") or positions
+    if kind in ("linear", "yarn") or (kind == "llama3" and before == positions):
+        return max(positions, int(before * factor))
+    return positions
 
 
 def own_attention(network: PreTrainedModel) -> str:
