@@ -294,6 +294,20 @@ FAULTS = (
         "min(positions, int(",
         "tests/test_checkpoints.py",
     ),
+    Fault(
+        "stop texts without special tokens",
+        "harness/evaluation/sweep.py",
+        "partial(model.words, special=True)",
+        "partial(model.words, special=False)",
+        "tests/test_checkpoints.py",
+    ),
+    Fault(
+        "a stop text a token a letter",
+        "harness/engine/generate.py",
+        "len(text.encode())",
+        "len(text)",
+        "tests/test_checkpoints.py",
+    ),
 )
 HELPER = """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.base import Example
+from harness.engine.generate import Stop
+from harness.engine.model import Model
+from harness.evaluation.prompts import Protocol, tokenize
 from harness.evaluation.request import RunRequest
-from harness.evaluation.run import run_request
+from harness.evaluation.run import run_request, said
+from harness.evaluation.sweep import Cell, Sweep
 from harness.models.load import UnknownModel, byte_tokenizer, load
 from harness.models.variants import About, BadVariant, open_variant, save
 from harness.registry import BUILTIN
+from methods import METHODS
 from results.record import Record
 from results.store import read_rows
 
@@ -197,3 +204,52 @@ def test_positions_count_what_the_rope_is_scaled_by(name: str, tmp_path: Path) -
     if name.startswith("yarn, as"):
         (row,) = rows_of(tmp_path, "random_tokens(length=700,max_new_tokens=4)", methods=("full",), prompts=("question_in",))
         assert row.status == "ok" and row.prompt_tokens is not None and row.prompt_tokens >= 700, "not cut at 256"
+
+
+def chain(folder: Path, then: dict[int, int], tokenizer: Any) -> Model:
+    """A checkpoint that says token b behind token a, whatever stands before it: `then` is {a: b}."""
+    checkpoint(folder)
+    seen = sorted({*then, *then.values()})
+
+    def change(weights: Weights) -> Weights:
+        new = {name: weight if "norm" in name else torch.zeros_like(weight) for name, weight in weights.items()}
+        for place, token in enumerate(seen):
+            new["model.embed_tokens.weight"][token, place] = 1.0
+        for a, b in then.items():
+            new["lm_head.weight"][b, seen.index(a)] = 1.0
+        return new
+
+    rewritten(folder, change)
+    tokenizer.save_pretrained(folder)
+    return load(str(folder), torch.float32, CPU)
+
+
+def answer_of(model: Model, text: str, until: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """What the full cache answers, in words, and why it stops."""
+    example = Example(0, text, len(text), (), 30, until=until)
+    prompt = tokenize(model.tokenizer, example, Protocol(prompt="question_in"), 100)
+    ((_, outcome),) = Sweep(model, Protocol(), with_fidelity=False).example(prompt, [Cell("full", METHODS["full"], None)], 30)
+    assert outcome.answer is not None
+    return said(model, prompt, outcome.answer), outcome.answer.stop_reason
+
+
+def test_answers_end_at_texts_that_are_special_tokens(tmp_path: Path) -> None:
+    """As lm-eval's do: an answer goes to the first of them, whether or not a special token is a part of words."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>", "additional_special_tokens": ["<|im_end|>"]})
+    a, b, z, end = (tokenizer.convert_tokens_to_ids(text) for text in ("a", "b", "z", "<|im_end|>"))
+    model = chain(tmp_path / "m", {a: b, b: end, end: z, z: z}, tokenizer)
+    assert answer_of(model, "say a", ("\n\n", "<|im_end|>")) == ("b", "text")
+    assert answer_of(model, "say a", ("zz",)) == ("b", "text"), "special tokens are no part of an answer"
+    assert answer_of(model, "say a", ()) == ("b" + 28 * "z", "length")
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "ab</s>z"]
+    spelled = chain(tmp_path / "s", dict(itertools.pairwise(letters)), tokenizer)
+    assert answer_of(spelled, "say a", ("##",))[0] == "b", "the end token's text, spelled"
+
+
+def test_answers_end_at_texts_of_many_tokens() -> None:
+    text = "日本語日本語"  # three tokens a letter
+    tokenizer = byte_tokenizer()
+    said = tokenizer(f"so: {text}").input_ids
+    stop = Stop(frozenset(), 99, (text,), tokenizer.decode)
+    assert stop.reason(said) == "text" and stop.reason(said[:-1]) is None

@@ -25,7 +25,7 @@ from harness.engine.scoring import Likelihood
 MOST_DRAFTS = 15  # draft tokens of a step
 NOISE_KEPT = 64  # places of an answer whose noise is kept for the other cells
 NO_NUMBER = -1  # in a token's place: the logits hold what is no number, so no token follows from them
-TAIL = 8  # tokens that are looked at for a stop text, beyond those that its letters can take
+TAIL = 8  # tokens that are looked at for a stop text, beyond those that its bytes can take
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,15 @@ class Stop:
     ids: frozenset[int]
     most: int  # tokens, end token included
     texts: tuple[str, ...] = ()
-    words: Callable[[list[int]], str] | None = None  # of tokens, for `texts`
+    words: Callable[[list[int]], str] | None = None  # of tokens, special ones too, for `texts`
 
     def reason(self, tokens: list[int]) -> str | None:
         """Why an answer ends with the last of `tokens`; None: it goes on."""
         if tokens[-1] in self.ids:
             return "end"
         if self.texts and self.words is not None:
-            tail = self.words(tokens[-max(map(len, self.texts)) - TAIL :])  # a token of text has at least one character
+            longest = max(len(text.encode()) for text in self.texts)  # a token is one byte at least, not one letter
+            tail = self.words(tokens[-longest - TAIL :])
             if any(text in tail for text in self.texts):
                 return "text"
         return "length" if len(tokens) >= self.most else None

@@ -178,11 +178,11 @@ class Model:
         by_layer = [rope for rope in ropes.values() if isinstance(rope, dict)] or [ropes]
         return min(_scaled_positions(rope, int(config.max_position_embeddings)) for rope in by_layer)
 
-    def words(self, tokens: list[int]) -> str:
-        """Tokens as text, without special ones; as numbers where there is no tokenizer."""
+    def words(self, tokens: list[int], special: bool = False) -> str:
+        """Tokens as text, special ones only if asked for; as numbers where there is no tokenizer."""
         if self.tokenizer is None:
             return " ".join(map(str, tokens))
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=not special))
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -86,12 +86,18 @@ def tokenize(
             raise CannotPrompt("nothing to read, or nothing to score behind it")
         return Prompt(ids[:context], context, tuple(ids[context:]))
     if protocol.prompt == "question_in":
-        return Prompt(ids, len(ids), until=example.until)
+        return Prompt(ids, len(ids), until=_ends(tokenizer, example))
     if context >= len(ids):
         raise CannotPrompt("no text behind the context, so nothing can be asked after it")
     if context <= 0:
         raise CannotPrompt("no context before the question")
-    return Prompt(ids, context, until=example.until)
+    return Prompt(ids, context, until=_ends(tokenizer, example))
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase | None, example: Example) -> tuple[str, ...]:
+    """Texts that end an answer; among several, as in lm-eval, the end token's, where a model spells it letter by letter."""
+    end = tokenizer.eos_token if tokenizer is not None and example.until else None
+    return example.until if end is None or end in example.until else (*example.until, str(end))
 
 
 def has_example(tokenizer: PreTrainedTokenizerBase | None, example: Example) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from benchmarks.base import NLL, Example, Task, embedded_can
+from benchmarks.base import NLL, Task, embedded_can
 from harness.cache import Arena
 from harness.engine.generate import Answer
 from harness.engine.measure import keep_freed_memory
@@ -206,7 +206,7 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
         status: Status = "failed" if outcome.failed else "skipped"
         return Record(key, status, env, reason=reason, columns=unit.example.columns, embedded_can=can)
     assert outcome.answer is not None and outcome.counts is not None
-    text = said(model, unit.example, prompts[0], outcome.answer)
+    text = said(model, prompts[0], outcome.answer)
     end = outcome.answer.end
     full = sum(model.parent_shape.full_entries(prompt.context) for prompt in prompts)
     scored = (NLL,) if prompts[0].forced else unit.task.metrics
@@ -239,7 +239,7 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
     )
 
 
-def said(model: Model, example: Example, prompt: Prompt, answer: Answer) -> str | None:
+def said(model: Model, prompt: Prompt, answer: Answer) -> str | None:
     """The answer in words, up to a text that ends it; or, where likelihoods were asked for, those as JSON, in order."""
     if prompt.forced:
         return None
@@ -247,4 +247,4 @@ def said(model: Model, example: Example, prompt: Prompt, answer: Answer) -> str 
         found = [answer.likelihoods[number] for number in sorted(answer.likelihoods)]
         return json.dumps([[one.logprob, one.greedy, one.tokens] for one in found])
     text = model.words(answer.tokens)
-    return text[: min((at for end in example.until if (at := text.find(end)) >= 0), default=len(text))]
+    return text[: min((at for end in prompt.until if (at := text.find(end)) >= 0), default=len(text))]

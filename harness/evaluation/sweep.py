@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -293,7 +293,7 @@ class _Example:
             return self._likelihoods(cache, logits)
         model, protocol = self.sweep.model, self.sweep.protocol
         stop_ids = model.stop_ids if protocol.stop == "eos" else frozenset()
-        stop = Stop(stop_ids, self.most, self.prompt.until, model.words)
+        stop = Stop(stop_ids, self.most, self.prompt.until, partial(model.words, special=True))
         sampler = Sampler(protocol.temperature, f"{self.sweep.seed}/{self.prompt.ids}" if protocol.temperature else "")
         with stopwatch(model.device, self.sweep.laps.decode):
             first = sampler.sample(logits, [0] * cache.cells)
