@@ -308,6 +308,13 @@ FAULTS = (
         "len(text)",
         "tests/test_checkpoints.py",
     ),
+    Fault(
+        "two begin tokens",
+        "harness/evaluation/prompts.py",
+        'special = chat == "raw" and not writes_begin(tokenizer, given)',
+        'special = chat == "raw"',
+        "tests/test_prompts.py",
+    ),
 )
 HELPER = """
 

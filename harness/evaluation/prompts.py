@@ -119,6 +119,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: 
     if example.piece is not None:
         start = list(tokenizer("")["input_ids"])[:1]  # the token that this tokenizer puts before every text, if it does
         first, last = example.piece
+        if first == 0 and writes_begin(tokenizer, example.prompt):
+            start = []
         return start + _stream(tokenizer, example.prompt)[first : last - len(start)], example.context_end
     encoded = encode(tokenizer, example.prompt, protocol.chat)
     end = example.context_end + encoded.shift
@@ -141,6 +143,11 @@ class Encoded:
         return inside[0], inside[-1] + 1
 
 
+def writes_begin(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Does the text itself start with the begin token, so that the tokenizer must not put a second one before it?"""
+    return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: Chat) -> Encoded:
     """
     Raises:
@@ -159,5 +166,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: Chat) -> Encoded
         if at < 0:
             raise CannotPrompt("the chat template changes the prompt's text, so its context cannot be found in it")
         shift = at - text.find(bare)
-    found = tokenizer(given, add_special_tokens=chat == "raw", return_offsets_mapping=True)
+    special = chat == "raw" and not writes_begin(tokenizer, given)  # a template writes what it wants
+    found = tokenizer(given, add_special_tokens=special, return_offsets_mapping=True)
     return Encoded(list(found["input_ids"]), list(found["offset_mapping"]), shift)
