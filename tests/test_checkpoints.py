@@ -16,18 +16,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.base import Example
+from harness.cost.request import CostRequest, run_cost
 from harness.engine.generate import Stop
 from harness.engine.model import Model
 from harness.evaluation.prompts import Protocol, tokenize
 from harness.evaluation.request import RunRequest
 from harness.evaluation.run import run_request, said
 from harness.evaluation.sweep import Cell, Sweep
-from harness.models.load import UnknownModel, byte_tokenizer, load
-from harness.models.variants import About, BadVariant, open_variant, save
+from harness.families import CannotConvert
+from harness.models.load import REFERENCE, UnknownModel, byte_tokenizer, check_name, load, parted, shipped_variant, source_of
+from harness.models.pretrained import digest_of
+from harness.models.variants import About, BadVariant, convert, open_variant, save
 from harness.registry import BUILTIN
 from methods import METHODS
 from results.record import Record
-from results.store import read_rows
+from results.store import read_costs, read_rows
 
 CPU = torch.device("cpu")
 Weights = dict[str, Tensor]
@@ -253,3 +256,75 @@ def test_answers_end_at_texts_of_many_tokens() -> None:
     said = tokenizer(f"so: {text}").input_ids
     stop = Stop(frozenset(), 99, (text,), tokenizer.decode)
     assert stop.reason(said) == "text" and stop.reason(said[:-1]) is None
+
+
+READ = (
+    "model.safetensors.index.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "additional_chat_templates/rag.jinja",
+)
+
+
+def test_whatever_changes_what_a_model_reads_or_says_changes_its_revision(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    seen = {digest_of(tmp_path)}
+    for file in READ:
+        for text in ("{}", "{ }"):
+            (tmp_path / file).write_text(text)
+            seen.add(digest_of(tmp_path))
+    (tmp_path / "vocab.json").rename(tmp_path / "vocab.txt")
+    seen.add(digest_of(tmp_path))
+    assert len(seen) == 2 * len(READ) + 2
+    (tmp_path / "README.md").write_text("nobody reads this")
+    assert digest_of(tmp_path) in seen
+    rewritten(tmp_path, lambda w: w | {"model.norm.weight": w["model.norm.weight"] + 1})
+    assert digest_of(tmp_path) not in seen
+
+
+def test_digests_of_what_is_shipped_are_those_of_its_rows() -> None:
+    rows = Path(__file__).parent.parent / "results" / "reference" / "rows"
+    keys = [json.loads(path.open().readline())["key"] for path in rows.glob("*.jsonl")]
+    for model in {key["model"] for key in keys}:
+        _, conversion = parted(model)
+        folder = REFERENCE if conversion is None else shipped_variant(conversion)
+        assert {key["revision"] for key in keys if key["model"] == model} == {digest_of(folder, conversion or "")}, model
+
+
+def test_a_folder_may_have_a_plus_in_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "c++" / "llama+dpo"
+    checkpoint(folder)
+    assert opened(folder).name == "llama+dpo"
+    converted = load(f"{folder}+gqa-2", torch.float32, CPU)
+    assert converted.name == "llama+dpo+gqa-2 (unhealed)" and converted.shape.kv_heads == 1
+    with pytest.raises(CannotConvert, match="already"):
+        convert(converted, "none")
+    with pytest.raises(UnknownModel, match=r"c\+\+/nothing'?: no such folder"):
+        check_name(f"{tmp_path}/c++/nothing+gqa-2")
+    monkeypatch.chdir(folder)
+    assert load(".", torch.float32, CPU).name == "llama+dpo", "every model has a name"
+
+
+def test_costs_of_a_checkpoint_that_was_replaced_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {
+        "methods": ("full",),
+        "contexts": (64,),
+        "new_tokens": 4,
+        "rounds": 1,
+        "device": "cpu",
+        "out": tmp_path,
+    }
+    monkeypatch.setattr("harness.cost.request.run_cell", lambda _: {"status": "ok", "reason": None})
+    for layers in (2, 2, 3):
+        checkpoint(tmp_path / "m", num_hidden_layers=layers)
+        run_cost(CostRequest("cost-small", (str(tmp_path / "m"),), **asked), BUILTIN)
+    cells = read_costs(tmp_path)
+    assert len(cells) == len({row["id"] for row in cells}) == 4, "one of memory and one of latency each"
+    assert source_of("reference") == source_of("random:tiny-llama+gqa-2") == "", "their rows keep their ids"

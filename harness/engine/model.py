@@ -159,7 +159,7 @@ class Model:
         whole = shape_of(network)
         self.depth = whole.layers  # that attend; those that store may be fewer
         self.shape = stored_shape(network, whole)
-        self.parent_shape = parent_shape or whole
+        self.parent_shape, self.is_variant = parent_shape or whole, parent_shape is not None
         self.softcapped = bool(getattr(config, "attn_logit_softcapping", None))
         self.routers = routers(network)
         widest = max((max(grouping.groups) for grouping in groupings(network)), default=1)

@@ -81,14 +81,35 @@ def check_name(name: str, registry: Registry = BUILTIN) -> None:
     Raises:
         UnknownModel, UnknownChoice: no such shape, folder or conversion.
     """
-    whole, (name, plus, conversion) = name, name.partition("+")
-    if plus and not Path(whole).is_dir():
+    name, conversion = parted(name)
+    if conversion is not None:
         registry.conversion(conversion)
     shape = name.removeprefix("random:")
     if shape != name and shape not in SHAPES:
         raise UnknownModel(f"no shape {shape!r}; known: {', '.join(SHAPES)}")
-    if not Path(whole).is_dir() and not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
+    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         raise UnknownModel(f"model {name!r}: no such folder")
+
+
+def parted(name: str) -> tuple[str, str | None]:
+    """A model, and the conversion named behind it, if there is one. The path of a folder may have a plus of its own."""
+    if Path(name).is_dir():
+        return name, None
+    parent, plus, conversion = name.rpartition("+")
+    return (parent, conversion) if plus and "/" not in conversion else (name, None)
+
+
+def source_of(name: str) -> str:
+    """What tells a folder's or hub id's weights from others of that name; "" for models that are the suite's own."""
+    parent, _ = parted(name)
+    if parent == "reference" or parent.startswith("random:"):
+        return ""
+    if Path(parent).is_dir():
+        return digest_of(Path(parent))
+    try:
+        return _commit(parent, None)
+    except OSError:
+        return ""  # not reachable, so that nothing of it can be measured either
 
 
 def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, registry: Registry = BUILTIN) -> Model:
@@ -102,8 +123,8 @@ def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | No
         UnsupportedModel: a family that the harness does not reach.
     """
     check_name(name, registry)
-    parent, plus, conversion = name.partition("+")
-    if plus and not Path(name).is_dir():
+    parent, conversion = parted(name)
+    if conversion is not None:
         if parent == "reference" and is_variant(shipped_variant(conversion)):
             return _variant(shipped_variant(conversion), dtype, device, registry)
         return convert(load(parent, dtype, device, revision, registry), conversion, registry)
@@ -150,7 +171,7 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, device: torch.devi
     except Exception as error:  # see read_network
         raise UnknownModel(f"model {name!r} cannot be read from {folder}: {first_line(error)}") from None
     tokenizer = _tokenizer(folder, name)
-    shown = name if name == "reference" else folder.name
+    shown = name if name == "reference" else folder.name if folder.name not in ("", "..") else folder.resolve().name
     return Model(_on(network, device), tokenizer, shown, digest_of(folder))
 
 
@@ -163,7 +184,7 @@ def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase | None:
 
 def _from_hub(name: str, dtype: torch.dtype, device: torch.device, revision: str | None) -> Model:
     try:
-        commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None) or revision or "main"
+        commit = _commit(name, revision)
         network = read_network(name, dtype, commit)
         tokenizer = read_tokenizer(name, commit)
     except OSError as error:
@@ -174,6 +195,14 @@ def _from_hub(name: str, dtype: torch.dtype, device: torch.device, revision: str
     except Exception as error:  # see read_network
         raise UnknownModel(f"model {name!r} of the hub cannot be read: {first_line(error)}") from None
     return Model(_on(network, device), tokenizer, name, commit)
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """
+    Raises:
+        OSError: no such model, or not reachable.
+    """
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision), None) or revision or "main"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:

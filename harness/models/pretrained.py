@@ -111,11 +111,35 @@ def read_tokenizer(where: Path | str, revision: str | None = None) -> PreTrained
     return found
 
 
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+MORE_FILES = (  # these with their names, since several of them look alike
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "additional_chat_templates/*.jinja",
+)
+
+
 def digest_of(folder: Path, conversion: str = "") -> str:
-    """Of everything in a checkpoint that answers depend on: weights, configuration, tokenizer; and of what was done to it."""
+    """Of everything in a checkpoint that answers depend on: weights, configuration, tokenizer; and of what was done to it.
+
+    What is not there adds nothing, so that a list that grows changes no digest of before.
+    """
     digest = hashlib.sha256(conversion.encode())
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    for path in [*sorted(folder.glob("*.safetensors")), *(folder / name for name in names if (folder / name).exists())]:
-        with path.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    for path in [*sorted(folder.glob("*.safetensors")), *(folder / name for name in FILES if (folder / name).exists())]:
+        digest.update(_hash(path))
+    for path in sorted({path for pattern in MORE_FILES for path in folder.glob(pattern)}):
+        digest.update(str(path.relative_to(folder)).encode() + _hash(path))
     return digest.hexdigest()[:16]
+
+
+def _hash(path: Path) -> bytes:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()

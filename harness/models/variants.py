@@ -58,7 +58,7 @@ def convert(parent: Model, text: str, registry: Registry = BUILTIN) -> Model:
         UnknownChoice, CannotConvert: see there.
     """
     conversion = registry.conversion(text)
-    if parent.name.count("+"):
+    if parent.is_variant:
         raise CannotConvert(f"model {parent.name} is a variant already: convert its parent")
     conversion.apply(parent.network)
     return Model(
@@ -187,7 +187,7 @@ def open_variant(folder: Path, dtype: torch.dtype, registry: Registry = BUILTIN)
         raise BadVariant(f"variant {folder} cannot be read: {first_line(error)}") from None
     if saved := json.loads((folder / ABOUT).read_text()).get("logits"):
         _check_logits(network, saved, folder)
-    return network.eval(), about, digest_of(folder, about.conversion)
+    return network.eval(), about, digest_of(folder, about.conversion + registry.mark("CONVERSIONS", about.conversion))
 
 
 def bytes_a_token(shape: ModelShape, text: str, registry: Registry = BUILTIN) -> float:

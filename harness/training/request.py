@@ -127,7 +127,7 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
     if processes.num_processes > 1:
         request = replace(request, device=str(processes.device))  # each its own
     model = load_model(request.model, request, registry)
-    if "+" in model.name:
+    if model.is_variant:
         raise BadRequest(f"model {model.name} is a variant already: convert its parent")
     if model.tokenizer is None:
         raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a training text")
