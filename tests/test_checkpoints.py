@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BASE, FAMILIES
+from helpers import BASE, FAMILIES, dense
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.base import Example
+from harness.cache import Needs
 from harness.cost.request import CostRequest, run_cost
 from harness.engine.generate import Stop
 from harness.engine.model import Model
@@ -328,3 +329,13 @@ def test_costs_of_a_checkpoint_that_was_replaced_are_measured_anew(tmp_path: Pat
     cells = read_costs(tmp_path)
     assert len(cells) == len({row["id"] for row in cells}) == 4, "one of memory and one of latency each"
     assert source_of("reference") == source_of("random:tiny-llama+gqa-2") == "", "their rows keep their ids"
+
+
+def test_gemma2_without_its_softcap_is_gemma2_without_its_softcap(tmp_path: Path) -> None:
+    """People set it to null for the sake of faster attention."""
+    net = checkpoint(tmp_path / "m", "gemma2", attn_logit_softcapping=None)
+    ids = torch.arange(5, 45)
+    prefill = opened(tmp_path / "m").prefill(ids, Needs(8))[0]
+    assert (prefill.logits - dense(net, ids)[-1]).abs().max() < 1e-4
+    rows = rows_of(tmp_path, "random_tokens(length=64,max_new_tokens=4)")
+    assert {row.status for row in rows} == {"ok"} and len(rows) == 4

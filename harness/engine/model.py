@@ -281,8 +281,11 @@ def _scaled_positions(rope: dict[str, Any], positions: int) -> int:
 
 
 def own_attention(network: PreTrainedModel) -> str:
-    """transformers' attention for dense passes: sdpa, but for a softcap, which sdpa cannot do."""
-    return "eager" if getattr(network.config, "attn_logit_softcapping", None) else "sdpa"
+    """transformers' attention for dense passes: sdpa, but for a softcap, which sdpa cannot do, and for families without it:
+    some transformers refuse Gemma 2 sdpa even where its softcap is set to null.
+    """
+    softcapped = getattr(network.config, "attn_logit_softcapping", None)
+    return "sdpa" if not softcapped and getattr(network, "_supports_sdpa", True) else "eager"
 
 
 def register(base: str) -> str:
