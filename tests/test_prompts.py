@@ -115,3 +115,34 @@ def test_likelihoods_have_one_begin_token_too() -> None:
         for text in ("a word", "<s>a word")
     ]
     assert rolled[0] == rolled[1]
+
+
+ODD = {
+    "{{ tools | length }}{{ messages[0]['content'] }}": "TypeError",
+    "{{ date_string.strftime('%d') }}{{ messages[0]['content'] }}": "UndefinedError",
+    "{{ raise_exception('a system message must come first') }}": "a system message must come first",
+    "{% for m in messages %}{{ m['content'] }": "TemplateSyntaxError",
+    "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}": "changes the prompt's text",
+}
+
+
+@pytest.mark.parametrize("template", ODD)
+def test_a_template_that_cannot_be_used_is_said_in_one_line(template: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.name_or_path, tokenizer.chat_template = "someone/model", template
+    with pytest.raises(CannotPrompt, match=rf"of someone/model (.*{ODD[template]}.*): use --chat raw$"):
+        tokenize(tokenizer, example("abc", "?"), Protocol(chat="template"), 100)
+    if "changes" not in ODD[template]:
+        asked = Example(0, "", 0, (), 0, requests=(Request("a word", " b"),))
+        with pytest.raises(CannotPrompt, match="of someone/model"):
+            likelihood_prompts(tokenizer, asked, Protocol(chat="template"), 100)
+
+
+def test_of_several_templates_the_default_is_taken() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"rag": "x", "tool_use": "{{ messages[0]['content'] }}"}
+    with pytest.raises(CannotPrompt, match="rag, tool_use and none named default"):
+        tokenize(tokenizer, example("abc", "?"), Protocol(chat="template"), 100)
+    tokenizer.chat_template = {"rag": "x", "default": "<u>{{ messages[0]['content'] }}"}
+    prompt = tokenize(tokenizer, example("abc", "?"), Protocol(chat="template"), 100)
+    assert tokenizer.decode(prompt.ids) == "<u>abc?"

@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from benchmarks.base import Example, Request
-from harness.evaluation.prompts import Branch, CannotPrompt, Prompt, Protocol, writes_begin
+from harness.evaluation.prompts import Branch, CannotPrompt, Prompt, Protocol, as_chat, writes_begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,10 +65,7 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def _encoded(tokenizer: PreTrainedTokenizerBase, number: int, request: Request, protocol: Protocol) -> Asked:
     context, continuation = request.context, request.continuation
     if protocol.chat == "template" and context:
-        if not tokenizer.chat_template:
-            raise CannotPrompt("the tokenizer has no chat template: use --chat raw")
-        message = [{"role": "user", "content": context}]
-        context = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        context = as_chat(tokenizer, context)
         continuation = continuation.removeprefix(" ")  # the template brings what stands between question and answer
     if not context:
         tokens, start = _tokens(tokenizer, continuation, False), prefix_token(tokenizer)
