@@ -14,6 +14,8 @@ from harness.cache import keep_all
 from harness.engine.generate import NO_NUMBER, Answer, Decoder, NgramTable, Sampler, Stop, generate, propose
 from harness.engine.rows import compact
 from harness.engine.scoring import FullAnswer, forced
+from harness.errors import BadRequest
+from harness.evaluation.request import RunRequest
 from methods import METHODS
 from methods.base import Eviction, score_prefill
 
@@ -234,3 +236,12 @@ def test_fidelity_tells_impossible_tokens_from_numbers_that_are_none() -> None:
     for wrong in (torch.full((1, 1, 3), float("nan")), torch.tensor([[[0.0, 1.0, 0.0]]]).log()):
         assert not math.isfinite(float(full._compare(wrong, 0)[0, 0])), "neither is close to the full cache"
     assert math.isnan(float(FullAnswer([0, 0], half[None] + float("nan"))._compare(half[None, None], 0)[0, 0]))
+
+
+def test_temperatures_at_the_edges() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    for temperature in (1e-45, 1e-38, 1e-8):
+        assert Sampler(temperature, "x").sample(logits, [0]) == [1], "only the best is drawn"
+    for temperature in (math.inf, math.nan, -1.0):
+        with pytest.raises(BadRequest, match="--temperature"):
+            RunRequest(temperature=temperature)

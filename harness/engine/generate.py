@@ -24,6 +24,7 @@ from harness.engine.scoring import Likelihood
 
 MOST_DRAFTS = 15  # draft tokens of a step
 NOISE_KEPT = 64  # places of an answer whose noise is kept for the other cells
+COLDEST = 1e-30  # a temperature at which only the best token is drawn, and logits divided by it overflow
 NO_NUMBER = -1  # in a token's place: the logits hold what is no number, so no token follows from them
 TAIL = 8  # tokens that are looked at for a stop text, beyond those that its bytes can take
 
@@ -42,7 +43,7 @@ class Sampler:
     def sample(self, logits: Tensor, places: Sequence[int]) -> list[int]:
         """[N, V] logits of tokens for these places of an answer -> N tokens, or NO_NUMBER."""
         asked = logits
-        if self.temperature:
+        if self.temperature > COLDEST:
             noise = torch.stack([_gumbel(self.seed, place, logits.shape[-1]) for place in places])
             logits = logits.float() / self.temperature + noise.to(logits.device)
         best = logits.argmax(-1)
