@@ -303,6 +303,62 @@ FAULTS = (
         "tests/test_plugins.py",
     ),
     Fault("another quantisation, the same name", "harness/models/gguf.py", "-{self.quantisation}", "", "tests/test_gguf.py"),
+    Fault(
+        "weights drawn by chance",
+        "harness/models/pretrained.py",
+        "    if said:\n",
+        "    if said == 0:\n",
+        "tests/test_checkpoints.py",
+    ),
+    Fault(
+        "no number is perfect fidelity",
+        "harness/engine/scoring.py",
+        "shares * (full - ours)).sum(-1)",
+        "shares * (full - ours)).nan_to_num(0.0).sum(-1)",
+    ),
+    Fault(
+        "no number is a finished cell",
+        "harness/evaluation/sweep.py",
+        "if not math.isfinite(value)}",
+        "if value is None}",
+        "tests/test_checkpoints.py",
+    ),
+    Fault(
+        "a head of its own lost",
+        "harness/models/pretrained.py",
+        "if network.config.tie_word_embeddings and not is_tied(network):",
+        "if False:",
+        "tests/test_checkpoints.py",
+    ),
+    Fault("another model under a variant's name", "harness/models/variants.py", "> ALIKE:", "> 99:", "tests/test_checkpoints.py"),
+    Fault(
+        "scaled positions forgotten",
+        "harness/engine/model.py",
+        "max(positions, int(",
+        "min(positions, int(",
+        "tests/test_checkpoints.py",
+    ),
+    Fault(
+        "stop texts without special tokens",
+        "harness/evaluation/sweep.py",
+        "partial(model.words, special=True)",
+        "partial(model.words, special=False)",
+        "tests/test_checkpoints.py",
+    ),
+    Fault(
+        "a stop text a token a letter",
+        "harness/engine/generate.py",
+        "len(text.encode())",
+        "len(text)",
+        "tests/test_checkpoints.py",
+    ),
+    Fault(
+        "two begin tokens",
+        "harness/evaluation/prompts.py",
+        'special = chat == "raw" and not writes_begin(tokenizer, given)',
+        'special = chat == "raw"',
+        "tests/test_prompts.py",
+    ),
 )
 HELPER = """
 

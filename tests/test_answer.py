@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import network, read, tiny, tokens
@@ -9,9 +11,11 @@ from helpers import network, read, tiny, tokens
 import harness.engine.generate
 import harness.engine.scoring
 from harness.cache import keep_all
-from harness.engine.generate import Answer, Decoder, NgramTable, Sampler, Stop, generate, propose
+from harness.engine.generate import NO_NUMBER, Answer, Decoder, NgramTable, Sampler, Stop, generate, propose
 from harness.engine.rows import compact
 from harness.engine.scoring import FullAnswer, forced
+from harness.errors import BadRequest
+from harness.evaluation.request import RunRequest
 from methods import METHODS
 from methods.base import Eviction, score_prefill
 
@@ -209,3 +213,35 @@ def test_draws_follow_the_probabilities() -> None:
     drawn = torch.tensor(Sampler(0.5, "x").sample(logits.expand(4000, -1), range(4000)))
     share = torch.bincount(drawn, minlength=4) / 4000
     assert (share - (logits[0] / 0.5).softmax(0)).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_token_follows_from_what_is_no_number(temperature: float) -> None:
+    logits = torch.zeros(5, 7)
+    logits[1, 3], logits[2, 3], logits[3, :], logits[4, :3] = float("nan"), float("inf"), -float("inf"), -float("inf")
+    said = Sampler(temperature, "x").sample(logits, range(5))
+    assert [token == NO_NUMBER for token in said] == [False, True, True, True, False], "an impossible token is none's fault"
+    answer = Answer([5])
+    answer.add([6, NO_NUMBER, 7], Stop(frozenset(), 9))
+    assert (answer.tokens, answer.stop_reason) == ([5, 6], "no number")
+
+
+def test_fidelity_tells_impossible_tokens_from_numbers_that_are_none() -> None:
+    half = torch.tensor([0.5, 0.5, 0.0]).log()
+    full = FullAnswer([0, 0], half[None])
+    kl, top1, loss = full._compare(torch.tensor([[[0.25, 0.75, 0.0]]]).log(), 0)[0].tolist()
+    assert (
+        abs(kl - 0.5 * math.log(0.5 / 0.25) - 0.5 * math.log(0.5 / 0.75)) < 1e-6 and top1 == 0 and abs(loss - math.log(4)) < 1e-6
+    )
+    for wrong in (torch.full((1, 1, 3), float("nan")), torch.tensor([[[0.0, 1.0, 0.0]]]).log()):
+        assert not math.isfinite(float(full._compare(wrong, 0)[0, 0])), "neither is close to the full cache"
+    assert math.isnan(float(FullAnswer([0, 0], half[None] + float("nan"))._compare(half[None, None], 0)[0, 0]))
+
+
+def test_temperatures_at_the_edges() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    for temperature in (1e-45, 1e-38, 1e-8):
+        assert Sampler(temperature, "x").sample(logits, [0]) == [1], "only the best is drawn"
+    for temperature in (math.inf, math.nan, -1.0):
+        with pytest.raises(BadRequest, match="--temperature"):
+            RunRequest(temperature=temperature)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
-from benchmarks.base import Example
+from benchmarks.base import Example, Request
+from harness.evaluation.loglikelihood import likelihood_prompts
 from harness.evaluation.prompts import CannotPrompt, Protocol, tokenize
 from harness.models.load import byte_tokenizer
 
@@ -73,3 +76,73 @@ def test_what_is_to_be_scored_is_kept_apart_and_nothing_is_asked() -> None:
     assert prompt.context == len(prompt.ids)
     with pytest.raises(CannotPrompt, match="nothing to score"):
         tokenize(BYTES, Example(0, "abcd", 4, (), 0), Protocol(), 100, forced=True)
+
+
+def with_begin_token():
+    """The byte tokenizer, putting <s> before every text as Llama's does."""
+    inner = byte_tokenizer().backend_tokenizer
+    inner.add_special_tokens(["<s>"])
+    begin = inner.token_to_id("<s>")
+    inner.post_processor = processors.TemplateProcessing(single="<s>:0 $A:0", special_tokens=[("<s>", begin)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
+
+
+def test_there_is_one_begin_token_whoever_writes_it() -> None:
+    tokenizer = with_begin_token()
+    plain = tokenize(tokenizer, example("abc", "de"), Protocol(prompt="question_after"), 100)
+    written = tokenize(tokenizer, example("<s>abc", "de"), Protocol(prompt="question_after"), 100)
+    assert plain == written and plain.ids.count(tokenizer.bos_token_id) == 1 and plain.context == 4
+    later = tokenize(tokenizer, example("a<s>bc", "de"), Protocol(), 100)
+    assert later.ids.count(tokenizer.bos_token_id) == 2, "where a text goes on with one, it is the text's own"
+    for template in ("{{ bos_token }}{{ messages[0]['content'] }}", "{{ messages[0]['content'] }}"):
+        tokenizer.chat_template = template
+        asked = tokenize(tokenizer, example("abc", "de"), Protocol(chat="template"), 100)
+        assert asked.ids.count(tokenizer.bos_token_id) == ("bos" in template), "a template says all"
+    for text in ("some words", "<s>some words"):
+        piece = tokenize(tokenizer, Example(0, text, 6, (), 0, piece=(0, 8)), Protocol(), 100)
+        assert tokenizer.decode(piece.ids) == "<s>some wo"
+
+
+def test_likelihoods_have_one_begin_token_too() -> None:
+    tokenizer = with_begin_token()
+    found = [
+        likelihood_prompts(tokenizer, Example(0, "", 0, (), 0, requests=(Request(text, " b"),)), Protocol(), 100)
+        for text in ("a word", "<s>a word")
+    ]
+    assert found[0] == found[1]
+    rolled = [
+        likelihood_prompts(tokenizer, Example(0, "", 0, (), 0, requests=(Request("", text, rolling=True),)), Protocol(), 100)
+        for text in ("a word", "<s>a word")
+    ]
+    assert rolled[0] == rolled[1]
+
+
+ODD = {
+    "{{ tools | length }}{{ messages[0]['content'] }}": "TypeError",
+    "{{ date_string.strftime('%d') }}{{ messages[0]['content'] }}": "UndefinedError",
+    "{{ raise_exception('a system message must come first') }}": "a system message must come first",
+    "{% for m in messages %}{{ m['content'] }": "TemplateSyntaxError",
+    "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}": "changes the prompt's text",
+}
+
+
+@pytest.mark.parametrize("template", ODD)
+def test_a_template_that_cannot_be_used_is_said_in_one_line(template: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.name_or_path, tokenizer.chat_template = "someone/model", template
+    with pytest.raises(CannotPrompt, match=rf"of someone/model (.*{ODD[template]}.*): use --chat raw$"):
+        tokenize(tokenizer, example("abc", "?"), Protocol(chat="template"), 100)
+    if "changes" not in ODD[template]:
+        asked = Example(0, "", 0, (), 0, requests=(Request("a word", " b"),))
+        with pytest.raises(CannotPrompt, match="of someone/model"):
+            likelihood_prompts(tokenizer, asked, Protocol(chat="template"), 100)
+
+
+def test_of_several_templates_the_default_is_taken() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"rag": "x", "tool_use": "{{ messages[0]['content'] }}"}
+    with pytest.raises(CannotPrompt, match="rag, tool_use and none named default"):
+        tokenize(tokenizer, example("abc", "?"), Protocol(chat="template"), 100)
+    tokenizer.chat_template = {"rag": "x", "default": "<u>{{ messages[0]['content'] }}"}
+    prompt = tokenize(tokenizer, example("abc", "?"), Protocol(chat="template"), 100)
+    assert tokenizer.decode(prompt.ids) == "<u>abc?"

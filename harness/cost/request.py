@@ -115,13 +115,13 @@ def run_cost(request: CostRequest, registry: Registry) -> int:
     env = record_environment(request.out, device_of(request.device))
     cells, _ = _left_to_do(request, registry, env)
     failed = 0
-    with tqdm(cells, unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar:
-        for cell in bar:
+    with tqdm(cells.items(), unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar:
+        for row_id, cell in bar:
             bar.set_postfix_str(f"{cell.what} {cell.decode} {cell.method} {cell.budget} {cell.context}", refresh=False)
             found = run_cell(cell)
             failed += found["status"] == "failed"
             shown = asdict(replace(cell, plugins=tuple(Path(path).name for path in cell.plugins)))  # no folder of a machine
-            row = {"id": identity(cell, env), "cell": shown, "env": env, "sources": sources_of(cell), **found}
+            row = {"id": row_id, "cell": shown, "env": env, "sources": sources_of(cell), **found}
             append_line(request.out / "cost" / "rows.jsonl", json.dumps(row))
     return failed
 
@@ -132,13 +132,13 @@ def plan_cost(request: CostRequest, registry: Registry) -> CostPlan:
     from harness.models.load import device_of
 
     left, every = _left_to_do(request, registry, environment_id(environment(device_of(request.device))))
-    memory, latency = (sum(cell.what == what for cell in left) for what in ("memory", "latency"))
+    memory, latency = (sum(cell.what == what for cell in left.values()) for what in ("memory", "latency"))
     return CostPlan(request.suite, len(left), memory, latency, every - len(left))
 
 
-def _left_to_do(request: CostRequest, registry: Registry, env: str) -> tuple[list[CostCell], int]:
-    """The cells without a row, and how many there are in all."""
-    from harness.models.load import check_name, device_of, dtype_of
+def _left_to_do(request: CostRequest, registry: Registry, env: str) -> tuple[dict[str, CostCell], int]:
+    """The cells without a row, by the row's id, and how many there are in all."""
+    from harness.models.load import check_name, device_of, dtype_of, source_of
     from results.store import read_costs
 
     suite = cost_suite_of(request, registry)
@@ -149,7 +149,9 @@ def _left_to_do(request: CostRequest, registry: Registry, env: str) -> tuple[lis
     done = {row["id"] for row in read_costs(request.out) if row["status"] in ("ok", "skipped")}
     plugins = tuple(str(Path(path).resolve()) for path in request.plugins)
     every = [replace(cell, plugins=plugins) for cell in cells_of(suite, registry, dtype, str(device))]
-    return [cell for cell in every if identity(cell, env) not in done], len(every)
+    weights = {name: source_of(name) for name in suite.models}
+    asked = {identity(cell, env, weights[cell.model]): cell for cell in every}
+    return {row_id: cell for row_id, cell in asked.items() if row_id not in done}, len(every)
 
 
 def cost_suite_of(request: CostRequest, registry: Registry) -> CostSuite:
@@ -188,9 +190,13 @@ def cells_of(suite: CostSuite, registry: Registry, dtype: str, device: str) -> I
         yield from (replace(cell, round=number, decode=decode) for cell in asked for decode in suite.decodes)
 
 
-def identity(cell: CostCell, env: str) -> str:
-    """Times belong to an environment: another machine, or other versions, measure anew. So does another text of a plugin."""
-    asked = [asdict(replace(cell, plugins=())), env, sources_of(cell)]
+def identity(cell: CostCell, env: str, weights: str = "") -> str:
+    """Times belong to an environment: another machine, or other versions, measure anew. So does another text of a plugin.
+
+    Args:
+        weights: what tells the model's weights from others of its name; "" for one of the suite's own.
+    """
+    asked = [asdict(replace(cell, plugins=())), env, sources_of(cell), *([weights] if weights else [])]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -24,7 +24,9 @@ from harness.engine.scoring import Likelihood
 
 MOST_DRAFTS = 15  # draft tokens of a step
 NOISE_KEPT = 64  # places of an answer whose noise is kept for the other cells
-TAIL = 8  # tokens that are looked at for a stop text, beyond those that its letters can take
+COLDEST = 1e-30  # a temperature at which only the best token is drawn, and logits divided by it overflow
+NO_NUMBER = -1  # in a token's place: the logits hold what is no number, so no token follows from them
+TAIL = 8  # tokens that are looked at for a stop text, beyond those that its bytes can take
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,14 @@ class Sampler:
     seed: str = ""
 
     def sample(self, logits: Tensor, places: Sequence[int]) -> list[int]:
-        """[N, V] logits of tokens for these places of an answer -> N tokens."""
-        if self.temperature:
+        """[N, V] logits of tokens for these places of an answer -> N tokens, or NO_NUMBER."""
+        asked = logits
+        if self.temperature > COLDEST:
             noise = torch.stack([_gumbel(self.seed, place, logits.shape[-1]) for place in places])
             logits = logits.float() / self.temperature + noise.to(logits.device)
-        return [int(token) for token in logits.argmax(-1)]
+        best = logits.argmax(-1)
+        sure = torch.isfinite(asked.amax(-1))  # the largest of numbers and something else is the something else
+        return torch.where(sure, best, NO_NUMBER).tolist()
 
 
 @lru_cache(maxsize=NOISE_KEPT)
@@ -59,14 +64,15 @@ class Stop:
     ids: frozenset[int]
     most: int  # tokens, end token included
     texts: tuple[str, ...] = ()
-    words: Callable[[list[int]], str] | None = None  # of tokens, for `texts`
+    words: Callable[[list[int]], str] | None = None  # of tokens, special ones too, for `texts`
 
     def reason(self, tokens: list[int]) -> str | None:
         """Why an answer ends with the last of `tokens`; None: it goes on."""
         if tokens[-1] in self.ids:
             return "end"
         if self.texts and self.words is not None:
-            tail = self.words(tokens[-max(map(len, self.texts)) - TAIL :])  # a token of text has at least one character
+            longest = max(len(text.encode()) for text in self.texts)  # a token is one byte at least, not one letter
+            tail = self.words(tokens[-longest - TAIL :])
             if any(text in tail for text in self.texts):
                 return "text"
         return "length" if len(tokens) >= self.most else None
@@ -120,7 +126,9 @@ class Answer:
 
     def add(self, tokens: Iterable[int], stop: Stop) -> None:
         for token in tokens:
-            if self.stop_reason is None:
+            if self.stop_reason is None and token == NO_NUMBER:
+                self.stop_reason = "no number"
+            elif self.stop_reason is None:
                 self.tokens.append(token)
                 self.stop_reason = stop.reason(self.tokens)
 
@@ -181,7 +189,7 @@ def _step(model: Model, cache: RowCache, answers: Sequence[Answer], decoder: Dec
         accepted = min(right, len(piece) - 1)
         before = len(answer.tokens)
         answer.add(spoken[: accepted + 1], decoder.stop)
-        accepted = len(answer.tokens) - before - 1  # draft tokens behind an end are no part of the answer
+        accepted = max(0, len(answer.tokens) - before - 1)  # draft tokens behind an end are no part of the answer
         for table in (answer.own, decoder.ngrams):
             table.learn(answer.tokens, before)
         answer.adapt(len(guess), right)  # at width 0 the guess is made but not run: it says when to begin

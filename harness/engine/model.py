@@ -169,7 +169,7 @@ class Model:
         whole = shape_of(network)
         self.depth = whole.layers  # that attend; those that store may be fewer
         self.shape = stored_shape(network, whole)
-        self.parent_shape = parent_shape or whole
+        self.parent_shape, self.is_variant = parent_shape or whole, parent_shape is not None
         self.softcapped = bool(getattr(config, "attn_logit_softcapping", None))
         self.routers = routers(network)
         widest = max((max(grouping.groups) for grouping in groupings(network)), default=1)
@@ -182,14 +182,17 @@ class Model:
 
     @property
     def max_tokens(self) -> int:
-        """Positions that the model was made for."""
-        return int(self.network.config.max_position_embeddings)
+        """Positions that the model was made for, by scaling its RoPE too."""
+        config = self.network.config
+        ropes = getattr(config, "rope_parameters", None) or {}
+        by_layer = [rope for rope in ropes.values() if isinstance(rope, dict)] or [ropes]
+        return min(_scaled_positions(rope, int(config.max_position_embeddings)) for rope in by_layer)
 
-    def words(self, tokens: list[int]) -> str:
-        """Tokens as text, without special ones; as numbers where there is no tokenizer."""
+    def words(self, tokens: list[int], special: bool = False) -> str:
+        """Tokens as text, special ones only if asked for; as numbers where there is no tokenizer."""
         if self.tokenizer is None:
             return " ".join(map(str, tokens))
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=not special))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -274,9 +277,25 @@ class Model:
         ).logits
 
 
+def _scaled_positions(rope: dict[str, Any], positions: int) -> int:
+    """What a RoPE of these parameters reaches, where `positions` is what the configuration says.
+
+    Model cards switch YaRN on and leave the positions as they were (Qwen), configurations of linear scaling hold those of before
+    (Vicuna), and those of Llama 3 have the scaled length.
+    """
+    kind, factor = rope.get("rope_type", "default"), rope.get("factor") or 1.0
+    before = rope.get("original_max_position_embeddings") or positions
+    if kind in ("linear", "yarn") or (kind == "llama3" and before == positions):
+        return max(positions, int(before * factor))
+    return positions
+
+
 def own_attention(network: PreTrainedModel) -> str:
-    """transformers' attention for dense passes: sdpa, but for a softcap, which sdpa cannot do."""
-    return "eager" if getattr(network.config, "attn_logit_softcapping", None) else "sdpa"
+    """transformers' attention for dense passes: sdpa, but for a softcap, which sdpa cannot do, and for families without it:
+    some transformers refuse Gemma 2 sdpa even where its softcap is set to null.
+    """
+    softcapped = getattr(network.config, "attn_logit_softcapping", None)
+    return "sdpa" if not softcapped and getattr(network, "_supports_sdpa", True) else "eager"
 
 
 def register(base: str) -> str:

@@ -104,15 +104,17 @@ class FullAnswer:
             done = 1
         for start, logprobs in forced(model, cache, self.tokens[:-1]):
             sums += self._compare(logprobs, done + start)
-        means = (sums / len(self.logprobs)).tolist()
-        return [{"kl": max(0.0, kl), "top1": top1, "loss": loss} for kl, top1, loss in means]
+        means = sums / len(self.logprobs)
+        means[:, 0].clamp_(min=0.0)  # what is no number stays none
+        return [{"kl": kl, "top1": top1, "loss": loss} for kl, top1, loss in means.tolist()]
 
     def _compare(self, ours: Tensor, start: int) -> Tensor:
         """Sums over a piece [C, p, V] of places that starts at place `start`, [C, 3]."""
         places = ours.shape[1]
         full = self.logprobs[start : start + places].to(ours.device)
         said = torch.tensor(self.tokens[len(self.tokens) - len(self.logprobs) :][start : start + places])
-        kl = (full.exp() * (full - ours)).nan_to_num(0.0).sum(-1)
+        shares = full.exp()
+        kl = torch.where(shares == 0, 0.0, shares * (full - ours)).sum(-1)  # an impossible token: 0 times infinity, and no more
         same = (ours.argmax(-1) == full.argmax(-1)).double()
         loss = -ours.gather(-1, said.to(ours.device).expand(ours.shape[0], -1)[..., None])[..., 0]
         return torch.stack([kl.double().sum(1), same.sum(1), loss.double().sum(1)], 1).cpu()

@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from benchmarks.base import Example, Request
-from harness.evaluation.prompts import Branch, CannotPrompt, Prompt, Protocol
+from harness.evaluation.prompts import Branch, CannotPrompt, Prompt, Protocol, as_chat, writes_begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,15 +65,12 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def _encoded(tokenizer: PreTrainedTokenizerBase, number: int, request: Request, protocol: Protocol) -> Asked:
     context, continuation = request.context, request.continuation
     if protocol.chat == "template" and context:
-        if not tokenizer.chat_template:
-            raise CannotPrompt("the tokenizer has no chat template: use --chat raw")
-        message = [{"role": "user", "content": context}]
-        context = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        context = as_chat(tokenizer, context)
         continuation = continuation.removeprefix(" ")  # the template brings what stands between question and answer
     if not context:
         tokens, start = _tokens(tokenizer, continuation, False), prefix_token(tokenizer)
         return Asked(number, [start], tokens[1:] if tokens[:1] == [start] else tokens)
-    special = not (tokenizer.bos_token and context.startswith(tokenizer.bos_token))  # a template may have put it there
+    special = not writes_begin(tokenizer, context)  # a template may have put it there
     before = _tokens(tokenizer, context.rstrip(), special)
     return Asked(number, before, _tokens(tokenizer, context + continuation, special)[len(before) :])
 
@@ -124,7 +121,7 @@ def _prompt(asked: Sequence[Asked]) -> Prompt:
 
 def _rolling(tokenizer: PreTrainedTokenizerBase, number: int, text: str, limit: int) -> list[Prompt]:
     """A whole text in windows of `limit` tokens: each token is scored once, and the last window reads back as far as it can."""
-    ids = [prefix_token(tokenizer), *_tokens(tokenizer, text, True)]
+    ids = [prefix_token(tokenizer), *_tokens(tokenizer, text, not writes_begin(tokenizer, text))]
     if len(ids) < 2:
         raise CannotPrompt("a text without a token has no likelihood")
     prompts = []

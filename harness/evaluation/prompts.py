@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from benchmarks.base import Example
 from harness.cache import Chat, Granularity, PromptProtocol, Routing
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,12 +87,18 @@ def tokenize(
             raise CannotPrompt("nothing to read, or nothing to score behind it")
         return Prompt(ids[:context], context, tuple(ids[context:]))
     if protocol.prompt == "question_in":
-        return Prompt(ids, len(ids), until=example.until)
+        return Prompt(ids, len(ids), until=_ends(tokenizer, example))
     if context >= len(ids):
         raise CannotPrompt("no text behind the context, so nothing can be asked after it")
     if context <= 0:
         raise CannotPrompt("no context before the question")
-    return Prompt(ids, context, until=example.until)
+    return Prompt(ids, context, until=_ends(tokenizer, example))
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase | None, example: Example) -> tuple[str, ...]:
+    """Texts that end an answer; among several, as in lm-eval, the end token's, where a model spells it letter by letter."""
+    end = tokenizer.eos_token if tokenizer is not None and example.until else None
+    return example.until if end is None or end in example.until else (*example.until, str(end))
 
 
 def has_example(tokenizer: PreTrainedTokenizerBase | None, example: Example) -> bool:
@@ -113,6 +120,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: 
     if example.piece is not None:
         start = list(tokenizer("")["input_ids"])[:1]  # the token that this tokenizer puts before every text, if it does
         first, last = example.piece
+        if first == 0 and writes_begin(tokenizer, example.prompt):
+            start = []
         return start + _stream(tokenizer, example.prompt)[first : last - len(start)], example.context_end
     encoded = encode(tokenizer, example.prompt, protocol.chat)
     end = example.context_end + encoded.shift
@@ -135,6 +144,42 @@ class Encoded:
         return inside[0], inside[-1] + 1
 
 
+def writes_begin(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Does the text itself start with the begin token, so that the tokenizer must not put a second one before it?"""
+    return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+
+
+def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """`text` as the one message of a user, up to where the answer begins.
+
+    Raises:
+        CannotPrompt: no chat template, none that is the default, or one that cannot be applied to such a message.
+    """
+    templates = tokenizer.chat_template
+    if not templates:
+        raise CannotPrompt(f"the tokenizer{_of(tokenizer)} has no chat template: use --chat raw")
+    if isinstance(templates, dict) and "default" not in templates:
+        raise CannotPrompt(
+            f"the tokenizer{_of(tokenizer)} has the chat templates {', '.join(sorted(templates))} and none named default: "
+            "use --chat raw, or name one of them so in a copy of the model"
+        )
+    message = [{"role": "user", "content": text}]
+    try:
+        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program of its author's
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise CannotPrompt(
+            f"the chat template{_of(tokenizer)} cannot be applied to a lone user message ({said}): use --chat raw"
+        ) from None
+
+
+def _of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Whose it is, as far as that is known; of a folder its name, since rows are shown on other machines."""
+    name = str(tokenizer.name_or_path or "")
+    shown = Path(name).name if Path(name).is_absolute() else name
+    return f" of {shown}" if shown else ""
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: Chat) -> Encoded:
     """
     Raises:
@@ -144,14 +189,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: Chat) -> Encoded
         raise CannotPrompt("the tokenizer does not say where its tokens lie in the text: it needs a tokenizer.json")
     shift, given = 0, text
     if chat == "template":
-        if not tokenizer.chat_template:
-            raise CannotPrompt("the tokenizer has no chat template: use --chat raw")
-        message = [{"role": "user", "content": text}]
-        given = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        given = as_chat(tokenizer, text)
         bare = text.strip()  # many templates trim what they are given
         at = given.find(bare)
         if at < 0:
-            raise CannotPrompt("the chat template changes the prompt's text, so its context cannot be found in it")
+            raise CannotPrompt(
+                f"the chat template{_of(tokenizer)} changes the prompt's text, so its context cannot be found: use --chat raw"
+            )
         shift = at - text.find(bare)
-    found = tokenizer(given, add_special_tokens=chat == "raw", return_offsets_mapping=True)
+    special = chat == "raw" and not writes_begin(tokenizer, given)  # a template writes what it wants
+    found = tokenizer(given, add_special_tokens=special, return_offsets_mapping=True)
     return Encoded(list(found["input_ids"]), list(found["offset_mapping"]), shift)

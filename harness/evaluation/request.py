@@ -5,6 +5,7 @@ Loads nothing: a request is checked as far as it can be without a model, a bench
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -96,6 +97,8 @@ class RunRequest:
             if unknown := sorted(set(asked) - set(known)):
                 raise BadRequest(f"no {what} {unknown[0]!r}; known: {', '.join(known)}")
         at_least(self, limit=1, truncation=2, max_new_tokens=1, cell_bytes=1, temperature=0)
+        if self.temperature == math.inf:
+            raise BadRequest("--temperature inf must be a number: at 0 the best token is taken")
         if any(seed < 0 for seed in self.seeds):
             raise BadRequest(f"--seed {min(self.seeds)} must not be negative")
 

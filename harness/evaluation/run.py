@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from benchmarks.base import NLL, Example, Task, embedded_can
+from benchmarks.base import NLL, Task, embedded_can
 from harness.cache import Arena
 from harness.engine.generate import Answer
 from harness.engine.measure import keep_freed_memory
@@ -37,7 +38,7 @@ from harness.evaluation.plan import (
 )
 from harness.evaluation.prompts import Prompt, Protocol
 from harness.evaluation.request import RunRequest
-from harness.evaluation.sweep import CELL_BYTES, Cell, Outcome, Sweep
+from harness.evaluation.sweep import CELL_BYTES, NOT_A_NUMBER, Cell, Outcome, Sweep
 from harness.families import CannotConvert
 from harness.models.gguf import BadGguf
 from harness.models.load import check_name, load_model
@@ -218,17 +219,20 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
         status: Status = "failed" if outcome.failed else "skipped"
         return Record(key, status, env, reason=reason, columns=unit.example.columns, embedded_can=can)
     assert outcome.answer is not None and outcome.counts is not None
-    text = said(model, unit.example, prompts[0], outcome.answer)
+    text = said(model, prompts[0], outcome.answer)
     end = outcome.answer.end
     full = sum(model.parent_shape.full_entries(prompt.context) for prompt in prompts)
     scored = (NLL,) if prompts[0].forced else unit.task.metrics
+    metrics = {NLL.name: outcome.fidelity["loss"]} if prompts[0].forced else unit.task.score(str(text), unit.example)
+    if wrong := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
+        return Record(key, "failed", env, reason=f"{NOT_A_NUMBER}: {', '.join(wrong)}", answer=text, columns=unit.example.columns)
     return Record(
         key,
         "ok",
         env,
         answer=text,
         stop_reason=outcome.answer.stop_reason,
-        metrics={NLL.name: outcome.fidelity["loss"]} if prompts[0].forced else unit.task.score(str(text), unit.example),
+        metrics=metrics,
         lower_is_better=[metric.name for metric in scored if not metric.higher_is_better],
         right_or_wrong=[metric.name for metric in scored if metric.right_or_wrong],
         embedded_can=can,
@@ -248,7 +252,7 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
     )
 
 
-def said(model: Model, example: Example, prompt: Prompt, answer: Answer) -> str | None:
+def said(model: Model, prompt: Prompt, answer: Answer) -> str | None:
     """The answer in words, up to a text that ends it; or, where likelihoods were asked for, those as JSON, in order."""
     if prompt.forced:
         return None
@@ -256,4 +260,4 @@ def said(model: Model, example: Example, prompt: Prompt, answer: Answer) -> str 
         found = [answer.likelihoods[number] for number in sorted(answer.likelihoods)]
         return json.dumps([[one.logprob, one.greedy, one.tokens] for one in found])
     text = model.words(answer.tokens)
-    return text[: min((at for end in example.until if (at := text.find(end)) >= 0), default=len(text))]
+    return text[: min((at for end in prompt.until if (at := text.find(end)) >= 0), default=len(text))]

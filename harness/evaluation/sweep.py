@@ -6,9 +6,10 @@ No method is known here by name or class: the sweep calls the members that every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from harness.engine.scoring import FullAnswer, Likelihood, branch
 from harness.evaluation.prompts import Prompt, Protocol
 from methods.base import CannotRun, Method, Scorer, Scores, score_prefill
 
+NOT_A_NUMBER = "not a number"  # how the reason of a cell begins that holds one
 CELL_BYTES = 600_000_000  # rows of the cells decoded together, unless asked otherwise
 
 
@@ -46,6 +48,16 @@ class Outcome:
     kept: list[list[int]] | None = None  # [L][Hq] entries that each query head reads, right after compaction
     skipped: str | None = None
     failed: str | None = None
+
+    def checked(self) -> Outcome:
+        """Itself, or a failure where it holds what is no number."""
+        likelihoods = self.answer.likelihoods if self.answer else {}
+        found = {name: value for name, value in self.fidelity.items() if not math.isfinite(value)}
+        found |= {f"likelihood {number}": one.logprob for number, one in likelihoods.items() if math.isnan(one.logprob)}
+        said = [f"{name} is {value}" for name, value in found.items()]
+        if self.answer is not None and self.answer.stop_reason == "no number":
+            said.insert(0, f"the logits of token {len(self.answer.tokens)} of the answer are not finite")
+        return Outcome(failed=f"{NOT_A_NUMBER}: {', '.join(said[:3])}") if said else self
 
     def joined(self, other: Outcome) -> Outcome:
         """One example's outcome over two prompts: likelihoods side by side, counts summed. Whatever stopped one stops both."""
@@ -196,13 +208,15 @@ class _Example:
                 outcome = self._outcomes([everything])[0]
                 read = cache.seen
                 outcome.answer = self._generate(cache, logits)[0]
+                if (checked := outcome.checked()).failed:
+                    return checked
                 cache.crop(cache.seen - read)
                 with stopwatch(self.sweep.model.device, self.sweep.laps.fidelity):
                     self.full = FullAnswer.of(self.sweep.model, cache, outcome.answer.tokens, self._lead(logits))
                     outcome.fidelity = self.full.fidelity(self.sweep.model, cache, self._lead(logits))[0]
         except OutOfMemory as error:
             return Outcome(failed=str(error))
-        return outcome
+        return outcome.checked()
 
     def _batches(self, cells: list[tuple[Cell, Selection]]) -> Iterator[list[tuple[Cell, Selection]]]:
         """Cells in as many batches as the byte limit asks for; a cell over the limit goes alone.
@@ -249,7 +263,7 @@ class _Example:
                 outcome.fidelity = numbers
         for outcome, answer in zip(outcomes, self._generate(cache, logits), strict=True):
             outcome.answer = answer
-        return outcomes
+        return [outcome.checked() for outcome in outcomes]
 
     def _open(self, selections: list[Selection]) -> tuple[RowCache, Tensor]:
         """A cache that has read the whole prompt, and each cell's logits for the first token, [C, V]."""
@@ -279,7 +293,7 @@ class _Example:
             return self._likelihoods(cache, logits)
         model, protocol = self.sweep.model, self.sweep.protocol
         stop_ids = model.stop_ids if protocol.stop == "eos" else frozenset()
-        stop = Stop(stop_ids, self.most, self.prompt.until, model.words)
+        stop = Stop(stop_ids, self.most, self.prompt.until, partial(model.words, special=True))
         sampler = Sampler(protocol.temperature, f"{self.sweep.seed}/{self.prompt.ids}" if protocol.temperature else "")
         with stopwatch(model.device, self.sweep.laps.decode):
             first = sampler.sample(logits, [0] * cache.cells)

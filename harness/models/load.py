@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils import logging as transformers_logging
 
 from harness.engine.model import Model
 from harness.errors import BadRequest, UserError, first_line
 from harness.models.gguf import SMOLLM2, converted, file_of, is_gguf
+from harness.models.pretrained import digest_of, read_network, read_tokenizer
 from harness.models.shapes import SHAPES
-from harness.models.variants import convert, digest_of, is_variant, open_variant
+from harness.models.variants import convert, is_variant, open_variant
 from harness.registry import BUILTIN, Registry
 
 transformers_logging.disable_progress_bar()  # a bar a checkpoint, amid our own
@@ -81,8 +82,8 @@ def check_name(name: str, registry: Registry = BUILTIN) -> None:
     Raises:
         UnknownModel, UnknownChoice: no such shape, folder or conversion.
     """
-    whole, (name, plus, conversion) = name, name.partition("+")
-    if plus and not Path(whole).is_dir():
+    name, conversion = parted(name)
+    if conversion is not None:
         registry.conversion(conversion)
     shape = name.removeprefix("random:")
     if shape != name and shape not in SHAPES:
@@ -90,8 +91,31 @@ def check_name(name: str, registry: Registry = BUILTIN) -> None:
     if is_gguf(name):
         file_of(name)
         return
-    if not Path(whole).is_dir() and not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
+    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         raise UnknownModel(f"model {name!r}: no such folder")
+
+
+def parted(name: str) -> tuple[str, str | None]:
+    """A model, and the conversion named behind it, if there is one. The path of a folder may have a plus of its own."""
+    if Path(name).is_dir():
+        return name, None
+    parent, plus, conversion = name.rpartition("+")
+    return (parent, conversion) if plus and "/" not in conversion else (name, None)
+
+
+def source_of(name: str) -> str:
+    """What tells a folder's or hub id's weights from others of that name; "" for models that are the suite's own."""
+    parent, _ = parted(name)
+    if parent == "reference" or parent.startswith("random:"):
+        return ""
+    if is_gguf(parent):
+        return converted(parent).revision
+    if Path(parent).is_dir():
+        return digest_of(Path(parent))
+    try:
+        return _commit(parent, None)
+    except OSError:
+        return ""  # not reachable, so that nothing of it can be measured either
 
 
 def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, registry: Registry = BUILTIN) -> Model:
@@ -105,8 +129,8 @@ def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | No
         UnsupportedModel: a family that the harness does not reach.
     """
     check_name(name, registry)
-    parent, plus, conversion = name.partition("+")
-    if plus and not Path(name).is_dir():
+    parent, conversion = parted(name)
+    if conversion is not None:
         if parent == "reference" and is_variant(shipped_variant(conversion)):
             return _variant(shipped_variant(conversion), dtype, device, registry)
         return convert(load(parent, dtype, device, revision, registry), conversion, registry)
@@ -129,9 +153,9 @@ def shipped_variant(conversion: str) -> Path:
 
 def _variant(folder: Path, dtype: torch.dtype, device: torch.device, registry: Registry) -> Model:
     network, about, digest = open_variant(folder, dtype, registry)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if _has_tokenizer(folder) else None
+    tokenizer = _tokenizer(folder, about.name)
     if tokenizer is None and about.parent == "reference":
-        tokenizer = AutoTokenizer.from_pretrained(REFERENCE, local_files_only=True)
+        tokenizer = _tokenizer(REFERENCE, about.name)
     shape = replace(about.parent_shape, itemsize=dtype.itemsize)
     return Model(_on(network, device), tokenizer, about.name, digest, shape)
 
@@ -151,37 +175,52 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, device: torch.devi
     if not (folder / "config.json").exists() or not weights:
         raise UnknownModel(f"model {name!r}: {folder} holds no config.json with *.safetensors")
     try:
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if _has_tokenizer(folder) else None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        network = read_network(folder, dtype)
+    except Exception as error:  # see read_network
         raise UnknownModel(f"model {name!r} cannot be read from {folder}: {first_line(error)}") from None
-    shown = name if name == "reference" else folder.name
+    tokenizer = _tokenizer(folder, name)
+    shown = name if name == "reference" else folder.name if folder.name not in ("", "..") else folder.resolve().name
     return Model(_on(network, device), tokenizer, shown, digest_of(folder))
 
 
 def _from_gguf(name: str, dtype: torch.dtype, device: torch.device) -> Model:
     found = converted(name)
-    network = AutoModelForCausalLM.from_pretrained(found.folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(found.folder, local_files_only=True)
-    return Model(_on(network, device), tokenizer, name if name == SMOLLM2 else Path(name).stem, found.revision)
+    try:
+        network = read_network(found.folder, dtype)
+    except Exception as error:  # see read_network
+        raise UnknownModel(f"model {name!r} cannot be read from {found.folder}: {first_line(error)}") from None
+    shown = name if name == SMOLLM2 else Path(name).stem
+    return Model(_on(network, device), _tokenizer(found.folder, name), shown, found.revision)
+
+
+def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase | None:
+    try:
+        return read_tokenizer(folder)
+    except Exception as error:  # see read_tokenizer
+        raise UnknownModel(f"model {name!r}: its tokenizer cannot be read from {folder}: {first_line(error)}") from None
 
 
 def _from_hub(name: str, dtype: torch.dtype, device: torch.device, revision: str | None) -> Model:
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        commit = getattr(config, "_commit_hash", None) or revision or "main"
-        network = AutoModelForCausalLM.from_pretrained(name, revision=commit, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit)
-    except (OSError, ValueError) as error:
+        commit = _commit(name, revision)
+        network = read_network(name, dtype, commit)
+        tokenizer = read_tokenizer(name, commit)
+    except OSError as error:
         advice = "give a folder that holds it, or go online; a gated model needs its licence accepted and `hf auth login`"
         raise UnknownModel(
             f"model {name!r} is neither a folder here nor reachable on the hub: {first_line(error)} ({advice})"
         ) from None
-    return Model(_on(network, device), tokenizer, name, str(commit))
+    except Exception as error:  # see read_network
+        raise UnknownModel(f"model {name!r} of the hub cannot be read: {first_line(error)}") from None
+    return Model(_on(network, device), tokenizer, name, commit)
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+def _commit(name: str, revision: str | None) -> str:
+    """
+    Raises:
+        OSError: no such model, or not reachable.
+    """
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision), None) or revision or "main"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:

@@ -7,26 +7,28 @@ checkpoint of transformers beside `variant.json`; another keeps its weights in `
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from harness.cache import ModelShape
 from harness.engine.model import Model
 from harness.errors import UserError, first_line
-from harness.families import CannotConvert, wrapped
+from harness.families import CannotConvert, routers, wrapped
 from harness.files import whole
+from harness.models.pretrained import check_weights, digest_of, is_tied, read_network, say_untied
 from harness.registry import BUILTIN, Registry
 
 ABOUT, WEIGHTS = "variant.json", "variant.safetensors"
 FORMAT = "variant/1"
+PROBED, SHOWN = 4, 32  # tokens, and logits of each, by which a variant is known again
+ALIKE = 0.2  # of their spread: what another dtype may change of them
 
 
 class BadVariant(UserError):
@@ -56,7 +58,7 @@ def convert(parent: Model, text: str, registry: Registry = BUILTIN) -> Model:
         UnknownChoice, CannotConvert: see there.
     """
     conversion = registry.conversion(text)
-    if parent.name.count("+"):
+    if parent.is_variant:
         raise CannotConvert(f"model {parent.name} is a variant already: convert its parent")
     conversion.apply(parent.network)
     return Model(
@@ -69,11 +71,12 @@ def convert(parent: Model, text: str, registry: Registry = BUILTIN) -> Model:
 
 
 def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, weights: dict[str, Any] | None = None) -> None:
-    """Writes a variant. `variant.json` comes last: without it the folder is none.
+    """Writes a variant. `variant.json` comes last: without it the folder is none. It holds a few of the network's logits.
 
     Args:
-        weights: by name; None: the network's own.
+        weights: by name, of a network that is spread over processes; None: the network's own.
     """
+    say_untied(network)
     own, tied = network.state_dict() if weights is None else weights, _tied(network)
     state = {name: tensor.contiguous() for name, tensor in own.items() if name not in tied}
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,14 +89,49 @@ def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, w
         network.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    text = json.dumps({"format": FORMAT, **asdict(about)}, indent=1)
+    said = {"format": FORMAT, **asdict(about)}
+    if weights is None:
+        said["logits"] = [round(float(value), 4) for value in sample_logits(network).flatten()]
+    text = json.dumps(said, indent=1)
     with whole(folder / ABOUT) as draft:
         draft.write_text(text + "\n")
 
 
 def _tied(network: PreTrainedModel) -> set[str]:
     """Names of weights that are another's: they are neither written nor missed."""
-    return set(getattr(network, "_tied_weights_keys", None) or ()) if network.config.tie_word_embeddings else set()
+    return set(getattr(network, "_tied_weights_keys", None) or ()) if is_tied(network) else set()
+
+
+@torch.no_grad()
+def sample_logits(network: PreTrainedModel) -> Tensor:
+    """A few numbers that tell whether two networks are the same model, [PROBED, SHOWN] on the host.
+
+    Where tokens are routed each is a sequence of its own, so that it takes the same expert however the numbers are rounded.
+    """
+    found, vocabulary, training = routers(network), network.config.vocab_size, network.training
+    for router in found:
+        router.mode, router.segments = "expert_choice", None
+    ids = torch.arange(PROBED, device=network.device) * (vocabulary // PROBED)
+    logits = network.eval()(input_ids=ids[:, None] if found else ids[None], use_cache=False).logits
+    network.train(training)
+    return logits.reshape(PROBED, -1)[:, :: max(1, vocabulary // SHOWN)][:, :SHOWN].float().cpu()
+
+
+def _check_logits(network: PreTrainedModel, saved: list[float], folder: Path) -> None:
+    """
+    Raises:
+        BadVariant: the network says something else than the one that was saved, beyond what another dtype does.
+    """
+    ours = sample_logits(network)
+    if len(saved) != ours.numel():
+        raise BadVariant(f"variant {folder}: {ABOUT} tells {len(saved)} logits, and the model has {ours.numel()}; train it again")
+    theirs = torch.tensor(saved).view_as(ours)
+    off = (ours - theirs).square().mean(1).sqrt() / theirs.std(1)  # [PROBED]
+    if torch.isfinite(off).all() and off.median() > ALIKE:
+        raise BadVariant(
+            f"variant {folder}: its logits differ by up to {(ours - theirs).abs().max():.3g} from those that it was saved with: "
+            "its files, or what transformers makes of them, have changed; train it again"
+        )
 
 
 def is_variant(folder: Path) -> bool:
@@ -109,6 +147,7 @@ def read_about(folder: Path) -> About:
         found = json.loads((folder / ABOUT).read_text())
         if found.pop("format") != FORMAT:
             raise ValueError(f"of another format than {FORMAT}")
+        found.pop("logits", None)
         shape = found["parent_shape"]
         shape["windows"] = tuple(shape["windows"])
         if missing := {field.name for field in fields(About)} - set(found):
@@ -137,32 +176,18 @@ def open_variant(folder: Path, dtype: torch.dtype, registry: Registry = BUILTIN)
             )
             conversion.apply(network)
             absent, extra = network.load_state_dict(load_file(weights), strict=False)
-            tied = _tied(network)
-            if extra or set(absent) - tied:
-                raise BadVariant(
-                    f"variant {folder}: its weights are not those of {about.conversion}: {sorted([*extra, *absent])[:3]}"
-                )
+            check_weights(set(absent) - _tied(network), extra)
             network.tie_weights()
             if (folder / "generation_config.json").exists():
                 network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
             network.to(dtype)
         else:
-            network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    except BadVariant:
-        raise
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            network = read_network(folder, dtype)
+    except Exception as error:  # see read_network
         raise BadVariant(f"variant {folder} cannot be read: {first_line(error)}") from None
-    return network.eval(), about, digest_of(folder, about.conversion)
-
-
-def digest_of(folder: Path, conversion: str = "") -> str:
-    """Of everything in a checkpoint that answers depend on: weights, configuration, tokenizer; and of what was done to it."""
-    digest = hashlib.sha256(conversion.encode())
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    for path in [*sorted(folder.glob("*.safetensors")), *(folder / name for name in names if (folder / name).exists())]:
-        with path.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()[:16]
+    if saved := json.loads((folder / ABOUT).read_text()).get("logits"):
+        _check_logits(network, saved, folder)
+    return network.eval(), about, digest_of(folder, about.conversion + registry.mark("CONVERSIONS", about.conversion))
 
 
 def bytes_a_token(shape: ModelShape, text: str, registry: Registry = BUILTIN) -> float:

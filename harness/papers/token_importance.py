@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from harness.engine.model import Model, own_attention
 from harness.errors import BadRequest
+from harness.evaluation.prompts import writes_begin
 from harness.families import Grouping, handles, wrap
 from harness.files import check_writable
 from harness.models.load import check_name, load_model
@@ -124,7 +125,7 @@ def first_tokens(model: Model, path: Path, tokens: int) -> list[int]:
         raise BadText(f"--text {path}: {error.strerror}") from None
     if model.tokenizer is None:
         raise BadText(f"model {model.name} has no tokenizer")
-    ids = list(model.tokenizer(text)["input_ids"])[:tokens]
+    ids = list(model.tokenizer(text, add_special_tokens=not writes_begin(model.tokenizer, text))["input_ids"])[:tokens]
     if len(ids) < 2:
         raise BadText(f"--text {path}: less than two tokens")
     return ids

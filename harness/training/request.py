@@ -127,7 +127,7 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
     if processes.num_processes > 1:
         request = replace(request, device=str(processes.device))  # each its own
     model = load_model(request.model, request, registry)
-    if "+" in model.name:
+    if model.is_variant:
         raise BadRequest(f"model {model.name} is a variant already: convert its parent")
     if model.tokenizer is None:
         raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a training text")
@@ -154,7 +154,7 @@ def _saved(
     from accelerate import PartialState
 
     from harness.families import routers
-    from harness.models.variants import About, bytes_a_token, save
+    from harness.models.variants import About, bytes_a_token, open_variant, save
     from harness.training.checkpoint import forget, sharded, whole_weights
     from harness.training.loop import routing_of
 
@@ -181,6 +181,7 @@ def _saved(
     said = {"recipe": request.recipe, **asdict(reading.recipe), "trained_on": reading.text}
     variant = About(model.name, model.revision, shape, request.conversion, said, results)
     save(model.network, model.tokenizer, variant, out, weights)
+    open_variant(out, dtype, registry)  # refuses what does not come back as it was; the training's checkpoint is then still there
     forget(out)
     return Trained(variant, out)
 
