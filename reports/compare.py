@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,10 +25,13 @@ class PairKey:
     budget: str
 
     @classmethod
-    def of(cls, line: Line, single: bool) -> PairKey:
-        """single: both runs have one model, whatever it is called."""
-        asked = replace(line.at.question.asked, model="" if single else line.parent, revision="")
-        return cls(replace(line.at, asked=asked), line.label, line.budget)
+    def of(cls, line: Line, single: bool, several: Collection[str]) -> PairKey:
+        """single: both runs have one model, whatever it is called. several: models of which one run has two revisions or more."""
+        key = line.at.question.asked
+        same_name = not single and key.model in several
+        model = "" if single else key.model if same_name else key.parent
+        asked = replace(key, model=model, revision=key.revision if same_name else "")
+        return cls(LineKey(asked, line.at.length), line.label, line.budget)
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,21 @@ NOTE = (
 def comparison(ours: Sequence[Line], theirs: Sequence[Line], names: tuple[str, str]) -> list[Table]:
     """One table a task and protocol. Two runs of one model each are compared whatever the models are called."""
     single = len({line.parent for line in ours}) == len({line.parent for line in theirs}) == 1
-    known = {PairKey.of(line, single): line for line in theirs}
+    several = _several(ours) | _several(theirs)
+    known = {PairKey.of(line, single, several): line for line in theirs}
     panels: dict[LineKey, list[Pair]] = {}
     for line in ours:
-        where = PairKey.of(line, single)
+        where = PairKey.of(line, single, several)
         other = known.get(where)
         if other is not None and line.score and other.score:
             difference = paired_difference(other.values, line.values) if line.metric == other.metric else None
             panels.setdefault(where.question, []).append(Pair(line, other, difference))
     return [_table(pairs, names) for pairs in panels.values()]
+
+
+def _several(found: Sequence[Line]) -> set[str]:
+    revisions = {(line.at.asked.model, line.at.asked.revision) for line in found}
+    return {model for model, count in Counter(model for model, _ in revisions).items() if count > 1}
 
 
 def _table(pairs: Sequence[Pair], names: tuple[str, str]) -> Table:

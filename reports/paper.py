@@ -85,7 +85,8 @@ def _measured(measured: Sequence[Line], row: PaperRow, column: str, scale: float
     """Ours, with the scores of each task that it is the mean of."""
     wanted = row.benchmarks.get(column, ())
     mine = [line for line in measured if line.label.name == row.measured_with and line.at.asked.benchmark_name in wanted]
-    if not wanted or len({line.at.task for line in mine}) < len(wanted) or not all(line.values for line in mine):
+    once = len(mine) == len({line.at.plain_task for line in mine})  # of a task asked in several ways, none is the paper's
+    if not wanted or not once or len(mine) < len(wanted) or not all(line.values for line in mine):
         return None
     values = [scale * np.array(list(line.values.values())) for line in mine]
     return mean_of_means(values), values

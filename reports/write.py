@@ -40,7 +40,7 @@ def write_report(out: Path) -> list[Path]:
     averaged, measured = families(found), costs(rows)
     several = mean_tables([family for family in averaged if len(family.tasks) > 1])
     cost, said = cost_tables(measured, rows), cost_sentences(measured)
-    rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval")), *missing_table(records)]
+    rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval"), records), *missing_table(records)]
     judged = _judged_by(ratings, read_verdicts(out))
     made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"), judged)
     try:

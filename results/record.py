@@ -114,6 +114,12 @@ def split_settings(name: str) -> tuple[str, dict[str, str]]:
     return plain, {setting.strip(): value for setting, _, value in parts}
 
 
+def cell_id(key: Key) -> str:
+    """The same for all examples of a cell: the name of what is made of them together, `lm_eval/<id>.json`."""
+    asked = {name: value for name, value in asdict(key).items() if name != "example"}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class BudgetSize(NamedTuple):
     """For sorting: KV sizes, then shares."""
 

@@ -7,6 +7,7 @@ newline and never read as one. Of equal keys the first `ok` row counts, so two p
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -108,9 +109,24 @@ class Store:
                 self._status[record.key.id] = record.status
 
 
+LONGEST = 80  # letters of a part of a file name
+
+
+def plain(text: str) -> str:
+    """What is no plain letter becomes a dash."""
+    return re.sub(r"[^A-Za-z0-9.+@_-]+", "-", text).strip("-")
+
+
 def slug(text: str) -> str:
-    """A file name's part: what is not plain becomes a dash."""
-    return re.sub(r"[^A-Za-z0-9.+@_-]+", "-", text).strip("-")[:80]
+    """Part of the name of a file that several may share: other texts may have the same."""
+    return plain(text)[:LONGEST]
+
+
+def own_name(text: str) -> str:
+    """Name of a file that belongs to this text alone: where letters were lost, its hash stands behind the rest."""
+    if plain(text) == text and len(text) <= LONGEST:
+        return text
+    return f"{plain(text)[: LONGEST - 13]}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 @contextmanager

@@ -259,6 +259,22 @@ FAULTS = (
         "set(ours) | set(baseline)",
         "tests/test_statistics.py",
     ),
+    Fault(
+        "other records in one mean",
+        "reports/names.py",
+        "which = [data[key.benchmark][key.data], ",
+        "which = [",
+        "tests/test_report.py",
+    ),
+    Fault("lengths of answers in one line", "reports/names.py", "if len(lengths[where]) > 1", "if False", "tests/test_report.py"),
+    Fault("two weights, one name", "reports/names.py", "if len(revisions) == 1:", "if revisions:", "tests/test_report.py"),
+    Fault(
+        "names of pictures cut",
+        "reports/pictures.py",
+        'cut = f"{shown[: LONGEST - LETTERS]}_{digest}"',
+        "cut = shown[:LONGEST]",
+        "tests/test_report.py",
+    ),
 )
 HELPER = """
 

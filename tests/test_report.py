@@ -9,6 +9,7 @@ import ast
 import json
 import math
 import random
+import re
 import shutil
 import sys
 from dataclasses import fields, replace
@@ -18,13 +19,16 @@ from typing import Any
 import pytest
 
 from reports.compare import comparison
+from reports.evidence import kept_maps
 from reports.formats import Table, TableCell, latex, markdown
 from reports.keys import Protocol
 from reports.more_tables import length_tables
+from reports.names import named
+from reports.needles import needle_maps
 from reports.plots import panels
 from reports.present import score_tables
 from reports.summary import families, sentence, verdicts
-from reports.tables import lines
+from reports.tables import frame, lines
 from reports.write import write_report
 from results.record import Key, Record
 from results.store import Store, StoreError, read_rows
@@ -322,6 +326,82 @@ def test_what_bears_a_name_but_is_not_the_same_is_told_apart() -> None:
     (family,) = [family for family in families(found) if len(family.tasks) == 2]
     assert sorted(cell.score.mean for cell in family.cells if cell.label.method == "mine") == [0.0, 1.0]
     assert not any(line.label.mark for line in lines(made_rows()))
+
+
+BEHIND = {  # fields of a key that no name, label or protocol shows: another value, and how it is told
+    "revision": ("s", "reference@r", "reference@s"),
+    "data": ("d1f0a9b7", "recall@1 1024 (records of no file)", "recall@1 1024 (records d1f0a9)"),
+    "benchmark_params": ("B(length=7)", "recall@1 1024 (settings", "recall@1 1024 (settings"),
+    "max_new_tokens": (12, "recall@1 1024 (answers of at most 8 tokens)", "recall@1 1024 (answers of at most 12 tokens)"),
+    "fidelity": (False, "recall@1 1024 (with fidelity)", "recall@1 1024 (without fidelity)"),
+    "params": ("M(kernel=3)", "full#", "full#"),
+    "method": ("full@2", "full#", "full#"),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_rows_whose_keys_differ_are_never_averaged_and_have_names_of_their_own(name: str, tmp_path: Path) -> None:
+    rows = [row for row in made_rows() if row.key.model == KEY.model and row.status == "ok"]
+    other, *told = BEHIND[name]
+    if name == "method":
+        rows = [row for row in rows if row.key.method == "full@1"]
+    apart = [replace(row, key=replace(row.key, **{name: other}), metrics={"exact": 1 - row.metrics["exact"]}) for row in rows]
+    found = lines([*rows, *apart])
+    assert len({(line.panel, line.label, line.budget) for line in found}) == len(found) == 2 * len(lines(rows))
+    shown = [f"{line.label.name} {line.model} {line.at.task}" for line in found]
+    assert all(any(words in text for text in shown) for words in told), shown[:4]
+    csv = frame(found)[["model", "benchmark", "prompt", "protocol", "method", "budget"]].astype(str)
+    assert name in ("params", "method") or not csv.duplicated().any()
+    means = {cell.score.mean for family in families(found) for cell in family.cells if cell.label.is_full}
+    assert means <= {0.0, 1.0} and means, "everything was right before, and nothing is now"
+    both = [replace(row, key=replace(row.key, benchmark="longbench_x_e@1"), columns={"words": 9}) for row in (*rows, *apart)]
+    only = [row for row in both if row.key.method.startswith("full") and row.key.example == 0]
+    assert [row[-3].text for table in length_tables(only) for row in table.rows] in (["1.00", "0.00"], ["0.00", "1.00"])
+    write_report(stored(tmp_path / "out", [*rows, *apart]))
+    assert len(list((tmp_path / "out" / "report" / "plots").glob("reference*.svg"))) == len(panels(found))
+
+
+def test_settings_are_told_in_words_and_hashes_as_far_as_they_differ() -> None:
+    rows = [_row(replace(KEY, benchmark_params=f"B(kind='a', length={n})", data=f"{'ab' * 9}{n}+cc"), 1.0, 1.0) for n in (5, 7)]
+    assert [str(at.task) for at in named(rows)] == [f"recall@1 1024 (records {'ab' * 9}{n}, length={n})" for n in (5, 7)]
+    variants = [replace(KEY, model="m+gqa-2", revision=text) for text in ("aaaaaaaa1", "bbbbbbbb1", "bbbbbbbb1-unhealed")]
+    parents = [replace(KEY, model="m", revision=text) for text in ("aaaaaaaa1", "bbbbbbbb1")]
+    ats = named([_row(key, 1.0, 1.0) for key in (*variants, *parents)])
+    assert [at.model for at in ats] == ["m+gqa-2@aaaaaa", "m+gqa-2@bbbbbb", "m@bbbbbb+gqa-2", "m@aaaaaa", "m@bbbbbb"]
+    assert str(ats[0].label) == "full on gqa-2@aaaaaa" and ats[0].label.conversion == "gqa"
+    assert [at.model for at in named([_row(variants[0], 1.0, 1.0)])] == ["m+gqa-2"], "nothing is told where nothing differs"
+
+
+def test_two_runs_of_models_that_share_a_name_are_compared_by_weights() -> None:
+    old, new = ([replace(row, key=replace(row.key, revision=text)) for row in made_rows()] for text in ("old", "new"))
+    worse = [replace(row, metrics={"exact": 0.0}) for row in new if row.status == "ok"]
+    tables = comparison(lines([*old, *worse]), lines(new), ("a", "b"))
+    scores = {row[4].value for table in tables for row in table.rows if row[0].text.startswith("full")}
+    assert tables and scores == {0.0}, "the second run's weights are the first's worse ones"
+
+
+def test_needle_maps_and_kept_maps_of_models_that_share_a_name_are_two(tmp_path: Path) -> None:
+    for folder in ("once", "twice"):
+        (tmp_path / folder).mkdir()
+    rows = [replace(row, columns={"context": 100, "depth": row.key.example}) for row in made_rows()]
+    rows = [row for row in rows if row.key.model == KEY.model]
+    once = [*needle_maps(rows, tmp_path / "once"), *kept_maps(rows, tmp_path / "once")]
+    rows += [replace(row, key=replace(row.key, revision="other")) for row in rows]
+    twice = [*needle_maps(rows, tmp_path / "twice"), *kept_maps(rows, tmp_path / "twice")]
+    assert len(set(twice)) == len(twice) == 2 * len(once) == 2 * 5
+
+
+def test_pictures_with_long_names_have_files_of_their_own(tmp_path: Path) -> None:
+    models = [f"{'a-model-with-a-long-name-' * 5}{n}" for n in range(2)] + ["a b", "a-b", "a/b"]
+    rows = [
+        replace(row, key=replace(row.key, model=model)) for model in models for row in made_rows() if row.key.model == KEY.model
+    ]
+    write_report(stored(tmp_path, rows))
+    plots = tmp_path / "report" / "plots"
+    assert len(list(plots.glob("*.svg"))) == len(models) * 2 and len(list(plots.glob("kept_*.png"))) == len(models)
+    page = (tmp_path / "report" / "scores.html").read_text()
+    images = re.findall(r'src="(data:image/png;base64,[^"]*)"', page)
+    assert len(set(images)) == len(images) == len(models)
 
 
 def test_the_direction_of_a_metric_is_its_own(tmp_path: Path) -> None:
