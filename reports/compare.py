@@ -13,6 +13,7 @@ from reports.page import simple_page
 from reports.present import estimated
 from reports.statistics import Estimate, holm, paired_difference
 from reports.tables import SIGNIFICANT, Line, lines
+from results.drafts import report_draft
 from results.store import StoreError, read_rows
 
 
@@ -50,21 +51,17 @@ def write_comparison(first: Path, second: Path) -> list[Path]:
         StoreError: nothing that both runs measured alike, or a folder that cannot be read or written to.
     """
     ours, theirs = lines(read_rows(first)), lines(read_rows(second))
-    names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
-    tables = comparison(ours, theirs, names)
+    runs = (first.name, second.name) if first.name != second.name else (str(first), str(second))
+    tables = comparison(ours, theirs, runs)
     if not tables:
         raise StoreError(f"{first} and {second} share no task, protocol, method and budget: there is nothing to put side by side")
-    title = f"{names[1]} against {names[0]}"
-    folder = first / "report"
-    paths = [folder / f"side_by_side.{ending}" for ending in ("html", "md", "tex")]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = (simple_page(title, NOTE, tables), f"# {title}\n\n{NOTE}\n\n{markdown(tables)}", latex(tables))
-        for path, text in zip(paths, texts, strict=True):
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write the report to {folder}: {error.strerror}") from None
-    return paths
+    title = f"{runs[1]} against {runs[0]}"
+    names = [f"side_by_side.{ending}" for ending in ("html", "md", "tex")]
+    texts = (simple_page(title, NOTE, tables), f"# {title}\n\n{NOTE}\n\n{markdown(tables)}", latex(tables))
+    with report_draft(first) as draft:
+        for name, text in zip(names, texts, strict=True):
+            (draft / name).write_text(text, encoding="utf-8")
+    return [first / "report" / name for name in names]
 
 
 NOTE = (

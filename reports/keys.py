@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields, replace
+from math import isfinite
 
 from results.record import Column, Key, Record, budget_size, split_conversion, split_settings
+
+
+def number(column: Column | None) -> float | None:
+    """A column of an example that is counted with; None for what is no number."""
+    return float(column) if isinstance(column, int | float) and isfinite(column) else None
 
 
 @dataclass(frozen=True)

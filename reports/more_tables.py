@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from reports.formats import Table, TableCell, words
-from reports.keys import LineKey, TaskKey
+from reports.keys import LineKey, TaskKey, number
 from reports.names import named
 from reports.present import size_of
-from results.record import Record, cell_id, split_version
+from results.lines import Check, is_count, is_number, is_text, or_none, tell, wrong_field
+from results.record import Record, cell_id, is_budget, split_version
 
 LM_EVAL = "Compressed: the share of requests whose context lost entries; a short context that fits says nothing about a method."
 
@@ -22,6 +23,7 @@ def lm_eval_table(found: Sequence[Mapping[str, Any]], records: Sequence[Record] 
     Args:
         records: that the cells are of, for what tells cells of one name apart.
     """
+    found = [cell for cell in found if not _broken(cell)]
     if not found:
         return []
     metrics = sorted({metric for cell in found for metric in cell["results"] if "_stderr" not in metric})
@@ -41,6 +43,19 @@ def lm_eval_table(found: Sequence[Mapping[str, Any]], records: Sequence[Record] 
         share = cell["compressed"]
         rows.append((*asked, TableCell(str(cell["examples"]), cell["examples"]), TableCell(f"{share:.0%}", share), *shown))
     return [Table("lm-eval's own aggregation", header, tuple(rows), (LM_EVAL,))]
+
+
+CELL: dict[str, Check] = dict.fromkeys(("model", "routing", "benchmark", "chat", "method"), is_text)
+CELL |= {"budget": is_budget, "examples": is_count, "compressed": is_number, "results": lambda found: isinstance(found, dict)}
+
+
+def _broken(cell: Mapping[str, Any]) -> bool:
+    numbers = or_none(is_number)
+    wrong = wrong_field(cell, CELL, list(CELL))
+    wrong = wrong or wrong_field(cell["results"], {name: numbers for name in cell["results"] if "_stderr" not in name})
+    if wrong:
+        tell(f"lm_eval/{cell['id']}.json: {wrong}")
+    return wrong is not None
 
 
 def _cell_order(cell: Mapping[str, Any]) -> tuple[object, ...]:
@@ -89,10 +104,10 @@ def length_tables(records: Sequence[Record]) -> list[Table]:
     """LongBench-E as it is reported: the mean of the tasks' means by the length of the text."""
     found: dict[LineKey, dict[str, dict[str, list[float]]]] = {}
     for record, at in zip(records, named(records), strict=True):
-        words_long = record.columns.get("words")
-        if words_long is None or not record.metrics or not record.key.task.endswith(EXTENDED):
+        words_long = number(record.columns.get("words"))
+        if words_long is None or record.status != "ok" or not record.metrics or not record.key.task.endswith(EXTENDED):
             continue
-        bucket = next(label for label, end in BUCKETS if float(words_long) < end)
+        bucket = next(label for label, end in BUCKETS if words_long < end)
         tasks = found.setdefault(at.cell, {}).setdefault(bucket, {})
         tasks.setdefault(record.key.benchmark, []).append(next(iter(record.metrics.values())))
     if not found:

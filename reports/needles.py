@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from reports.keys import LineKey, PanelKey
+from reports.keys import LineKey, PanelKey, number
 from reports.names import named
 from reports.pictures import place
 from results.record import Record, budget_size
@@ -46,9 +46,10 @@ def needle_maps(records: Sequence[Record], folder: Path) -> list[Path]:
     """One figure a model, benchmark and protocol, a map for each method and budget; as PNG and SVG."""
     found: dict[PanelKey, dict[MapKey, dict[Spot, list[float]]]] = {}
     for record, at in zip(records, named(records), strict=True):
-        if record.metrics and {"context", "depth"} <= set(record.columns):
+        length, depth = (number(record.columns.get(name)) for name in ("context", "depth"))
+        if record.status == "ok" and record.metrics and length is not None and depth is not None:
             where = replace(at.panel, task=replace(at.task, length=None))
-            spot = (int(record.columns["context"]), int(record.columns["depth"]))
+            spot = (int(length), int(depth))
             spots = found.setdefault(where, {}).setdefault(MapKey.of(at), {})
             spots.setdefault(spot, []).append(next(iter(record.metrics.values())))
     return [path for where in sorted(found, key=lambda where: where.order) for path in _figure(where, found[where], folder)]

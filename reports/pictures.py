@@ -16,6 +16,7 @@ def place(folder: Path, name: str, ending: str = ".png", mark: str = "") -> Path
     Args:
         mark: comes behind the name in any case.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     shown, digest = plain(name), hashlib.sha256(f"{name}{mark}".encode()).hexdigest()[:LETTERS]
     cut = f"{shown[: LONGEST - LETTERS]}_{digest}"
     names = [*([f"{shown}{mark}"] if len(shown) <= LONGEST else []), cut]

@@ -73,7 +73,7 @@ class Overall:
 
 def families(found: Sequence[Line]) -> list[Family]:
     """A cell takes part in a mean only if it has every example of every task that `full` has, or else that anything has."""
-    grouped = _grouped([line for line in found if line.metric and line.score])
+    grouped = _grouped([line for line in found if line.metric and line.score and line.byte_share])
     made = [_family(where, lines) for where, lines in sorted(grouped.items(), key=lambda item: _shown_in(*item))]
     return [family for family in made if family.cells]
 

@@ -125,14 +125,14 @@ def _line(at: LineKey, records: Sequence[Record], full: Sequence[Record], rating
         compressed=sum(asked[example] for example in scores or asked),
         byte_share=_share(done, "bytes_kept"),
         allocated_share=_share(done, "bytes_allocated"),
-        entries=float(np.mean([record.entries for record in done])) if done else None,
+        entries=_mean(record.entries for record in done),
         metric=metric,
         score=_score(scores.values(), any(metric in record.right_or_wrong for record in done)),
         score_difference=paired_difference(scores, baseline),
-        kl=_estimate(record.fidelity["kl"] for record in done if record.fidelity),
-        top1=_estimate(record.fidelity["top1"] for record in done if record.fidelity),
-        loss=_estimate(record.fidelity["loss"] for record in done if record.fidelity),
-        asked=float(np.mean([record.entries_asked for record in done])) if done else None,
+        kl=_estimate(record.fidelity["kl"] for record in done if "kl" in record.fidelity),
+        top1=_estimate(record.fidelity["top1"] for record in done if "top1" in record.fidelity),
+        loss=_estimate(record.fidelity["loss"] for record in done if "loss" in record.fidelity),
+        asked=_mean(record.entries_asked for record in done),
         judge=_estimate(ratings[record.key.id] for record in done if record.key.id in ratings),
         own=any(record.embedded_can for record in records),
         values=scores,
@@ -170,7 +170,12 @@ def _score(values: Iterable[float], right_or_wrong: bool) -> Estimate | None:
 
 
 def _share(records: Sequence[Record], count: str) -> float | None:
-    return float(np.mean([getattr(r, count) / r.bytes_full for r in records])) if records else None
+    return _mean(getattr(r, count) / r.bytes_full for r in records if r.bytes_full and getattr(r, count) is not None)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
 
 
 ESTIMATES = ("score", "score_difference", "kl", "top1", "loss", "judge")

@@ -271,10 +271,12 @@ FAULTS = (
     Fault(
         "names of pictures cut",
         "reports/pictures.py",
-        'cut = f"{shown[: LONGEST - LETTERS]}_{digest}"',
-        "cut = shown[:LONGEST]",
+        '.exists())\n    return next(free, folder / f"{cut}_{len(list(folder.iterdir()))}{ending}")',
+        ")\n    return next(free)",
         "tests/test_report.py",
     ),
+    Fault("no number counts", "results/record.py", "or broken is None:", "or True:", "tests/test_report.py"),
+    Fault("values of another type", "results/record.py", "if wrong := wrong_field(", "if False and wrong_field(", "tests/test_report.py"),
 )
 HELPER = """
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from reports import plots
 from reports.compare import comparison
 from reports.evidence import kept_maps
 from reports.formats import Table, TableCell, latex, markdown
@@ -283,6 +284,105 @@ def test_broken_folders_get_one_line_or_a_report_that_says_so(tmp_path: Path) ->
     path.write_text(as_stored(made_rows(1)[0], 1) + '{"torn')
     with pytest.raises(StoreError, match="schema 1"):
         write_report(one)
+
+
+def test_what_is_no_number_is_told_and_not_counted(tmp_path: Path) -> None:
+    rows = [replace(row, metrics={"exact": math.nan}) if row.key.example == 2 else row for row in made_rows() if row.metrics]
+    found = lines(rows)
+    assert {line.n for line in found if line.score} == {7} == {line.score.n for line in found if line.score}
+    stored(tmp_path, rows)
+    assert {row.status for row in read_rows(tmp_path) if row.key.example == 2} == {"failed"}, "as a run of today would say"
+    said = _said(tmp_path)
+    assert "exact is no number (nan)" in said and "| 7 (1 failed) |" in said
+
+
+WRONG: dict[str, Any] = {
+    "metrics": {"exact": "right"},
+    "bytes_full": 0,
+    "kept": [[1, 2], [3]],
+    "columns": {"length": [1]},
+    "status": "fine",
+    "fidelity": None,
+    "entries": 10**400,
+    "answer": ["a"],
+}
+
+
+def test_a_row_that_is_wrong_is_told_with_file_and_line_and_the_others_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored(tmp_path, made_rows())
+    good = len(read_rows(tmp_path))
+    row = json.loads(made_rows()[0].to_json())
+    wrong = [json.dumps({**row, name: value}) for name, value in WRONG.items()]
+    wrong += [json.dumps({**row, "key": {**row["key"], "budget": "many"}}), "[1, 2]", "no JSON}", "[" * 100_000, '{"key": {}}']
+    (tmp_path / "rows" / "a.jsonl").write_text("\n".join([*wrong, '{"key": {"torn']) + "\n")
+    (tmp_path / "rows" / "folder.jsonl").mkdir()
+    (tmp_path / "rows" / "link.jsonl").symlink_to(tmp_path / "nowhere")
+    write_report(tmp_path)
+    assert len(read_rows(tmp_path)) == good
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == len(wrong) + 2 and "torn" not in said
+    assert all(f"a.jsonl, line {number}: " in said for number in range(1, len(wrong) + 1))
+    assert (
+        all(f"field '{name}'" in said for name in WRONG) and "folder.jsonl cannot be read" in said and "a link to nothing" in said
+    )
+    Store(tmp_path).write(replace(made_rows()[0], key=replace(KEY, example=99)))
+    assert len(read_rows(tmp_path)) == good + 1, "a run goes on in such a folder"
+
+
+def test_artefacts_that_are_wrong_are_told_and_left_out(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (
+        ("heads/2", '{"variant": "m", "kind": "r2", "attempts": 9, "successes": 8, "values": [[1], [2, 3]]}'),
+        ("routing/3", '{"model": "m"}'),
+        ("lm_eval/4", '{"model": "m", "results": []}'),
+        ("env/5", "[" * 100_000),
+    ):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / f"{name}.json").write_text(text)
+    (out / "commands.jsonl").write_text('{"when": 3, "command": "x"}\n{"when": "now"}\n')
+    (out / "judge").mkdir()
+    (out / "judge" / "j.jsonl").write_text('{"row": "1", "content": "c", "status": "ok", "rating": "high", "text": ""}\n')
+    (out / "cost").mkdir()
+    (out / "cost" / "rows.jsonl").write_text('{"id": "1", "status": "ok", "cell": {"what": "latency"}}\n{"id": 1}\n')
+    write_report(out)
+    said = capsys.readouterr().err
+    for name in ("heads/2.json", "routing/3.json", "lm_eval/4.json", "env/5.json", "commands.jsonl, line 1", "j.jsonl, line 1"):
+        assert name in said
+    assert "row 1: no field 'model'" in said and "rows.jsonl, line 2" in said and "Traceback" not in said
+
+
+def test_a_report_takes_the_place_of_another_as_a_whole(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(out)
+    folder = out / "report"
+    (folder / "paper_x.md").write_text("another command's")
+    (folder / "plots" / "old.png").write_text("no longer drawn")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    real = plots.save
+
+    def at_the_worst_moment(*_: Any) -> list[Path]:
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, "readers see the old one"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots, "save", at_the_worst_moment)
+    from helpers import call
+
+    assert call("report", "--out", str(out)) == 1, "a full disk is no fault of the request"
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    inside: list[Path] = []
+
+    def with_another_beside(*given: Any) -> list[Path]:
+        if not inside:
+            inside.append(folder)
+            monkeypatch.setattr(plots, "save", real)
+            write_report(out)
+            monkeypatch.setattr(plots, "save", with_another_beside)
+        return real(*given)
+
+    monkeypatch.setattr(plots, "save", with_another_beside)
+    write_report(out)
+    assert (folder / "paper_x.md").exists() and not (folder / "plots" / "old.png").exists()
+    assert len(list((folder / "plots").glob("*.svg"))) == 2 and sorted(path.name for path in out.glob(".draft*")) == []
 
 
 def test_rows_of_older_schemas_read_as_before(tmp_path: Path) -> None:
