@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from reports.page import simple_page
 from reports.present import estimated
 from reports.statistics import Estimate, holm, paired_difference
 from reports.tables import SIGNIFICANT, Line, lines
+from results.drafts import report_draft
 from results.store import StoreError, read_rows
 
 
@@ -24,10 +26,13 @@ class PairKey:
     budget: str
 
     @classmethod
-    def of(cls, line: Line, single: bool) -> PairKey:
-        """single: both runs have one model, whatever it is called."""
-        asked = replace(line.at.question.asked, model="" if single else line.parent, revision="")
-        return cls(replace(line.at, asked=asked), line.label, line.budget)
+    def of(cls, line: Line, single: bool, several: Collection[str]) -> PairKey:
+        """single: both runs have one model, whatever it is called. several: models of which one run has two revisions or more."""
+        key = line.at.question.asked
+        same_name = not single and key.model in several
+        model = "" if single else key.model if same_name else key.parent
+        asked = replace(key, model=model, revision=key.revision if same_name else "")
+        return cls(LineKey(asked, line.at.length), line.label, line.budget)
 
 
 @dataclass(frozen=True)
@@ -46,21 +51,17 @@ def write_comparison(first: Path, second: Path) -> list[Path]:
         StoreError: nothing that both runs measured alike, or a folder that cannot be read or written to.
     """
     ours, theirs = lines(read_rows(first)), lines(read_rows(second))
-    names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
-    tables = comparison(ours, theirs, names)
+    runs = (first.name, second.name) if first.name != second.name else (str(first), str(second))
+    tables = comparison(ours, theirs, runs)
     if not tables:
         raise StoreError(f"{first} and {second} share no task, protocol, method and budget: there is nothing to put side by side")
-    title = f"{names[1]} against {names[0]}"
-    folder = first / "report"
-    paths = [folder / f"side_by_side.{ending}" for ending in ("html", "md", "tex")]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = (simple_page(title, NOTE, tables), f"# {title}\n\n{NOTE}\n\n{markdown(tables)}", latex(tables))
-        for path, text in zip(paths, texts, strict=True):
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write the report to {folder}: {error.strerror}") from None
-    return paths
+    title = f"{runs[1]} against {runs[0]}"
+    names = [f"side_by_side.{ending}" for ending in ("html", "md", "tex")]
+    texts = (simple_page(title, NOTE, tables), f"# {title}\n\n{NOTE}\n\n{markdown(tables)}", latex(tables))
+    with report_draft(first) as draft:
+        for name, text in zip(names, texts, strict=True):
+            (draft / name).write_text(text, encoding="utf-8")
+    return [first / "report" / name for name in names]
 
 
 NOTE = (
@@ -73,15 +74,21 @@ NOTE = (
 def comparison(ours: Sequence[Line], theirs: Sequence[Line], names: tuple[str, str]) -> list[Table]:
     """One table a task and protocol. Two runs of one model each are compared whatever the models are called."""
     single = len({line.parent for line in ours}) == len({line.parent for line in theirs}) == 1
-    known = {PairKey.of(line, single): line for line in theirs}
+    several = _several(ours) | _several(theirs)
+    known = {PairKey.of(line, single, several): line for line in theirs}
     panels: dict[LineKey, list[Pair]] = {}
     for line in ours:
-        where = PairKey.of(line, single)
+        where = PairKey.of(line, single, several)
         other = known.get(where)
         if other is not None and line.score and other.score:
             difference = paired_difference(other.values, line.values) if line.metric == other.metric else None
             panels.setdefault(where.question, []).append(Pair(line, other, difference))
     return [_table(pairs, names) for pairs in panels.values()]
+
+
+def _several(found: Sequence[Line]) -> set[str]:
+    revisions = {(line.at.asked.model, line.at.asked.revision) for line in found}
+    return {model for model, count in Counter(model for model, _ in revisions).items() if count > 1}
 
 
 def _table(pairs: Sequence[Pair], names: tuple[str, str]) -> Table:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from reports.keys import Label
 from reports.style import order_of
+from results.lines import tell, wrong_field
 from results.record import DECODES, split_variant
 
 Row = Mapping[str, Any]
@@ -25,12 +27,15 @@ class CostPanel:
     threads: int
     env: str  # id of <out>/env/<id>.json
     sources: tuple[str, ...] = ()  # sha256 of the plugins
+    revision: str = ""  # of the model, where rows of one name have several
 
     @classmethod
-    def of(cls, row: Row) -> CostPanel:
+    def of(cls, row: Row, several: Collection[str] = ()) -> CostPanel:
+        """several: models of which there are rows of more than one revision."""
         cell = row["cell"]
         where = (cell["model"], cell["dtype"], cell["device"], cell["threads"])
-        return cls(*where, row["env"], tuple(row.get("sources", ())))
+        revision = str(row.get("revision", "")) if cell["model"] in several else ""
+        return cls(*where, row["env"], tuple(row.get("sources", ())), revision)
 
     @property
     def parent(self) -> str:
@@ -42,7 +47,7 @@ class CostPanel:
 
     @property
     def place(self) -> tuple[str, str, str]:
-        return (self.model, self.dtype, self.device)
+        return (f"{self.model}@{self.revision[:8]}" if self.revision else self.model, self.dtype, self.device)
 
     @property
     def run(self) -> str:
@@ -64,8 +69,8 @@ class CostKey:
     batch: int  # 0: as many as fit
 
     @classmethod
-    def of(cls, row: Row) -> CostKey:
-        return cls(CostPanel.of(row), *(row["cell"][name] for name in ("method", "budget", "context", "batch")))
+    def of(cls, row: Row, several: Collection[str]) -> CostKey:
+        return cls(CostPanel.of(row, several), *(row["cell"][name] for name in ("method", "budget", "context", "batch")))
 
 
 @dataclass(frozen=True)
@@ -121,11 +126,41 @@ class Cost:
         return 1000 * float(np.median([lap["token_floor"] for lap in self.laps]))
 
 
+CELL = ("model", "method", "budget", "context", "batch", "new_tokens", "dtype", "device", "threads", "what")
+TIMED = (
+    "env",
+    "phases",
+    "first_token",
+    "token",
+    "p10",
+    "p90",
+    "token_floor",
+    "prefill_floor",
+    "bandwidth",
+    "flops",
+    "bytes_kept",
+)
+WATCHED = ("env", "bytes_kept", "bytes_allocated", "bytes_end", "prefill_peak", "decode_peak")
+
+
+def _broken(row: Row) -> bool:
+    """Does a row lack what a measurement says? It is told."""
+    wrong = wrong_field(row["cell"], {}, CELL) or wrong_field(row, {}, TIMED if row["cell"]["what"] == "latency" else WATCHED)
+    wrong = wrong or ("no new tokens" if row["cell"]["new_tokens"] < 1 else None)
+    wrong = wrong or (f"decode {row['cell']['decode']!r}" if row["cell"].get("decode", "eager") not in DECODES else None)
+    wrong = wrong or ("no phase prefill" if "prefill" not in row.get("phases", {"prefill": 0}) else None)
+    if wrong:
+        tell(f"cost/rows.jsonl, row {row['id']}: {wrong}")
+    return wrong is not None
+
+
 def costs(rows: Sequence[Row]) -> list[Cost]:
     grouped: dict[CostKey, list[Row]] = {}
-    for row in rows:
-        if row["status"] == "ok":
-            grouped.setdefault(CostKey.of(row), []).append(row)
+    done = [row for row in rows if row["status"] == "ok" and not _broken(row)]
+    revisions = {(row["cell"]["model"], row.get("revision", "")) for row in done}
+    several = {model for model, count in Counter(model for model, _ in revisions).items() if count > 1}
+    for row in done:
+        grouped.setdefault(CostKey.of(row, several), []).append(row)
     return sorted((cost for at, mine in grouped.items() for cost in _costs(at, mine)), key=_order)
 
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from reports.cost import Cost
 from reports.keys import Label
+from reports.pictures import place
 from reports.style import style_of
-from results.store import slug
 
 
 def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
@@ -36,19 +36,17 @@ def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
         way = () if decode == "eager" else (f"decode {decode}",)
         figure.suptitle(", ".join((str(panel), *way)), fontsize=10)
-        paths.append(_saved(figure, folder, f"cost_{slug('_'.join((*panel.place, *way)))}", paths))
+        paths.append(_saved(figure, folder, f"cost_{'_'.join((*panel.place, *way))}"))
     for panel in dict.fromkeys(cost.panel for cost in found):
         held = {_cell(cost): cost for cost in found if cost.panel == panel and cost.memory and "footprint" in cost.memory}
         if held:
             figure = _footprints(list(held.values()), str(panel))
-            paths.append(_saved(figure, folder, f"footprint_{slug('_'.join(panel.place))}", paths))
+            paths.append(_saved(figure, folder, f"footprint_{'_'.join(panel.place)}"))
     return paths
 
 
-def _saved(figure: Figure, folder: Path, name: str, others: Sequence[Path]) -> Path:
-    path = folder / f"{name}.png"
-    if path in others:  # another environment or number of threads
-        path = folder / f"{name}_{len(others) + 1}.png"
+def _saved(figure: Figure, folder: Path, name: str) -> Path:
+    path = place(folder, name)
     figure.savefig(path, dpi=150)
     return path
 

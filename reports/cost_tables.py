@@ -48,7 +48,8 @@ def _latency_table(panel: CostPanel, timed: Sequence[Cost]) -> Table:
 def _missing(row: Row) -> tuple[str, ...]:
     """What is shown of a cell that was not measured."""
     cell = row["cell"]
-    return (row["status"], cell["model"], cell["method"], cell["budget"] or "-", f"{cell['context']:,}", row["reason"])
+    asked = (str(cell.get(name, "-")) for name in ("model", "method", "budget"))
+    return (row["status"], *(text or "-" for text in asked), f"{cell.get('context', 0):,}", row.get("reason") or "")
 
 
 FLOORS = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from reports.heads import head_map
-from reports.keys import Protocol
+from reports.keys import LineKey
+from reports.names import named
+from reports.pictures import place
 from results.record import Record, budget_size
-from results.store import slug
 
 ACROSS = 4  # maps side by side
 EXPERTS = ("#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9")
@@ -26,30 +28,31 @@ def importance_maps(found: Sequence[Mapping[str, Any]], folder: Path) -> list[Pa
     paths = []
     for scores in found:
         values = np.array(scores["values"])
-        path = folder / f"heads_{slug(scores['variant'])}_{scores['kind']}_{scores['id']}.png"
+        path = place(folder, f"heads_{scores['variant']}", mark=f"_{scores['kind']}_{scores['id']}")
         title = f"{scores['variant']}, {scores['kind']}: {scores['successes']} of {scores['attempts']} attempts"
         head_map(values / values.sum(), title, path)
         paths.append(path)
     return paths
 
 
-def kept_maps(records: Iterable[Record], folder: Path) -> list[Path]:
+def kept_maps(records: Sequence[Record], folder: Path) -> list[Path]:
     """Entries that each query head reads on one prompt: a figure a model, a map a method, at a budget that most methods share."""
-    by_model: dict[str, list[Record]] = {}
-    for record in records:
+    by_model: dict[str, list[tuple[Record, LineKey]]] = {}
+    for record, at in zip(records, named(records), strict=True):
         if record.kept and record.key.budget and record.status == "ok":
-            by_model.setdefault(record.key.model, []).append(record)
+            by_model.setdefault(at.model, []).append((record, at))
     return [path for model, found in sorted(by_model.items()) for path in _kept(model, found, folder)]
 
 
-def _kept(model: str, found: Sequence[Record], folder: Path) -> list[Path]:
-    first = found[0].key
-    asked = (first.benchmark, Protocol.of(first))
-    same = [record for record in found if (record.key.benchmark, Protocol.of(record.key)) == asked]
-    methods = {budget: len({r.key.method for r in same if r.key.budget == budget}) for budget in {r.key.budget for r in same}}
+def _kept(model: str, found: Sequence[tuple[Record, LineKey]], folder: Path) -> list[Path]:
+    (record, first), *_ = found
+    asked = (first.panel, record.key.seed)
+    same = [(at, record) for record, at in found if (at.panel, record.key.seed) == asked]
+    budgets = {at.asked.budget for at, _ in same}
+    methods = {budget: len({at.label for at, _ in same if at.asked.budget == budget}) for budget in budgets}
     shared = [budget for budget, count in methods.items() if count == max(methods.values())]
     budget = sorted(shared, key=budget_size)[(len(shared) - 1) // 2]
-    shown = {r.key.method_name: np.array(r.kept) for r in same if r.key.budget == budget}
+    shown = {at.label.name: np.array(record.kept) for at, record in same if at.asked.budget == budget}
     if all(values.min() == values.max() for values in shown.values()):
         return []  # every head keeps as many: nothing to be seen
     across = min(ACROSS, len(shown))
@@ -65,8 +68,8 @@ def _kept(model: str, found: Sequence[Record], folder: Path) -> list[Path]:
     figure.supxlabel("query head", fontsize=8)
     figure.supylabel("layer", fontsize=8)
     figure.colorbar(image, ax=axes, label="entries read", shrink=0.9)
-    figure.suptitle(f"{model}, one prompt of {first.benchmark}, {first.prompt}, at {budget}", fontsize=9)
-    path = folder / f"kept_{slug(model)}.png"
+    figure.suptitle(f"{model}, one prompt of {replace(first.task, length=None)}, {first.asked.prompt}, at {budget}", fontsize=9)
+    path = place(folder, f"kept_{model}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return [path]
@@ -93,7 +96,7 @@ def routing_pictures(found: Sequence[Mapping[str, Any]], folder: Path) -> list[P
         names = [f"expert {number + 1}" for number in range(values.shape[1])]
         figure.legend(experts, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
         figure.suptitle(f"{one['model']}, {one['tokens']} tokens of {one['benchmark']}", fontsize=9)
-        path = folder / f"routing_{slug(one['model'])}.png"
+        path = place(folder, f"routing_{one['model']}")
         figure.savefig(path, dpi=150)
         plt.close(figure)
         paths.append(path)

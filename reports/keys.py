@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields, replace
+from math import isfinite
 
 from results.record import Column, Key, Record, budget_size, split_conversion, split_settings
+
+
+def number(column: Column | None) -> float | None:
+    """A column of an example that is counted with; None for what is no number."""
+    return float(column) if isinstance(column, int | float) and isfinite(column) else None
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class TaskKey:
 
     benchmark: str  # with its version
     length: Column | None = None  # None where rows carry none, or the benchmark's name tells it
+    told: str = ""  # what tells it apart from others of its name, see `reports.names`
 
     @classmethod
     def of(cls, record: Record) -> TaskKey:
@@ -60,7 +67,8 @@ class TaskKey:
         return cls(record.key.benchmark, None if named else record.columns.get("length"))
 
     def __str__(self) -> str:
-        return self.benchmark if self.length is None else f"{self.benchmark} {self.length}"
+        name = self.benchmark if self.length is None else f"{self.benchmark} {self.length}"
+        return f"{name} ({self.told})" if self.told else name
 
 
 @dataclass(frozen=True)
@@ -123,11 +131,27 @@ class Label:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What a line is called among the others of a report, see `reports.names`. Two lines with one name do not exist."""
+
+    parent: str = ""  # the unconverted model
+    variant: str = ""
+    records: str = ""  # of a task, in words: which records and settings, where several bear its name
+    answers: str = ""  # how it was answered, where that differs
+    mark: str = ""  # of the method
+
+    @property
+    def told(self) -> str:
+        return ", ".join(filter(None, (self.records, self.answers)))
+
+
+@dataclass(frozen=True)
 class LineKey:
     """What the rows of one line share: all of their key but example and seed, which are 0 here, and the length."""
 
     asked: Key
     length: Column | None = None
+    shown: Shown = Shown()
 
     @classmethod
     def of(cls, record: Record) -> LineKey:
@@ -135,7 +159,21 @@ class LineKey:
 
     @property
     def task(self) -> TaskKey:
+        return TaskKey(self.asked.benchmark, self.length, self.shown.told)
+
+    @property
+    def plain_task(self) -> TaskKey:
+        """Whatever it was asked of, and however it was answered."""
         return TaskKey(self.asked.benchmark, self.length)
+
+    @property
+    def parent(self) -> str:
+        return self.shown.parent or self.asked.parent
+
+    @property
+    def model(self) -> str:
+        variant = self.shown.variant or self.asked.variant
+        return f"{self.parent}+{variant}" if variant else self.parent
 
     @property
     def protocol(self) -> Protocol:
@@ -143,32 +181,28 @@ class LineKey:
 
     @property
     def panel(self) -> PanelKey:
-        return PanelKey(self.asked.model, self.task, self.protocol)
+        return PanelKey(self.model, self.task, self.protocol)
 
     @property
     def label(self) -> Label:
-        return Label(self.asked.method_name, variant=self.asked.variant, causal=self.asked.routing == "argmax")
-
-    @property
-    def mark(self) -> str:
-        """Another version of a method, other settings or other weights: another mark."""
-        told = f"{self.asked.revision} {self.asked.method} {self.asked.params}"
-        return hashlib.sha256(told.encode()).hexdigest()[:4]
+        variant = self.shown.variant or self.asked.variant
+        return Label(self.asked.method_name, self.shown.mark, variant, causal=self.asked.routing == "argmax")
 
     @property
     def question(self) -> LineKey:
         """The same for all methods and budgets."""
-        return replace(self, asked=replace(self.asked, method="", params="", budget=""))
+        asked = replace(self.asked, method="", params="", budget="")
+        return replace(self, asked=asked, shown=replace(self.shown, mark=""))
 
     @property
     def cell(self) -> LineKey:
-        """The same for all tasks: a method at a budget."""
-        return LineKey(replace(self.asked, benchmark="", benchmark_params="", data="", max_new_tokens=0))
+        """The same for all tasks that were asked in one way only: a method at a budget."""
+        return LineKey(replace(self.asked, benchmark="", benchmark_params="", data="", max_new_tokens=0), shown=self.shown)
 
     @property
     def order(self) -> tuple[object, ...]:
         """Model, benchmark, protocol, method, budget; the full cache first."""
         key = self.asked
-        shown = (key.model, str(self.task), key.prompt, str(self.protocol))
+        shown = (self.model, str(self.task), key.prompt, str(self.protocol))
         hidden = (key.revision, key.benchmark_params, key.data, key.max_new_tokens, key.fidelity)
         return (*shown, *hidden, not self.label.is_full, key.method, key.params, budget_size(key.budget))

@@ -3,35 +3,59 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reports.formats import Table, TableCell, words
-from reports.keys import LineKey, TaskKey
+from reports.keys import LineKey, TaskKey, number
+from reports.names import named
 from reports.present import size_of
-from results.record import Record, split_version
+from results.lines import Check, is_count, is_number, is_text, or_none, tell, wrong_field
+from results.record import Record, cell_id, is_budget, split_version
 
 LM_EVAL = "Compressed: the share of requests whose context lost entries; a short context that fits says nothing about a method."
 
 
-def lm_eval_table(found: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """What lm-eval itself makes of the stored answers, cell by cell."""
+def lm_eval_table(found: Sequence[Mapping[str, Any]], records: Sequence[Record] = ()) -> list[Table]:
+    """What lm-eval itself makes of the stored answers, cell by cell.
+
+    Args:
+        records: that the cells are of, for what tells cells of one name apart.
+    """
+    found = [cell for cell in found if not _broken(cell)]
     if not found:
         return []
     metrics = sorted({metric for cell in found for metric in cell["results"] if "_stderr" not in metric})
     header = ("model", "task", "method", "budget", "n", "compressed", *(metric.removesuffix(",none") for metric in metrics))
     rows = []
+    ats = {cell_id(record.key): at for record, at in zip(records, named(records), strict=True)}
     for cell in sorted(found, key=_cell_order):
+        at = ats.get(cell["id"])
+        model, method = (at.model, at.label.name) if at else (cell["model"], split_version(cell["method"])[0])
         routing = f" ({cell['routing']})" if cell["routing"] else ""
         chat = ", chat template" if cell["chat"] == "template" else ""
         task = split_version(cell["benchmark"])[0].removeprefix("lm_eval:") + chat
+        task += f" ({at.shown.told})" if at and at.shown.told else ""
         values = [cell["results"].get(metric) for metric in metrics]
         shown = [TableCell("-", float("-inf")) if value is None else TableCell(f"{value:.4g}", value) for value in values]
-        asked = words(cell["model"] + routing, task, split_version(cell["method"])[0], cell["budget"] or "-")
+        asked = words(model + routing, task, method, cell["budget"] or "-")
         share = cell["compressed"]
         rows.append((*asked, TableCell(str(cell["examples"]), cell["examples"]), TableCell(f"{share:.0%}", share), *shown))
     return [Table("lm-eval's own aggregation", header, tuple(rows), (LM_EVAL,))]
+
+
+CELL: dict[str, Check] = dict.fromkeys(("model", "routing", "benchmark", "chat", "method"), is_text)
+CELL |= {"budget": is_budget, "examples": is_count, "compressed": is_number, "results": lambda found: isinstance(found, dict)}
+
+
+def _broken(cell: Mapping[str, Any]) -> bool:
+    numbers = or_none(is_number)
+    wrong = wrong_field(cell, CELL, list(CELL))
+    wrong = wrong or wrong_field(cell["results"], {name: numbers for name in cell["results"] if "_stderr" not in name})
+    if wrong:
+        tell(f"lm_eval/{cell['id']}.json: {wrong}")
+    return wrong is not None
 
 
 def _cell_order(cell: Mapping[str, Any]) -> tuple[object, ...]:
@@ -51,18 +75,18 @@ class Gap:
     reason: str
 
     @classmethod
-    def of(cls, record: Record) -> Gap:
-        key = record.key
-        return cls(record.status, key.model, key.method_name, key.budget, TaskKey.of(record), record.reason or "")
+    def of(cls, record: Record, at: LineKey) -> Gap:
+        return cls(record.status, at.model, at.label.name, at.asked.budget, at.task, record.reason or "")
 
     @property
     def shown(self) -> tuple[str, ...]:
         return (self.status, self.model, self.method, self.budget or "-", str(self.task), self.reason)
 
 
-def missing_table(records: Iterable[Record]) -> list[Table]:
+def missing_table(records: Sequence[Record]) -> list[Table]:
     """What was skipped or failed, and why, so that every gap in a table is explained."""
-    counts = Counter(Gap.of(record) for record in records if record.status != "ok")
+    every = zip(records, named(records), strict=True)
+    counts = Counter(Gap.of(record, at) for record, at in every if record.status != "ok")
     if not counts:
         return []
     rows = []
@@ -76,22 +100,23 @@ BUCKETS = (("0-4k", 4000.0), ("4-8k", 8000.0), ("8k+", float("inf")))  # LongBen
 EXTENDED = "_e"  # behind the names of LongBench-E's sets
 
 
-def length_tables(records: Iterable[Record]) -> list[Table]:
+def length_tables(records: Sequence[Record]) -> list[Table]:
     """LongBench-E as it is reported: the mean of the tasks' means by the length of the text."""
     found: dict[LineKey, dict[str, dict[str, list[float]]]] = {}
-    for record in records:
-        words_long = record.columns.get("words")
-        if words_long is None or not record.metrics or not record.key.task.endswith(EXTENDED):
+    for record, at in zip(records, named(records), strict=True):
+        words_long = number(record.columns.get("words"))
+        if words_long is None or record.status != "ok" or not record.metrics or not record.key.task.endswith(EXTENDED):
             continue
-        bucket = next(label for label, end in BUCKETS if float(words_long) < end)
-        tasks = found.setdefault(LineKey.of(record).cell, {}).setdefault(bucket, {})
+        bucket = next(label for label, end in BUCKETS if words_long < end)
+        tasks = found.setdefault(at.cell, {}).setdefault(bucket, {})
         tasks.setdefault(record.key.benchmark, []).append(next(iter(record.metrics.values())))
     if not found:
         return []
     rows = []
     for at in sorted(found, key=lambda at: at.order):
         means = [_mean_of_tasks(found[at].get(label, {})) for label, _ in BUCKETS]
-        asked = (f"{at.asked.model}, {at.protocol}", at.protocol.prompt, at.asked.method_name, at.asked.budget or "-")
+        model = ", ".join(filter(None, (at.model, at.shown.told, str(at.protocol))))
+        asked = (model, at.protocol.prompt, at.label.name, at.asked.budget or "-")
         rows.append((*words(*asked), *(TableCell("-" if mean is None else f"{mean:.2f}", mean) for mean in means)))
     header = ("model", "prompt", "method", "budget", *(label for label, _ in BUCKETS))
     return [Table("LongBench-E by length", header, tuple(rows), ("Means of task means, by the words of the text.",))]

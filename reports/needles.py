@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -14,9 +14,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from reports.keys import PanelKey, Protocol, TaskKey
-from results.record import Key, Record, budget_size
-from results.store import slug
+from reports.keys import LineKey, PanelKey, number
+from reports.names import named
+from reports.pictures import place
+from results.record import Record, budget_size
 
 ACROSS = 4  # maps side by side
 Spot = tuple[int, int]  # tokens of the prompt, depth in percent
@@ -26,12 +27,12 @@ Spot = tuple[int, int]  # tokens of the prompt, depth in percent
 class MapKey:
     """A method at a budget: one map."""
 
-    method: str
+    method: str  # told apart
     budget: str
 
     @classmethod
-    def of(cls, key: Key) -> MapKey:
-        return cls(key.method_name, key.budget)
+    def of(cls, at: LineKey) -> MapKey:
+        return cls(at.label.name, at.asked.budget)
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -41,14 +42,15 @@ class MapKey:
         return f"{self.method} {self.budget}".strip()
 
 
-def needle_maps(records: Iterable[Record], folder: Path) -> list[Path]:
+def needle_maps(records: Sequence[Record], folder: Path) -> list[Path]:
     """One figure a model, benchmark and protocol, a map for each method and budget; as PNG and SVG."""
     found: dict[PanelKey, dict[MapKey, dict[Spot, list[float]]]] = {}
-    for record in records:
-        if record.metrics and {"context", "depth"} <= set(record.columns):
-            where = PanelKey(record.key.model, TaskKey(record.key.benchmark), Protocol.of(record.key))
-            spot = (int(record.columns["context"]), int(record.columns["depth"]))
-            spots = found.setdefault(where, {}).setdefault(MapKey.of(record.key), {})
+    for record, at in zip(records, named(records), strict=True):
+        length, depth = (number(record.columns.get(name)) for name in ("context", "depth"))
+        if record.status == "ok" and record.metrics and length is not None and depth is not None:
+            where = replace(at.panel, task=replace(at.task, length=None))
+            spot = (int(length), int(depth))
+            spots = found.setdefault(where, {}).setdefault(MapKey.of(at), {})
             spots.setdefault(spot, []).append(next(iter(record.metrics.values())))
     return [path for where in sorted(found, key=lambda where: where.order) for path in _figure(where, found[where], folder)]
 
@@ -71,7 +73,8 @@ def _figure(where: PanelKey, maps: Mapping[MapKey, Mapping[Spot, Sequence[float]
     asked = (where.model, str(where.task), where.protocol.prompt)
     figure.suptitle(f"{', '.join(asked)}\n{where.protocol}", fontsize=9)
     figure.colorbar(shown, ax=axes, label="words of the answer found, %", shrink=0.8)
-    paths = [folder / f"needle_{slug('_'.join(asked))}_{where.protocol.short}.{kind}" for kind in ("png", "svg")]
+    name, mark = f"needle_{'_'.join(asked)}", f"_{where.protocol.short}"
+    paths = [place(folder, name, ending, mark) for ending in (".png", ".svg")]
     for path in paths:
         figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -6,7 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from markupsafe import Markup, escape
 
 from reports import plots
 from reports.formats import Table, TableCell, words
-from reports.keys import PanelKey, Protocol, TaskKey
+from reports.keys import PanelKey
+from reports.names import named
 from reports.present import PATH_ONLY, byte_table, mean_tables, score_tables
 from reports.style import order_of
 from reports.summary import Family, sentence, verdicts
@@ -137,7 +138,7 @@ ANSWERS = f"The first {ANSWERED} examples of each task, as they were answered; l
 
 
 def _subtitle(records: Sequence[Record]) -> str:
-    models = sorted({record.key.model for record in records})
+    models = sorted({at.model for at in named(records)})
     benchmarks = {record.key.benchmark for record in records}
     methods = {record.key.method for record in records}
     if not records:
@@ -176,20 +177,21 @@ def _of_first_panel(found: Sequence[Line]) -> list[Line]:
 
 def answer_tables(records: Sequence[Record]) -> list[Table]:
     """The first examples of each benchmark and protocol, method by method and budget by budget."""
-    grouped: dict[PanelKey, list[Record]] = {}
-    for record in records:
+    grouped: dict[PanelKey, list[tuple[Record, str]]] = {}
+    for record, at in zip(records, named(records), strict=True):
         if record.answer and record.key.example < ANSWERED and record.stop_reason != "forced":
-            where = PanelKey(record.key.model, TaskKey(record.key.benchmark), Protocol.of(record.key))
-            grouped.setdefault(where, []).append(record)
+            grouped.setdefault(replace(at.panel, task=replace(at.task, length=None)), []).append((record, at.label.name))
     return [_answers(where, grouped[where]) for where in sorted(grouped, key=lambda where: where.order)]
 
 
-def _answers(where: PanelKey, records: Sequence[Record]) -> Table:
+def _answers(where: PanelKey, found: Sequence[tuple[Record, str]]) -> Table:
+    """found: each with the name of its method."""
     rows = []
-    for record in sorted(records, key=lambda r: (r.key.example, r.key.seed, r.key.method, r.key.budget)):
+    ordered = sorted(found, key=lambda one: (one[0].key.example, one[0].key.seed, one[0].key.method, one[1], one[0].key.budget))
+    for record, method in ordered:
         score = next(iter(record.metrics.values()), None)
         number = TableCell("-", -math.inf) if score is None else TableCell(f"{score:.3g}", score)
-        asked = (TableCell(str(record.key.example), record.key.example), *words(record.key.method_name, record.key.budget or "-"))
+        asked = (TableCell(str(record.key.example), record.key.example), *words(method, record.key.budget or "-"))
         text = record.answer or ""
         rows.append((*asked, number, TableCell(text if len(text) <= SHOWN else f"{text[:SHOWN]} ...")))
     return Table(where.title, ("example", "method", "budget", "score", "answer"), tuple(rows), (str(where.protocol),))

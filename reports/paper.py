@@ -14,7 +14,8 @@ from reports.paper_figure import paper_figure
 from reports.paper_points import PaperPoint, PaperRow, Side
 from reports.statistics import Estimate, mean_of_means
 from reports.tables import Line, lines
-from results.store import StoreError, read_rows
+from results.drafts import report_draft
+from results.store import read_rows
 
 
 def write_side_by_side(
@@ -32,20 +33,15 @@ def write_side_by_side(
     measured = {place: lines(record for record in records if record.key.id in ids) for place, ids in keys.items()}
     points = side_by_side(side, rows, [measured.get(place, ()) for place in where])
     found = paper_table(side.name, points)
-    folder = out / "report"
-    paths = [folder / f"paper_{side.name.replace(':', '_')}.{ending}" for ending in ("html", "md", "tex")]
+    names = [f"paper_{side.name.replace(':', '_')}.{ending}" for ending in ("html", "md", "tex", "png")]
     about = " ".join(side.settings)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = folder / f"paper_{side.name.replace(':', '_')}.png"
-        if side.drawing is not None and paper_figure(points, side.drawing, side.title, picture):
-            paths.append(picture)
+    with report_draft(out) as draft:
+        if side.drawing is None or not paper_figure(points, side.drawing, side.title, draft / names[-1]):
+            names.pop()
         texts = (simple_page(side.title, about, [found]), f"# {side.title}\n\n{about}\n\n{markdown([found])}", latex([found]))
-        for path, text in zip(paths, texts, strict=False):
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write to {folder}: {error.strerror}") from None
-    return paths
+        for name, text in zip(names, texts, strict=False):
+            (draft / name).write_text(text, encoding="utf-8")
+    return [out / "report" / name for name in names]
 
 
 def side_by_side(side: Side, rows: Sequence[PaperRow], measured: Sequence[Sequence[Line]]) -> list[PaperPoint]:
@@ -85,7 +81,8 @@ def _measured(measured: Sequence[Line], row: PaperRow, column: str, scale: float
     """Ours, with the scores of each task that it is the mean of."""
     wanted = row.benchmarks.get(column, ())
     mine = [line for line in measured if line.label.name == row.measured_with and line.at.asked.benchmark_name in wanted]
-    if not wanted or len({line.at.task for line in mine}) < len(wanted) or not all(line.values for line in mine):
+    once = len(mine) == len({line.at.plain_task for line in mine})  # of a task asked in several ways, none is the paper's
+    if not wanted or not once or len(mine) < len(wanted) or not all(line.values for line in mine):
         return None
     values = [scale * np.array(list(line.values.values())) for line in mine]
     return mean_of_means(values), values

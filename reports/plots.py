@@ -18,10 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.keys import Label, PanelKey
+from reports.pictures import place
 from reports.statistics import Estimate
 from reports.style import order_of, style_of
 from reports.tables import Line
-from results.store import slug
 
 LEGEND_COLUMNS = 6
 FULL = Label("full")  # the unconverted model's: a line across
@@ -70,8 +70,8 @@ def save(panel: Panel, folder: Path) -> list[Path]:
     figure = Figure(figsize=(wide, high))
     labelled: dict[str, Any] = {}
     for number, (field, what) in enumerate(shown):
-        place = ((4.6 * number + 0.7) / wide, (legend + 0.5) / high, 3.65 / wide, (HIGH - 0.6) / high)
-        axis = figure.add_axes(place)
+        box = ((4.6 * number + 0.7) / wide, (legend + 0.5) / high, 3.65 / wide, (HIGH - 0.6) / high)
+        axis = figure.add_axes(box)
         _draw(axis, panel, field, what)
         handles, labels = axis.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles, strict=True))
@@ -79,8 +79,8 @@ def save(panel: Panel, folder: Path) -> list[Path]:
     entries = (list(labelled.values()), list(labelled))
     below: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.0)}
     figure.legend(*entries, ncols=LEGEND_COLUMNS, fontsize=8, frameon=False, **below)
-    name = f"{slug(f'{panel.at.model}_{panel.at.task}_{panel.at.protocol.prompt}')}_{panel.at.protocol.short}"
-    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
+    name, mark = f"{panel.at.model}_{panel.at.task}_{panel.at.protocol.prompt}", f"_{panel.at.protocol.short}"
+    paths = [place(folder, name, ending, mark) for ending in (".png", ".svg")]
     with plt.rc_context({"svg.hashsalt": "bytes", "svg.fonttype": "none"}):  # the same bytes for the same figure
         figure.savefig(paths[0], dpi=150)
         figure.savefig(paths[1], metadata={"Date": None})

@@ -11,7 +11,7 @@ from reports.keys import Label, Protocol, TaskKey
 from reports.statistics import Estimate, holm, mean_of_means, sign_flip_p
 from reports.style import order_of
 from reports.tables import SIGNIFICANT, Example, Line
-from results.record import EMBEDDED, budget_size
+from results.record import budget_size
 
 MANY = 6  # equals that are still named one by one
 FEW = 3  # methods that are named, where all of them are meant
@@ -25,6 +25,7 @@ class FamilyKey:
     model: str  # of variants, their parent
     protocol: Protocol  # without the routing, which is part of a variant's label
     metric: str
+    told: str = ""  # what tells its tasks apart from others of their names
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,12 @@ class Family:
     @property
     def path_only(self) -> bool:
         """Do the scores prove no more than that the path works?"""
-        return self.at.model == EMBEDDED and not all(cell.own for cell in self.cells)
+        return any(cell.path_only for cell in self.cells)
 
     @property
     def title(self) -> str:
-        tasks = str(self.tasks[0]) if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
+        several = f"{len(self.tasks)} tasks" + (f" ({self.at.told})" if self.at.told else "")
+        tasks = str(self.tasks[0]) if len(self.tasks) == 1 else several
         return f"{self.at.model}, {tasks}, {self.at.protocol.prompt}"
 
 
@@ -58,7 +60,7 @@ class Overall:
     budget: str
     byte_share: float
     score: Estimate
-    own: bool
+    path_only: bool
     values: Mapping[TaskKey, Mapping[Example, float]]  # better is larger
     compressed: bool
     lower_is_better: bool = False
@@ -71,33 +73,48 @@ class Overall:
 
 def families(found: Sequence[Line]) -> list[Family]:
     """A cell takes part in a mean only if it has every example of every task that `full` has, or else that anything has."""
-    grouped = _grouped([line for line in found if line.metric and line.score])
+    grouped = _grouped([line for line in found if line.metric and line.score and line.byte_share])
     made = [_family(where, lines) for where, lines in sorted(grouped.items(), key=lambda item: _shown_in(*item))]
     return [family for family in made if family.cells]
 
 
 def _grouped(found: Sequence[Line]) -> dict[FamilyKey, list[Line]]:
-    """The truncation follows from each task's answers, so tasks may differ in it; one task may not."""
+    """Truncation and length of the answers follow from each task, so tasks may differ in them; one task may not.
+
+    Of a task with several records, none is known to belong to those of another task: each stands alone.
+    """
     cuts: dict[tuple[FamilyKey, TaskKey], set[int | None]] = {}
+    answers: dict[tuple[FamilyKey, TaskKey], set[tuple[int, bool]]] = {}
     for line in found:
-        cuts.setdefault((_where(line), line.at.task), set()).add(line.protocol.truncation)
+        cuts.setdefault((_where(line), line.at.plain_task), set()).add(line.protocol.truncation)
+        answers.setdefault((_where(line), line.at.plain_task), set()).add(_answers(line))
     several = {where for (where, _), lengths in cuts.items() if len(lengths) > 1}
+    in_several_ways = {where for (where, _), ways in answers.items() if len(ways) > 1}
     grouped: dict[FamilyKey, list[Line]] = {}
     for line in found:
-        where = _where(line)
+        where = at = _where(line)
         if where in several:
-            where = replace(where, protocol=replace(where.protocol, truncation=line.protocol.truncation))
-        grouped.setdefault(where, []).append(line)
+            at = replace(at, protocol=replace(at.protocol, truncation=line.protocol.truncation))
+        if where in in_several_ways:
+            most, fidelity = _answers(line)
+            told = f"answers of at most {most} tokens, {'with' if fidelity else 'without'} fidelity"
+            at = replace(at, told=", ".join(filter(None, (at.told, told))))
+        grouped.setdefault(at, []).append(line)
     return grouped
 
 
+def _answers(line: Line) -> tuple[int, bool]:
+    return line.at.asked.max_new_tokens, line.at.asked.fidelity
+
+
 def _where(line: Line) -> FamilyKey:
-    return FamilyKey(line.parent, replace(line.protocol, truncation=None, routing=""), line.metric or "")
+    protocol = replace(line.protocol, truncation=None, routing="")
+    return FamilyKey(line.parent, protocol, line.metric or "", line.at.shown.records)
 
 
 def _shown_in(where: FamilyKey, lines: Sequence[Line]) -> tuple[object, ...]:
     """What is answered comes before likelihoods."""
-    return (where.model, lines[0].lower_is_better, where.protocol.prompt, str(where.protocol), where.metric)
+    return (where.model, lines[0].lower_is_better, where.protocol.prompt, str(where.protocol), where.metric, where.told)
 
 
 def _family(where: FamilyKey, lines: Sequence[Line]) -> Family:
@@ -137,8 +154,8 @@ def _overall(lines: Sequence[Line]) -> Overall:
     means = mean_of_means([np.array(list(line.values.values())) for line in lines])
     score = means if len(lines) > 1 else lines[0].score or means
     compressed = any(line.compressed for line in lines)
-    own, lower = all(line.own for line in lines), lines[0].lower_is_better
-    return Overall(lines[0].label, lines[0].budget, share, score, own, values, compressed, lower)
+    path_only, lower = any(line.path_only for line in lines), lines[0].lower_is_better
+    return Overall(lines[0].label, lines[0].budget, share, score, path_only, values, compressed, lower)
 
 
 @dataclass(frozen=True)

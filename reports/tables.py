@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from reports.keys import Label, LineKey, PanelKey, Protocol
+from reports.names import named
 from reports.statistics import Estimate, estimate, holm, paired_difference, proportion
 from results.record import EMBEDDED, Record
 
@@ -23,7 +23,7 @@ class Line:
 
     at: LineKey
     label: Label
-    n: int
+    n: int  # examples: those of the mean
     skipped: int
     failed: int
     compressed: int  # of n, how many prompts lost entries
@@ -45,11 +45,11 @@ class Line:
 
     @property
     def model(self) -> str:
-        return self.at.asked.model
+        return self.at.model
 
     @property
     def parent(self) -> str:
-        return self.at.asked.parent
+        return self.at.parent
 
     @property
     def budget(self) -> str:
@@ -70,7 +70,7 @@ class Line:
     @property
     def path_only(self) -> bool:
         """Do the scores prove no more than that the path works?"""
-        return self.parent == EMBEDDED and not self.own
+        return self.at.asked.parent == EMBEDDED and not self.own
 
     @property
     def differs(self) -> bool:
@@ -81,28 +81,22 @@ class Line:
 def lines(records: Iterable[Record], ratings: Mapping[str, float] | None = None) -> list[Line]:
     """One line a cell of the suite, in the order: model, benchmark, protocol, method, budget.
 
-    What would bear the same name but is not the same (another version, other head scores, another text of a plugin) is told apart
-    by a mark behind the name, `mine#1a2b`.
+    What would bear the same name but is not the same (another version, other records, other weights) is told apart, see
+    `reports.names`.
 
     Args:
         ratings: a judge's, by row id.
     """
     groups: dict[LineKey, list[Record]] = {}
-    for record in records:
-        groups.setdefault(LineKey.of(record), []).append(record)
-    full: dict[LineKey, list[Record]] = {}
-    for at, mine in groups.items():
-        if at.label.is_full:
-            full.setdefault(at.question, mine)
+    every = list(records)
+    for record, at in zip(every, named(every), strict=True):
+        groups.setdefault(at, []).append(record)
     ordered = sorted(groups, key=lambda at: at.order)
-    return _corrected(_told_apart([_line(at, groups[at], full.get(at.question, ()), ratings or {}) for at in ordered]))
-
-
-def _told_apart(found: Sequence[Line]) -> list[Line]:
-    alike = Counter((line.panel, line.label, line.budget) for line in found)
-    names = {(line.model, line.label.method) for line in found if alike[line.panel, line.label, line.budget] > 1}
-    marked = (replace(line, label=replace(line.label, mark=line.at.mark)) for line in found)
-    return [other if (line.model, line.label.method) in names else line for line, other in zip(found, marked, strict=True)]
+    full: dict[LineKey, list[Record]] = {}
+    for at in ordered:
+        if at.label.is_full:
+            full.setdefault(at.question, groups[at])
+    return _corrected([_line(at, groups[at], full.get(at.question, ()), ratings or {}) for at in ordered])
 
 
 def _corrected(found: Sequence[Line]) -> list[Line]:
@@ -119,25 +113,26 @@ def _corrected(found: Sequence[Line]) -> list[Line]:
 
 def _line(at: LineKey, records: Sequence[Record], full: Sequence[Record], ratings: Mapping[str, float]) -> Line:
     done = [record for record in records if record.status == "ok"]
+    asked = {_example(record): bool(record.compressed) for record in done}
     scores, baseline = _by_example(done), _by_example(record for record in full if record.status == "ok")
     metric = next((next(iter(record.metrics)) for record in done if record.metrics), None)
     return Line(
         at,
         at.label,
-        n=len(done),
+        n=len(scores) if scores else len(asked),
         skipped=sum(record.status == "skipped" for record in records),
         failed=sum(record.status == "failed" for record in records),
-        compressed=sum(bool(record.compressed) for record in done),
+        compressed=sum(asked[example] for example in scores or asked),
         byte_share=_share(done, "bytes_kept"),
         allocated_share=_share(done, "bytes_allocated"),
-        entries=float(np.mean([record.entries for record in done])) if done else None,
+        entries=_mean(record.entries for record in done),
         metric=metric,
         score=_score(scores.values(), any(metric in record.right_or_wrong for record in done)),
         score_difference=paired_difference(scores, baseline),
-        kl=_estimate(record.fidelity["kl"] for record in done if record.fidelity),
-        top1=_estimate(record.fidelity["top1"] for record in done if record.fidelity),
-        loss=_estimate(record.fidelity["loss"] for record in done if record.fidelity),
-        asked=float(np.mean([record.entries_asked for record in done])) if done else None,
+        kl=_estimate(record.fidelity["kl"] for record in done if "kl" in record.fidelity),
+        top1=_estimate(record.fidelity["top1"] for record in done if "top1" in record.fidelity),
+        loss=_estimate(record.fidelity["loss"] for record in done if "loss" in record.fidelity),
+        asked=_mean(record.entries_asked for record in done),
         judge=_estimate(ratings[record.key.id] for record in done if record.key.id in ratings),
         own=any(record.embedded_can for record in records),
         values=scores,
@@ -153,9 +148,12 @@ def _by_example(records: Iterable[Record]) -> dict[Example, float]:
     found: dict[Example, list[float]] = {}
     for record in records:
         if record.metrics and np.isfinite(next(iter(record.metrics.values()))):
-            where = (0 if record.key.data else record.key.seed, record.key.example)
-            found.setdefault(where, []).append(next(iter(record.metrics.values())))
+            found.setdefault(_example(record), []).append(next(iter(record.metrics.values())))
     return {where: float(np.mean(values)) for where, values in found.items()}
+
+
+def _example(record: Record) -> Example:
+    return (0 if record.key.data else record.key.seed, record.key.example)
 
 
 def _estimate(values: Iterable[float]) -> Estimate | None:
@@ -172,7 +170,12 @@ def _score(values: Iterable[float], right_or_wrong: bool) -> Estimate | None:
 
 
 def _share(records: Sequence[Record], count: str) -> float | None:
-    return float(np.mean([getattr(r, count) / r.bytes_full for r in records])) if records else None
+    return _mean(getattr(r, count) / r.bytes_full for r in records if r.bytes_full and getattr(r, count) is not None)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
 
 
 ESTIMATES = ("score", "score_difference", "kl", "top1", "loss", "judge")

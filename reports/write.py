@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +19,10 @@ from reports.page import Made, Pictures, page, reading
 from reports.present import mean_tables, score_tables
 from reports.summary import Family, families, sentence, verdicts
 from reports.tables import Line, frame, lines
+from results.drafts import report_draft
+from results.lines import Check, dict_of, is_count, is_number, is_text, list_of, tell, wrong_field
 from results.record import Record
-from results.store import StoreError, read_commands, read_costs, read_folder, read_ratings, read_rows, read_verdicts
+from results.store import read_commands, read_costs, read_folder, read_ratings, read_rows, read_verdicts
 
 
 def write_report(out: Path) -> list[Path]:
@@ -34,18 +35,16 @@ def write_report(out: Path) -> list[Path]:
     records = [] if rows and not (out / "rows").is_dir() else read_rows(out)
     ratings = read_ratings(out)
     found = lines(records, next(iter(ratings.values()), None))
-    folder = out / "report"
-    plotted = folder / "plots"
-    table, text, paper, html = (folder / f"scores{ending}" for ending in (".csv", ".md", ".tex", ".html"))
     averaged, measured = families(found), costs(rows)
     several = mean_tables([family for family in averaged if len(family.tasks) > 1])
     cost, said = cost_tables(measured, rows), cost_sentences(measured)
-    rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval")), *missing_table(records)]
+    rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval"), records), *missing_table(records)]
     judged = _judged_by(ratings, read_verdicts(out))
     made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"), judged)
-    try:
-        shutil.rmtree(plotted, ignore_errors=True)  # what is no longer drawn is not left lying about
-        plotted.mkdir(parents=True)
+    files = ("scores.html", "scores.md", "scores.csv", "scores.tex", "plots")
+    with report_draft(out, files) as draft:
+        html, text, table, paper, plotted = (draft / name for name in files)
+        plotted.mkdir()
         frame(found).to_csv(table, index=False)
         text.write_text(_head(found, averaged, said, judged) + markdown([*several, *score_tables(found), *cost, *rest]))
         paper.write_text(latex([*several, *score_tables(found), *cost]))
@@ -54,9 +53,7 @@ def write_report(out: Path) -> list[Path]:
             plots.save(panel, plotted)
         title = f"KV-cache methods: {out.name}"
         html.write_text(page(title, found, averaged, records, pictures, [*cost, *rest], made, said), encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write the report to {folder}: {error.strerror}") from None
-    return [html, text, table, paper, plotted]
+    return [out / "report" / name for name in files]
 
 
 def _head(found: Sequence[Line], averaged: Sequence[Family], said: Sequence[tuple[str, list[str]]], judged: str) -> str:
@@ -68,7 +65,8 @@ def _head(found: Sequence[Line], averaged: Sequence[Family], said: Sequence[tupl
 
 
 def _pictures(out: Path, records: Sequence[Record], folder: Path, measured: Sequence[Cost]) -> list[Pictures]:
-    heads, routing = read_folder(out, "heads"), read_folder(out, "routing")
+    heads = [one for one in read_folder(out, "heads") if not _broken("heads", one, HEAD_SCORES)]
+    routing = [one for one in read_folder(out, "routing") if not _broken("routing", one, ROUTED)]
     needles = [path for path in needle_maps(records, folder) if path.suffix == ".png"]
     return [
         Pictures("Needles", NEEDLES, needles),
@@ -76,6 +74,36 @@ def _pictures(out: Path, records: Sequence[Record], folder: Path, measured: Sequ
         Pictures("Routing", ROUTING, routing_pictures(routing, folder), [_text(one) for one in routing]),
         Pictures("Cost", COST, cost_pictures(measured, folder)),
     ]
+
+
+SHARES = list_of(list_of(is_number))
+HEAD_SCORES: dict[str, Check] = {
+    "variant": is_text,
+    "kind": is_text,
+    "attempts": is_count,
+    "successes": is_count,
+    "values": lambda found: SHARES(found) and len({len(line) for line in found}) == 1 and sum(map(sum, found)) > 0,
+}
+ROUTED: dict[str, Check] = {
+    "model": is_text,
+    "benchmark": is_text,
+    "tokens": is_count,
+    "words": list_of(is_text),
+    "experts": lambda found: isinstance(found, dict) and all(list_of(list_of(is_count))(one) and one for one in found.values()),
+    "shares": lambda found: (
+        dict_of(SHARES)(found) and bool(found) and len({len(line) for one in found.values() for line in one}) == 1
+    ),
+}
+
+
+def _broken(folder: str, one: Mapping[str, Any], checks: Mapping[str, Check]) -> bool:
+    """Is there something wrong with an artefact? It is told."""
+    wrong = wrong_field(one, checks, list(checks))
+    if wrong is None and "experts" in one and "expert_choice" not in one["experts"]:
+        wrong = "no experts of expert_choice"
+    if wrong:
+        tell(f"{folder}/{one['id']}.json: {wrong}")
+    return wrong is not None
 
 
 def _text(routing: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,10 @@ import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple
+from math import isfinite
+from typing import Any, Literal, NamedTuple, get_args
+
+from results.lines import Check, dict_of, is_count, is_flag, is_number, is_size, is_square, is_text, list_of, or_none, wrong_field
 
 SCHEMA = 4
 MIGRATED = (2, 3)  # older schemas whose rows mean the same: 2 lacks `kept`, both lack what is said of metrics and tasks
@@ -114,6 +117,16 @@ def split_settings(name: str) -> tuple[str, dict[str, str]]:
     return plain, {setting.strip(): value for setting, _, value in parts}
 
 
+def cell_id(key: Key) -> str:
+    """The same for all examples of a cell: the name of what is made of them together, `lm_eval/<id>.json`."""
+    asked = {name: value for name, value in asdict(key).items() if name != "example"}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class OtherSchema(ValueError):
+    """A row of another version of the suite."""
+
+
 class BudgetSize(NamedTuple):
     """For sorting: KV sizes, then shares."""
 
@@ -164,18 +177,59 @@ class Record:
             lower: metrics of which less is better, for rows too old to say it themselves.
 
         Raises:
-            ValueError: a row of another schema, or with fields missing or unknown.
+            OtherSchema: a row of another version.
+            ValueError: fields that are missing, unknown or of another type.
         """
-        if row.get("schema") not in (*MIGRATED, SCHEMA):
-            raise ValueError(f"row of schema {row.get('schema')}, this version reads {', '.join(map(str, (*MIGRATED, SCHEMA)))}")
+        if not isinstance(row.get("key"), dict) or not is_count(row.get("schema")):
+            raise ValueError("no row: a key and a schema are expected")
+        if row["schema"] not in (*MIGRATED, SCHEMA):
+            raise OtherSchema(f"row of schema {row.get('schema')}, this version reads {', '.join(map(str, (*MIGRATED, SCHEMA)))}")
         unknown = set(row) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"row with unknown fields {sorted(unknown)}")
+        if wrong := wrong_field(row["key"], KEY_CHECKS) or wrong_field(row, CHECKS):
+            raise ValueError(f"row with wrong fields: {wrong}")
         try:
             found = cls(**{**row, "key": Key(**row["key"])})
-            return found if found.schema == SCHEMA else _migrated(found, lower)
+            return _sound(found if found.schema == SCHEMA else _migrated(found, lower))
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"row with wrong fields: {error}") from None
+
+
+def is_budget(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and isfinite(budget_size(value).amount)
+    except ValueError:
+        return False
+
+
+OF_TYPE: dict[str, Check] = {"str": is_text, "int": is_count, "float": is_number, "bool": is_flag}
+KEY_CHECKS: dict[str, Check] = {field.name: OF_TYPE[str(field.type)] for field in fields(Key)} | {"budget": is_budget}
+CHECKS: dict[str, Check] = {
+    "status": lambda value: value in get_args(Status),
+    "env": is_text,
+    **dict.fromkeys(("reason", "answer", "stop_reason"), or_none(is_text)),
+    **dict.fromkeys(("metrics", "fidelity"), dict_of(is_number)),
+    **dict.fromkeys(("lower_is_better", "right_or_wrong"), list_of(is_text)),
+    "embedded_can": is_flag,
+    "columns": dict_of(lambda value: is_text(value) or is_flag(value) or is_number(value)),
+    "compressed": or_none(is_flag),
+    **dict.fromkeys(
+        ("prompt_tokens", "new_tokens", "entries_asked", "entries", "bytes_kept", "bytes_allocated", "entries_end", "bytes_kept_end"),
+        or_none(is_size),
+    ),
+    "bytes_full": or_none(lambda value: is_count(value) and value > 0),
+    "kept": or_none(is_square),
+}
+
+
+def _sound(row: Record) -> Record:
+    """A cell with a number that is none is no finished one: such rows, which older versions wrote, are failed."""
+    numbers = row.metrics | row.fidelity
+    broken = next((name for name, value in numbers.items() if not isfinite(value)), None)
+    if row.status != "ok" or broken is None:
+        return row
+    return replace(row, status="failed", reason=f"{broken} is no number ({numbers[broken]})")
 
 
 def _migrated(old: Record, lower: Collection[str]) -> Record:

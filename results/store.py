@@ -7,12 +7,14 @@ newline and never read as one. Of equal keys the first `ok` row counts, so two p
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,22 @@ from filelock import FileLock
 
 from harness.errors import UserError
 from harness.files import whole
-from results.record import Key, Record
+from results.lines import (
+    Check,
+    dict_of,
+    is_count,
+    is_number,
+    is_square,
+    is_text,
+    json_file,
+    json_lines,
+    list_of,
+    objects,
+    or_none,
+    tell,
+    wrong_field,
+)
+from results.record import Key, OtherSchema, Record
 
 
 LOCK = ".lock"  # one file a folder
@@ -50,6 +67,7 @@ class Store:
     def __init__(self, out: Path, reading: bool = False) -> None:
         self.out, self.rows = out, out / "rows"
         self._read_to: dict[Path, int] = {}
+        self._lines: dict[Path, int] = {}
         self._status: dict[str, str] = {}
         if reading:
             return
@@ -99,18 +117,32 @@ class Store:
             raise cannot(f"read {path}", error, "choose another folder with --out") from None
         whole = new[: new.rfind(b"\n") + 1]
         self._read_to[path] = start + len(whole)
-        for row in _parsed(whole):
-            try:
-                record = Record.from_json(row)
-            except ValueError as error:
-                raise StoreError(f"{path}: {error}; choose another folder with --out") from None
-            if self._status.get(record.key.id) != "ok":
+        before = self._lines.get(path, 0)
+        self._lines[path] = before + whole.count(b"\n")
+        for where, row in objects(whole, path, before):
+            record = _record(where, row)
+            if record is not None and self._status.get(record.key.id) != "ok":
                 self._status[record.key.id] = record.status
 
 
+LONGEST = 80  # letters of a part of a file name
+
+
+def plain(text: str) -> str:
+    """What is no plain letter becomes a dash."""
+    return re.sub(r"[^A-Za-z0-9.+@_-]+", "-", text).strip("-")
+
+
 def slug(text: str) -> str:
-    """A file name's part: what is not plain becomes a dash."""
-    return re.sub(r"[^A-Za-z0-9.+@_-]+", "-", text).strip("-")[:80]
+    """Part of the name of a file that several may share: other texts may have the same."""
+    return plain(text)[:LONGEST]
+
+
+def own_name(text: str) -> str:
+    """Name of a file that belongs to this text alone: where letters were lost, its hash stands behind the rest."""
+    if plain(text) == text and len(text) <= LONGEST:
+        return text
+    return f"{plain(text)[: LONGEST - 13]}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 @contextmanager
@@ -153,71 +185,94 @@ def append_line(path: Path, line: str) -> None:
         raise cannot(f"write to {path}", error, "what was written before is safe") from None
 
 
+JUDGED: dict[str, Check] = {"row": is_text, "content": is_text, "status": is_text, "rating": or_none(is_number), "text": is_text}
+
+
 def judge_lines(path: Path) -> list[dict[str, Any]]:
     """A judge's verdicts that are whole."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"row", "content", "status", "rating", "text"} <= set(row):
-            found.append(row)
+
+    def wrong(line: dict[str, Any]) -> str | None:
+        unrated = line.get("status") == "ok" and not (is_number(line.get("rating")) and isfinite(line["rating"]))
+        return wrong_field(line, JUDGED, list(JUDGED)) or ("no rating" if unrated else None)
+
+    return _checked(json_lines(path), wrong)
+
+
+def _checked(found: Iterable[tuple[str, dict[str, Any]]], wrong: Callable[[dict[str, Any]], str | None]) -> list[dict[str, Any]]:
+    """Without those with which something is wrong, which are told."""
+    kept = []
+    for where, row in found:
+        if what := wrong(row):
+            tell(f"{where}: {what}")
+        else:
+            kept.append(row)
+    return kept
+
+
+def _verdicts(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """By judge: its file's name, or its own where several share a file."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((out / "judge").glob("*.jsonl")):
+        lines = judge_lines(path)
+        judges = {str(line.get("model", path.stem)) for line in lines}
+        for line in lines:
+            name = path.stem if len(judges) == 1 else str(line.get("model", path.stem))
+            found.setdefault(name, []).append(line)
     return found
 
 
 def read_ratings(out: Path) -> dict[str, dict[str, float]]:
     """By judge and row id. Answers that were refused or not rated are absent."""
     found = {}
-    for path in sorted((out / "judge").glob("*.jsonl")):
-        ratings = {line["row"]: float(line["rating"]) for line in judge_lines(path) if line["status"] == "ok"}
+    for name, lines in _verdicts(out).items():
+        ratings = {line["row"]: float(line["rating"]) for line in lines if line["status"] == "ok"}
         if ratings:
-            found[path.stem] = ratings
+            found[name] = ratings
     return found
 
 
 def read_verdicts(out: Path) -> dict[str, Counter[str]]:
     """How often each judge gave a rating, refused, or said something else."""
-    return {path.stem: Counter(str(line["status"]) for line in judge_lines(path)) for path in sorted((out / "judge").glob("*.jsonl"))}
+    return {name: Counter(str(line["status"]) for line in lines) for name, lines in _verdicts(out).items()}
 
 
 def read_folder(out: Path, name: str) -> list[dict[str, Any]]:
-    """The JSON files of one of its folders (lm_eval, heads, routing, env, data); what cannot be read is left out."""
-    found = []
-    for path in sorted((out / name).glob("*.json")):
-        try:
-            found.append({"id": path.stem, **json.loads(path.read_text())})
-        except (OSError, ValueError, TypeError):
-            continue
-    return found
+    """The JSON files of one of its folders (lm_eval, heads, routing, env, data); what cannot be read is told and left out."""
+    found = ((path, json_file(path)) for path in sorted((out / name).glob("*.json")))
+    return [{"id": path.stem, **one} for path, one in found if one is not None]
 
 
 def read_commands(out: Path) -> list[dict[str, Any]]:
     """When what was run, in order; a torn line is none."""
-    path = out / "commands.jsonl"
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return found
+    checks: dict[str, Check] = {"when": is_text, "command": is_text}
+    return _checked(json_lines(out / "commands.jsonl"), lambda line: wrong_field(line, checks, list(checks)))
+
+
+CELL: dict[str, Check] = {name: is_text for name in ("model", "method", "budget", "dtype", "device", "what", "decode")}
+CELL |= {name: is_count for name in ("context", "batch", "new_tokens", "threads", "round")}
+NUMBERS: tuple[str, ...] = ("first_token", "token", "p10", "p90", "token_floor", "prefill_floor", "bandwidth", "flops", "bytes_kept", "bytes_end")
+NUMBERS += ("bytes_allocated", "prefill_peak", "decode_peak")
+COST: dict[str, Check] = {
+    "id": is_text,
+    "env": is_text,
+    "status": is_text,
+    "cell": lambda cell: isinstance(cell, dict) and wrong_field(cell, CELL) is None,
+    "sources": list_of(is_text),
+    "reason": or_none(is_text),
+    "fell_back": or_none(is_text),
+    "batch": is_count,
+    "phases": dict_of(is_number),
+    "footprint": lambda points: is_square(points) and len(points) > 2 and len(points[0]) == 2,
+    **dict.fromkeys(NUMBERS, lambda value: is_number(value) and isfinite(value)),
+}
 
 
 def read_costs(out: Path) -> list[dict[str, Any]]:
     """Every cost cell's row: of equal ids the first `ok` one, else the newest. Torn lines are none."""
-    path = out / "cost" / "rows.jsonl"
     found: dict[str, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            name = str(row["id"])
-        except (ValueError, TypeError, KeyError):
-            continue
-        if found.get(name, {}).get("status") != "ok":
-            found[name] = row
+    for row in _checked(json_lines(out / "cost" / "rows.jsonl"), lambda row: wrong_field(row, COST, ("id", "status", "cell"))):
+        if found.get(row["id"], {}).get("status") != "ok":
+            found[row["id"]] = row
     return list(found.values())
 
 
@@ -234,27 +289,32 @@ def write_json(path: Path, what: Any) -> None:
         raise cannot(f"write to {path.parent}", error, "choose another folder with --out") from None
 
 
-def _parsed(data: bytes) -> Iterator[dict[str, object]]:
-    """The lines that are rows; a torn one is not."""
-    for line in data.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "key" in row:
-            yield row
+def _record(where: str, row: dict[str, Any], lower: Collection[str] = ()) -> Record | None:
+    """The row; None, and told, where something is wrong with it.
+
+    Raises:
+        StoreError: it is a row of another version of the suite.
+    """
+    try:
+        return Record.from_json(row, lower)
+    except OtherSchema as error:
+        raise StoreError(f"{where}: {error}; choose another folder with --out") from None
+    except ValueError as error:
+        tell(f"{where}: {error}")
+        return None
 
 
 def _lower_is_better(out: Path) -> set[str]:
     """Metrics of which less is better, as runs before schema 4 stored it: in a folder of its own, by benchmark."""
-    return {name for one in read_folder(out, "metrics") for name, higher in one.get("metrics", {}).items() if not higher}
+    found = [one.get("metrics") for one in read_folder(out, "metrics")]
+    return {name for metrics in found if isinstance(metrics, dict) for name, higher in metrics.items() if not higher}
 
 
 def read_rows(out: Path) -> list[Record]:
-    """Every cell's row, in the order of the files: the first `ok` one, else the newest.
+    """Every cell's row, in the order of the files: the first `ok` one, else the newest. A row that is wrong is told and left out.
 
     Raises:
-        StoreError: no rows there, or rows that this version does not read.
+        StoreError: no rows there, none that can be read, or rows of another version.
     """
     files = sorted((out / "rows").glob("*.jsonl"))
     if not files:
@@ -262,12 +322,9 @@ def read_rows(out: Path) -> list[Record]:
     records: dict[str, Record] = {}
     lower = _lower_is_better(out)
     for path in files:
-        for number, row in enumerate(_parsed(path.read_bytes()), 1):
-            try:
-                record = Record.from_json(row, lower)
-            except ValueError as error:
-                raise StoreError(f"{path}, row {number}: {error}") from None
-            held = records.get(record.key.id)
-            if held is None or held.status != "ok":
+        for where, row in json_lines(path):
+            record = _record(where, row, lower)
+            held = None if record is None else records.get(record.key.id)
+            if record is not None and (held is None or held.status != "ok"):
                 records[record.key.id] = record
     return list(records.values())

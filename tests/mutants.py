@@ -359,6 +359,30 @@ FAULTS = (
         'special = chat == "raw"',
         "tests/test_prompts.py",
     ),
+    Fault(
+        "other records in one mean",
+        "reports/names.py",
+        "which = [data[key.benchmark][key.data], ",
+        "which = [",
+        "tests/test_report.py",
+    ),
+    Fault("lengths of answers in one line", "reports/names.py", "if len(lengths[where]) > 1", "if False", "tests/test_report.py"),
+    Fault("two weights, one name", "reports/names.py", "if len(revisions) == 1:", "if revisions:", "tests/test_report.py"),
+    Fault(
+        "names of pictures cut",
+        "reports/pictures.py",
+        '.exists())\n    return next(free, folder / f"{cut}_{len(list(folder.iterdir()))}{ending}")',
+        ")\n    return next(free)",
+        "tests/test_report.py",
+    ),
+    Fault("no number counts", "results/record.py", "or broken is None:", "or True:", "tests/test_report.py"),
+    Fault(
+        "values of another type",
+        "results/record.py",
+        "if wrong := wrong_field(",
+        "if False and wrong_field(",
+        "tests/test_report.py",
+    ),
 )
 HELPER = """
 

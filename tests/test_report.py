@@ -9,6 +9,7 @@ import ast
 import json
 import math
 import random
+import re
 import shutil
 import sys
 from dataclasses import fields, replace
@@ -17,14 +18,18 @@ from typing import Any
 
 import pytest
 
+from reports import plots
 from reports.compare import comparison
+from reports.evidence import kept_maps
 from reports.formats import Table, TableCell, latex, markdown
 from reports.keys import Protocol
 from reports.more_tables import length_tables
+from reports.names import named
+from reports.needles import needle_maps
 from reports.plots import panels
 from reports.present import score_tables
 from reports.summary import families, sentence, verdicts
-from reports.tables import lines
+from reports.tables import frame, lines
 from reports.write import write_report
 from results.record import Key, Record
 from results.store import Store, StoreError, read_rows
@@ -281,6 +286,105 @@ def test_broken_folders_get_one_line_or_a_report_that_says_so(tmp_path: Path) ->
         write_report(one)
 
 
+def test_what_is_no_number_is_told_and_not_counted(tmp_path: Path) -> None:
+    rows = [replace(row, metrics={"exact": math.nan}) if row.key.example == 2 else row for row in made_rows() if row.metrics]
+    found = lines(rows)
+    assert {line.n for line in found if line.score} == {7} == {line.score.n for line in found if line.score}
+    stored(tmp_path, rows)
+    assert {row.status for row in read_rows(tmp_path) if row.key.example == 2} == {"failed"}, "as a run of today would say"
+    said = _said(tmp_path)
+    assert "exact is no number (nan)" in said and "| 7 (1 failed) |" in said
+
+
+WRONG: dict[str, Any] = {
+    "metrics": {"exact": "right"},
+    "bytes_full": 0,
+    "kept": [[1, 2], [3]],
+    "columns": {"length": [1]},
+    "status": "fine",
+    "fidelity": None,
+    "entries": 10**400,
+    "answer": ["a"],
+}
+
+
+def test_a_row_that_is_wrong_is_told_with_file_and_line_and_the_others_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored(tmp_path, made_rows())
+    good = len(read_rows(tmp_path))
+    row = json.loads(made_rows()[0].to_json())
+    wrong = [json.dumps({**row, name: value}) for name, value in WRONG.items()]
+    wrong += [json.dumps({**row, "key": {**row["key"], "budget": "many"}}), "[1, 2]", "no JSON}", "[" * 100_000, '{"key": {}}']
+    (tmp_path / "rows" / "a.jsonl").write_text("\n".join([*wrong, '{"key": {"torn']) + "\n")
+    (tmp_path / "rows" / "folder.jsonl").mkdir()
+    (tmp_path / "rows" / "link.jsonl").symlink_to(tmp_path / "nowhere")
+    write_report(tmp_path)
+    assert len(read_rows(tmp_path)) == good
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == len(wrong) + 2 and "torn" not in said
+    assert all(f"a.jsonl, line {number}: " in said for number in range(1, len(wrong) + 1))
+    assert (
+        all(f"field '{name}'" in said for name in WRONG) and "folder.jsonl cannot be read" in said and "a link to nothing" in said
+    )
+    Store(tmp_path).write(replace(made_rows()[0], key=replace(KEY, example=99)))
+    assert len(read_rows(tmp_path)) == good + 1, "a run goes on in such a folder"
+
+
+def test_artefacts_that_are_wrong_are_told_and_left_out(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (
+        ("heads/2", '{"variant": "m", "kind": "r2", "attempts": 9, "successes": 8, "values": [[1], [2, 3]]}'),
+        ("routing/3", '{"model": "m"}'),
+        ("lm_eval/4", '{"model": "m", "results": []}'),
+        ("env/5", "[" * 100_000),
+    ):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / f"{name}.json").write_text(text)
+    (out / "commands.jsonl").write_text('{"when": 3, "command": "x"}\n{"when": "now"}\n')
+    (out / "judge").mkdir()
+    (out / "judge" / "j.jsonl").write_text('{"row": "1", "content": "c", "status": "ok", "rating": "high", "text": ""}\n')
+    (out / "cost").mkdir()
+    (out / "cost" / "rows.jsonl").write_text('{"id": "1", "status": "ok", "cell": {"what": "latency"}}\n{"id": 1}\n')
+    write_report(out)
+    said = capsys.readouterr().err
+    for name in ("heads/2.json", "routing/3.json", "lm_eval/4.json", "env/5.json", "commands.jsonl, line 1", "j.jsonl, line 1"):
+        assert name in said
+    assert "row 1: no field 'model'" in said and "rows.jsonl, line 2" in said and "Traceback" not in said
+
+
+def test_a_report_takes_the_place_of_another_as_a_whole(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(out)
+    folder = out / "report"
+    (folder / "paper_x.md").write_text("another command's")
+    (folder / "plots" / "old.png").write_text("no longer drawn")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    real = plots.save
+
+    def at_the_worst_moment(*_: Any) -> list[Path]:
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, "readers see the old one"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots, "save", at_the_worst_moment)
+    from helpers import call
+
+    assert call("report", "--out", str(out)) == 1, "a full disk is no fault of the request"
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    inside: list[Path] = []
+
+    def with_another_beside(*given: Any) -> list[Path]:
+        if not inside:
+            inside.append(folder)
+            monkeypatch.setattr(plots, "save", real)
+            write_report(out)
+            monkeypatch.setattr(plots, "save", with_another_beside)
+        return real(*given)
+
+    monkeypatch.setattr(plots, "save", with_another_beside)
+    write_report(out)
+    assert (folder / "paper_x.md").exists() and not (folder / "plots" / "old.png").exists()
+    assert len(list((folder / "plots").glob("*.svg"))) == 2 and sorted(path.name for path in out.glob(".draft*")) == []
+
+
 def test_rows_of_older_schemas_read_as_before(tmp_path: Path) -> None:
     rows = made_rows()
     assert read_rows(stored_by(3, tmp_path / "3", rows)) == [
@@ -322,6 +426,82 @@ def test_what_bears_a_name_but_is_not_the_same_is_told_apart() -> None:
     (family,) = [family for family in families(found) if len(family.tasks) == 2]
     assert sorted(cell.score.mean for cell in family.cells if cell.label.method == "mine") == [0.0, 1.0]
     assert not any(line.label.mark for line in lines(made_rows()))
+
+
+BEHIND = {  # fields of a key that no name, label or protocol shows: another value, and how it is told
+    "revision": ("s", "reference@r", "reference@s"),
+    "data": ("d1f0a9b7", "recall@1 1024 (records of no file)", "recall@1 1024 (records d1f0a9)"),
+    "benchmark_params": ("B(length=7)", "recall@1 1024 (settings", "recall@1 1024 (settings"),
+    "max_new_tokens": (12, "recall@1 1024 (answers of at most 8 tokens)", "recall@1 1024 (answers of at most 12 tokens)"),
+    "fidelity": (False, "recall@1 1024 (with fidelity)", "recall@1 1024 (without fidelity)"),
+    "params": ("M(kernel=3)", "full#", "full#"),
+    "method": ("full@2", "full#", "full#"),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_rows_whose_keys_differ_are_never_averaged_and_have_names_of_their_own(name: str, tmp_path: Path) -> None:
+    rows = [row for row in made_rows() if row.key.model == KEY.model and row.status == "ok"]
+    other, *told = BEHIND[name]
+    if name == "method":
+        rows = [row for row in rows if row.key.method == "full@1"]
+    apart = [replace(row, key=replace(row.key, **{name: other}), metrics={"exact": 1 - row.metrics["exact"]}) for row in rows]
+    found = lines([*rows, *apart])
+    assert len({(line.panel, line.label, line.budget) for line in found}) == len(found) == 2 * len(lines(rows))
+    shown = [f"{line.label.name} {line.model} {line.at.task}" for line in found]
+    assert all(any(words in text for text in shown) for words in told), shown[:4]
+    csv = frame(found)[["model", "benchmark", "prompt", "protocol", "method", "budget"]].astype(str)
+    assert name in ("params", "method") or not csv.duplicated().any()
+    means = {cell.score.mean for family in families(found) for cell in family.cells if cell.label.is_full}
+    assert means <= {0.0, 1.0} and means, "everything was right before, and nothing is now"
+    both = [replace(row, key=replace(row.key, benchmark="longbench_x_e@1"), columns={"words": 9}) for row in (*rows, *apart)]
+    only = [row for row in both if row.key.method.startswith("full") and row.key.example == 0]
+    assert [row[-3].text for table in length_tables(only) for row in table.rows] in (["1.00", "0.00"], ["0.00", "1.00"])
+    write_report(stored(tmp_path / "out", [*rows, *apart]))
+    assert len(list((tmp_path / "out" / "report" / "plots").glob("reference*.svg"))) == len(panels(found))
+
+
+def test_settings_are_told_in_words_and_hashes_as_far_as_they_differ() -> None:
+    rows = [_row(replace(KEY, benchmark_params=f"B(kind='a', length={n})", data=f"{'ab' * 9}{n}+cc"), 1.0, 1.0) for n in (5, 7)]
+    assert [str(at.task) for at in named(rows)] == [f"recall@1 1024 (records {'ab' * 9}{n}, length={n})" for n in (5, 7)]
+    variants = [replace(KEY, model="m+gqa-2", revision=text) for text in ("aaaaaaaa1", "bbbbbbbb1", "bbbbbbbb1-unhealed")]
+    parents = [replace(KEY, model="m", revision=text) for text in ("aaaaaaaa1", "bbbbbbbb1")]
+    ats = named([_row(key, 1.0, 1.0) for key in (*variants, *parents)])
+    assert [at.model for at in ats] == ["m+gqa-2@aaaaaa", "m+gqa-2@bbbbbb", "m@bbbbbb+gqa-2", "m@aaaaaa", "m@bbbbbb"]
+    assert str(ats[0].label) == "full on gqa-2@aaaaaa" and ats[0].label.conversion == "gqa"
+    assert [at.model for at in named([_row(variants[0], 1.0, 1.0)])] == ["m+gqa-2"], "nothing is told where nothing differs"
+
+
+def test_two_runs_of_models_that_share_a_name_are_compared_by_weights() -> None:
+    old, new = ([replace(row, key=replace(row.key, revision=text)) for row in made_rows()] for text in ("old", "new"))
+    worse = [replace(row, metrics={"exact": 0.0}) for row in new if row.status == "ok"]
+    tables = comparison(lines([*old, *worse]), lines(new), ("a", "b"))
+    scores = {row[4].value for table in tables for row in table.rows if row[0].text.startswith("full")}
+    assert tables and scores == {0.0}, "the second run's weights are the first's worse ones"
+
+
+def test_needle_maps_and_kept_maps_of_models_that_share_a_name_are_two(tmp_path: Path) -> None:
+    for folder in ("once", "twice"):
+        (tmp_path / folder).mkdir()
+    rows = [replace(row, columns={"context": 100, "depth": row.key.example}) for row in made_rows()]
+    rows = [row for row in rows if row.key.model == KEY.model]
+    once = [*needle_maps(rows, tmp_path / "once"), *kept_maps(rows, tmp_path / "once")]
+    rows += [replace(row, key=replace(row.key, revision="other")) for row in rows]
+    twice = [*needle_maps(rows, tmp_path / "twice"), *kept_maps(rows, tmp_path / "twice")]
+    assert len(set(twice)) == len(twice) == 2 * len(once) == 2 * 5
+
+
+def test_pictures_with_long_names_have_files_of_their_own(tmp_path: Path) -> None:
+    models = [f"{'a-model-with-a-long-name-' * 5}{n}" for n in range(2)] + ["a b", "a-b", "a/b"]
+    rows = [
+        replace(row, key=replace(row.key, model=model)) for model in models for row in made_rows() if row.key.model == KEY.model
+    ]
+    write_report(stored(tmp_path, rows))
+    plots = tmp_path / "report" / "plots"
+    assert len(list(plots.glob("*.svg"))) == len(models) * 2 and len(list(plots.glob("kept_*.png"))) == len(models)
+    page = (tmp_path / "report" / "scores.html").read_text()
+    images = re.findall(r'src="(data:image/png;base64,[^"]*)"', page)
+    assert len(set(images)) == len(images) == len(models)
 
 
 def test_the_direction_of_a_metric_is_its_own(tmp_path: Path) -> None:

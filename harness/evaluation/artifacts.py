@@ -15,7 +15,7 @@ from benchmarks.base import reads_data
 from harness.cache import Needs, Routing
 from harness.engine.model import Model
 from harness.evaluation.plan import Grid, Unit, opened
-from results.store import append_line, slug, write_json
+from results.store import append_line, own_name, slug, write_json
 
 SHOWN = 400  # tokens of a text whose experts are shown
 
@@ -43,10 +43,26 @@ def record_artifacts(out: Path, grid: Grid) -> None:
             write_json(out / "heads" / f"{scores.sha256}.json", {**about, "values": scores.values.tolist()})
 
 
+def _routing_file(folder: Path, model: Model) -> Path:
+    """Named by the model; where another of its name has that file, by its revision too."""
+    path = folder / f"{slug(model.name)}.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        theirs = (about["model"], about.get("revision", model.revision))
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        theirs = ("", "")
+    mine = (model.name, model.revision)
+    return path if theirs == mine else folder / f"{own_name('@'.join(mine))}.json"
+
+
 def record_routing(out: Path, model: Model, unit: Unit) -> None:
     """Writes `<out>/routing/<model>.json`, once: the expert of each token of a prompt in words, by routing and layer."""
-    path = out / "routing" / f"{slug(model.name)}.json"
-    if not model.routers or model.tokenizer is None or not unit.example.prompt or path.exists():
+    if not model.routers or model.tokenizer is None or not unit.example.prompt:
+        return
+    path = _routing_file(out / "routing", model)
+    if path.exists():
         return
     prompts = opened(model, unit).prompts
     if not prompts:
@@ -63,6 +79,7 @@ def record_routing(out: Path, model: Model, unit: Unit) -> None:
     }
     about = {
         "model": model.name,
+        "revision": model.revision,
         "benchmark": unit.task.name,
         "tokens": len(ids),
         "words": [model.tokenizer.decode([token]) for token in ids[:SHOWN]],

@@ -167,8 +167,9 @@ def judge_rows(judge: Judge, cases: Sequence[Case], out: Path, progress: Callabl
         StoreError: the folder cannot be written to; or nobody answers there, after as many misses as there are workers.
     """
     path = out / "judge" / f"{slug(judge.model)}.jsonl"
-    known = {line["content"]: line for line in judge_lines(path)}
-    rated = {line["row"] for line in judge_lines(path)}
+    mine = [line for line in judge_lines(path) if line.get("model", judge.model) == judge.model]  # names may share a file
+    known = {line["content"]: line for line in mine}
+    rated = {line["row"] for line in mine}
     tally = Tally()
     waiting: dict[str, list[Case]] = {}
     for case in cases:

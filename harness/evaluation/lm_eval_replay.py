@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.lm_eval_tasks import LmEval, aggregate
 from harness.evaluation.plan import Grid
-from results.record import Key, Record
+from results.record import Record, cell_id
 from results.store import read_rows, write_json
 
 
@@ -24,24 +21,19 @@ def replay(out: Path, grid: Grid) -> list[Path]:
     for row in read_rows(out) if mine else ():
         task = mine.get(row.key.benchmark)
         if task is not None and row.status == "ok" and (row.key.benchmark_params, row.key.data) == (repr(task), task.data):
-            cells.setdefault(_cell(row.key), []).append(row)
+            cells.setdefault(cell_id(row.key), []).append(row)
     return [_write(out, cell, mine[found[0].key.benchmark], found) for cell, found in cells.items()]
 
 
-def _cell(key: Key) -> str:
-    """All of the key but the example."""
-    return json.dumps({name: value for name, value in asdict(key).items() if name != "example"}, sort_keys=True)
-
-
 def _write(out: Path, cell: str, task: LmEval, rows: list[Record]) -> Path:
-    asked = json.loads(cell)
+    key = rows[0].key
     shown = ("model", "benchmark", "method", "budget", "prompt", "chat", "routing")
     about = {
-        **{name: asked[name] for name in shown},
+        **{name: getattr(key, name) for name in shown},
         "examples": len(rows),
         "compressed": sum(bool(row.compressed) for row in rows) / len(rows),
         "results": aggregate(task, {row.key.example: row.answer or "" for row in rows}),
     }
-    path = out / "lm_eval" / f"{hashlib.sha256(cell.encode()).hexdigest()[:16]}.json"
+    path = out / "lm_eval" / f"{cell}.json"
     write_json(path, about)
     return path
