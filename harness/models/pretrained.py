@@ -90,12 +90,12 @@ def is_tied(network: PreTrainedModel) -> bool:
 def _without_reports() -> Iterator[None]:
     """transformers prints tables of what did not fit; here that is one line."""
     logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    before = logger.disabled
+    logger.disabled = True  # a level of its own would make transformers check how the model is sharded, and say so
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.disabled = before
 
 
 def read_tokenizer(where: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
