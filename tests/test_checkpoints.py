@@ -80,7 +80,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(name: str, tmp_path: Path, 
     rewritten(tmp_path / "m", change)
     with pytest.raises(UnknownModel, match=said):
         opened(tmp_path / "m")
-    assert "REPORT" not in capfd.readouterr().err, "the refusal is one line"
+    assert not capfd.readouterr().err, "the refusal is one line"
 
 
 def test_tied_heads_and_buffers_of_old_are_not_missed(tmp_path: Path) -> None:
@@ -172,7 +172,8 @@ def test_a_variant_keeps_the_head_of_its_parent(text: str, tmp_path: Path) -> No
     kept = [name for name in before if not any(part in name for part in ("k_proj", "v_proj"))]
     assert "lm_head.weight" in kept and all(torch.equal(now[name], before[name]) for name in kept)
     if text == "none":
-        assert torch.equal(logits(again), logits(net))
+        ids = torch.arange(5, 25)
+        assert torch.equal(dense(again, ids), dense(net, ids))
 
 
 @pytest.mark.parametrize("text", ["gqa-2", "mixsga-1:1"])
@@ -339,3 +340,22 @@ def test_gemma2_without_its_softcap_is_gemma2_without_its_softcap(tmp_path: Path
     assert (prefill.logits - dense(net, ids)[-1]).abs().max() < 1e-4
     rows = rows_of(tmp_path, "random_tokens(length=64,max_new_tokens=4)")
     assert {row.status for row in rows} == {"ok"} and len(rows) == 4
+
+
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "flash-attn is not here": {"attn_implementation": "flash_attention_2"},
+    "code of its own beside a known family": {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}},
+    "another head": {"architectures": ["LlamaForSequenceClassification"]},
+    "a rope of old": {"rope_parameters": None, "rope_theta": 10000, "rope_scaling": None},
+    "no cache": {"use_cache": False},
+    "a padding of none": {"pad_token_id": -1},
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_configurations_of_other_machines_are_the_same_model(name: str, tmp_path: Path) -> None:
+    net = checkpoint(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **ELSEWHERE[name]}))
+    ids = torch.arange(5, 45)
+    assert (opened(tmp_path).prefill(ids, Needs(8))[0].logits - dense(net, ids)[-1]).abs().max() < 1e-4
