@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.base import Example
 from harness.cache import Needs
 from harness.cost.request import CostRequest, run_cost
-from harness.engine.generate import Stop
+from harness.engine.generate import Answer, Stop
 from harness.engine.model import Model
+from harness.engine.scoring import Likelihood
 from harness.evaluation.prompts import Protocol, tokenize
 from harness.evaluation.request import RunRequest
 from harness.evaluation.run import run_request, said
-from harness.evaluation.sweep import Cell, Sweep
+from harness.evaluation.sweep import Cell, Outcome, Sweep
 from harness.families import CannotConvert
 from harness.models.load import REFERENCE, UnknownModel, byte_tokenizer, check_name, load, parted, shipped_variant, source_of
 from harness.models.pretrained import digest_of
@@ -152,6 +154,16 @@ def test_what_is_no_number_is_a_failed_cell(task: str, fidelity: bool, tmp_path:
     found = rows_of(tmp_path, task, fidelity=fidelity)
     assert found and {row.status for row in found} == {"failed"}
     assert all("not a number" in (row.reason or "") and not row.metrics and not row.fidelity for row in found)
+
+
+def test_an_outcome_is_checked_for_what_is_no_number() -> None:
+    fine = Outcome(Answer([1]), {"kl": 0.0, "top1": 1.0, "loss": 0.1})
+    assert fine.checked() is fine
+    for wrong in (math.nan, math.inf):
+        assert Outcome(Answer([1]), {"kl": wrong, "loss": 0.1}).checked().failed == f"not a number: kl is {wrong}"
+    impossible, unknown = Likelihood(-math.inf, False, 1), Likelihood(math.nan, False, 1)
+    assert Outcome(Answer([], likelihoods={0: impossible})).checked().failed is None, "a token may be impossible"
+    assert Outcome(Answer([], likelihoods={0: impossible, 3: unknown})).checked().failed == "not a number: likelihood 3 is nan"
 
 
 def merged(folder: Path) -> Any:
