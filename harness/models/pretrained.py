@@ -37,6 +37,7 @@ def read_network(where: Path | str, dtype: torch.dtype, revision: str | None = N
             where,
             dtype=dtype,
             use_safetensors=True,
+            attn_implementation="eager",  # until a Model sets its own: a configuration may name one that is not installed here
             local_files_only=isinstance(where, Path),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
@@ -89,13 +90,16 @@ def is_tied(network: PreTrainedModel) -> bool:
 @contextmanager
 def _without_reports() -> Iterator[None]:
     """transformers prints tables of what did not fit; here that is one line."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.disabled
-    logger.disabled = True  # a level of its own would make transformers check how the model is sharded, and say so
+    logger = logging.getLogger("transformers.modeling_utils")  # its level is left alone: transformers asks for it
+    logger.addFilter(_no_report)
     try:
         yield
     finally:
-        logger.disabled = before
+        logger.removeFilter(_no_report)
+
+
+def _no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def read_tokenizer(where: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
