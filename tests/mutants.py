@@ -238,7 +238,7 @@ FAULTS = (
     Fault(
         "padding is routed", "harness/training/loop.py", "numbers.masked_fill(~self.real, -1)", "numbers", "tests/test_recipes.py"
     ),
-    Fault("evaluated records trained on", "harness/training/recipes.py", "not in known", "is not None", "tests/test_recipes.py"),
+    Fault("evaluated records trained on", "harness/training/corpora.py", "not in known", "is not None", "tests/test_recipes.py"),
     Fault(
         "others' words before one's own",
         "harness/engine/generate.py",
@@ -275,8 +275,16 @@ FAULTS = (
         ")\n    return next(free)",
         "tests/test_report.py",
     ),
+    Fault("a null becomes the word None", "benchmarks/data.py", 'return ""', 'return "None"', "tests/test_longbench.py"),
+    Fault("one question a document", "benchmarks/loogle.py", '"Q": row["question"]', '"Q": "?"', "tests/test_haystacks.py"),
     Fault("no number counts", "results/record.py", "or broken is None:", "or True:", "tests/test_report.py"),
-    Fault("values of another type", "results/record.py", "if wrong := wrong_field(", "if False and wrong_field(", "tests/test_report.py"),
+    Fault(
+        "values of another type",
+        "results/record.py",
+        "if wrong := wrong_field(",
+        "if False and wrong_field(",
+        "tests/test_report.py",
+    ),
 )
 HELPER = """
 
