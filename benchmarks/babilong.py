@@ -11,6 +11,7 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from benchmarks import data
 from benchmarks.base import CountTokens, Example, Metric
@@ -80,6 +81,7 @@ class BabiLong:
                 local=(f"babilong/{name}", name),
                 fields=("input", "question", "target"),
                 filled=("input", "question", "target"),
+                fault=_fault,
                 licence="Apache-2.0 (BABILong); facts CC BY 3.0 (bAbI), books public domain (PG-19)",
                 repository="RMT-team/babilong",
                 file=f"{name}-00000-of-00001.parquet",
@@ -98,14 +100,18 @@ class BabiLong:
 
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
         row, told = self.records().rows[index], instruction(self.task)
-        context = told.before + str(row["input"]).strip()
-        text = context + told.after.replace("{question}", str(row["question"]).strip())
+        context = told.before + data.text_of(row["input"]).strip()
+        text = context + told.after.replace("{question}", data.text_of(row["question"]).strip())
         columns: dict[str, str | int | float] = {"length": self.length}
-        return Example(index, text, len(context), (str(row["target"]),), self.new_tokens, None, columns)
+        return Example(index, text, len(context), (data.text_of(row["target"]),), self.new_tokens, None, columns)
 
     def score(self, answer: str, example: Example) -> dict[str, float]:
-        question = str(self.records().rows[example.index]["question"])
+        question = data.text_of(self.records().rows[example.index]["question"])
         return {"accuracy": 100.0 * right(self.task, answer, question, example.answers[0])}
+
+
+def _fault(row: dict[str, Any]) -> str | None:
+    return data.no_text(row, "input", "question", "target")
 
 
 def right(task: int, answer: str, question: str, target: str) -> bool:

@@ -22,7 +22,7 @@ from benchmarks.base import Data
 from harness.errors import UserError
 
 OPENERS: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
-ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet", ".json")  # .json: lines too
 
 
 class BadData(UserError):
@@ -41,6 +41,49 @@ class Source:
     revision: str = "main"
     filled: tuple[str, ...] = ()  # of the fields, those that may not be empty
     fault: Callable[[dict[str, Any]], str | None] | None = None  # what else is wrong with a record
+
+
+def text_of(value: Any) -> str:
+    """A record's text: null is none, a number its digits, and a conversation of one user turn what the user says.
+
+    Raises:
+        ValueError: anything else, which would be read as its Python form.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        return str(value)
+    turns = value if isinstance(value, list) and all(isinstance(turn, dict) for turn in value) else []
+    if len(turns) == 1 and turns[0].get("role") == "user" and isinstance(turns[0].get("content"), str):
+        return str(turns[0]["content"])
+    if turns:
+        raise ValueError(f"a conversation of {len(turns)} turns; a text, or one turn of a user, is expected")
+    raise ValueError(f"a {type(value).__name__}, where a text is expected")
+
+
+def texts_of(value: Any) -> tuple[str, ...]:
+    """One text or several: lists of lists are one list, and what is null is left out.
+
+    Raises:
+        ValueError: none is left, or something that is no text.
+    """
+    parts = [part for one in value for part in (one if isinstance(one, list) else [one])] if isinstance(value, list) else [value]
+    found = tuple(text_of(part) for part in parts if part is not None)
+    if not found:
+        raise ValueError("empty")
+    return found
+
+
+def no_text(row: dict[str, Any], *names: str) -> str | None:
+    """Of a record's fields, the first that cannot be read as a text, in words."""
+    for name in names:
+        try:
+            text_of(row.get(name))
+        except ValueError as error:
+            return f"field {name!r} is {error}"
+    return None
 
 
 @lru_cache(maxsize=64)
@@ -191,6 +234,7 @@ def _from_hub(source: Source, data_dir: Path | None) -> Data:
         return _checked(source, read(path), shown, shown)
     try:
         with zipfile.ZipFile(path) as opened:
-            return _checked(source, opened.read(member), shown, shown)
+            same = [name for name in opened.namelist() if name.rpartition("/")[2] == member.rpartition("/")[2]]
+            return _checked(source, opened.read(member if member in same or not same else same[0]), shown, shown)
     except (KeyError, zipfile.BadZipFile, OSError) as error:
         raise BadData(f"{shown} cannot be read: {error}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks import data
 from benchmarks.base import CountTokens, Example, Metric
@@ -18,7 +18,17 @@ from benchmarks.wording import rouge
 
 def _source(local: str, repository: str, file: str, licence: str) -> Source:
     fields = ("instruction", "prompt", "output")
-    return Source((f"instruct/{local}", local), fields, licence, repository, file, filled=("prompt", "output"))
+    return Source((f"instruct/{local}", local), fields, licence, repository, file, filled=("prompt", "output"), fault=_fault)
+
+
+def _fault(row: dict[str, Any]) -> str | None:
+    if row["instruction"] is None:
+        return "field 'instruction' is null"
+    try:
+        data.texts_of(row["output"])
+    except ValueError as error:
+        return f"field 'output' is {error}"
+    return data.no_text(row, "instruction", "prompt", "input")
 
 
 SETS: dict[str, Source] = {
@@ -68,17 +78,17 @@ class Instruct:
 
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
         row = self.records().rows[index]
-        output = row["output"]
-        answers = tuple(map(str, output)) if isinstance(output, list) else (str(output),)
-        prompt = str(row["prompt"]) if self.template == "record" else self.question(index)
-        topic = str(row.get("topic") or row.get("category") or "")
+        answers = data.texts_of(row["output"])
+        prompt = data.text_of(row["prompt"]) if self.template == "record" else self.question(index)
+        named = row.get("topic") or row.get("category")
+        topic = "" if isinstance(named, list | dict) else str(named or "")
         return Example(index, prompt, len(prompt), answers, self.new_tokens, None, {"topic": topic} if topic else {})
 
     def question(self, index: int) -> str:
         """Instruction and input, without a template around them."""
         row = self.records().rows[index]
-        given = str(row.get("input") or "").strip()
-        return str(row["instruction"]) + (f"\n\n{given}" if given else "")
+        given = data.text_of(row.get("input")).strip()
+        return data.text_of(row["instruction"]) + (f"\n\n{given}" if given else "")
 
     def score(self, answer: str, example: Example) -> dict[str, float]:
         return {"rougeL": 100 * max(rouge("rougeL", answer, wanted)[2] for wanted in example.answers)}

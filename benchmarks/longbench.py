@@ -127,7 +127,11 @@ def _fault(task: str, answers: Any, classes: Any, words: Any) -> str | None:
 
 
 def _fault_of(task: str) -> Callable[[dict[str, Any]], str | None]:
-    return lambda row: _fault(task, row["answers"], row["all_classes"], row["length"])
+    def fault(row: dict[str, Any]) -> str | None:
+        empty = "field 'context' is null" if row["context"] is None else None
+        return empty or data.no_text(row, "input", "context") or _fault(task, row["answers"], row["all_classes"], row["length"])
+
+    return fault
 
 
 _FAULTS = {task: _fault_of(task) for task in KINDS}  # one function a task, so that equal sources are equal
@@ -185,8 +189,8 @@ class LongBench:
         row = self.records().rows[index]
         prompt = official_prompt(self.task)
         before, after = prompt.template.split("{context}")
-        context = before + str(row["context"])
-        text = context + after.replace("{input}", str(row["input"]))
+        context = before + data.text_of(row["context"])
+        text = context + after.replace("{input}", data.text_of(row["input"]))
         answers = tuple(str(answer) for answer in row["answers"])
         columns: dict[str, str | int | float] = {"words": int(row["length"])}
         return Example(index, text, len(context), answers, prompt.max_new_tokens, None, columns)

@@ -1,8 +1,10 @@
 """LooGLE: questions on long documents, short dependency and long dependency by its four kinds, by F1 as in HeadKV's tables.
 
 Li et al., "LooGLE: Can Long-Context Language Models Understand Long Contexts?", 2023. arxiv.org/abs/2311.04939
-A document carries several questions: an example is one of them. The prompt is read from the data folder's copy of LooGLE's own;
-where that is missing, a line of ours stands in, and the data's hash says so.
+A document carries several questions: an example is one of them. Records are documents with their questions (`input`,
+`qa_pairs`), or, as the hub shows them since 2025, one question each with its document (`context`, `question`, `answer`). The
+prompt is read from the data folder's copy of LooGLE's own; where that is missing, a line of ours stands in, and the data's
+hash says so.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ KINDS: dict[str, tuple[str, str | None, int]] = {  # file, type of its questions
     "timeline": ("longdep_qa", "timeline_reorder", 32),
     "computation": ("longdep_qa", "computation", 32),
 }
+SHARD = "test-00000-of-00001"  # the hub's files, in folders of their own
 OWN_PROMPT = "Read the document, then answer the question about it.\n\n{input}\n\nQuestion: {Q}\nAnswer: "
 
 
@@ -64,7 +67,8 @@ class LooGLE:
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
         document, question, answer = _questions(self.kind, self.data_dir)[index]
         before, after = _prompt(self.kind, self.data_dir).split("{input}")
-        context = before + str(self.records().rows[document]["input"])
+        row = self.records().rows[document]
+        context = before + data.text_of(row["context"] if _is_flat(row) else row["input"])
         text = context + after.replace("{Q}", question)
         return Example(index, text, len(context), (answer,), self.new_tokens or KINDS[self.kind][2])
 
@@ -72,21 +76,42 @@ class LooGLE:
         return {"f1": 100 * qa_f1(answer, example.answers[0])}
 
 
+def _is_flat(row: dict[str, Any]) -> bool:
+    """One question with its document?"""
+    return "qa_pairs" not in row and "question" in row
+
+
 def _pairs(row: dict[str, Any]) -> list[dict[str, Any]]:
     """
     Raises:
         ValueError: no list of questions and answers, neither as such nor as a Python literal.
     """
+    if _is_flat(row):
+        return [{"Q": row["question"], "A": row["answer"], "type": row.get("type") or row.get("task")}]
     try:
         found = ast.literal_eval(row["qa_pairs"]) if isinstance(row["qa_pairs"], str) else row["qa_pairs"]
     except (SyntaxError, MemoryError, RecursionError):
         raise ValueError("no Python literal") from None
     if not isinstance(found, list) or not all(isinstance(pair, dict) and {"Q", "A"} <= set(pair) for pair in found):
         raise ValueError("no list of questions with answers")
+    for pair in found:
+        if pair["Q"] is None or pair["A"] is None:
+            raise ValueError("a question or answer is null")
+        if wrong := data.no_text(pair, "Q", "A"):
+            raise ValueError(wrong)
     return found
 
 
 def _fault(row: dict[str, Any]) -> str | None:
+    fields = ("context", "question", "answer") if _is_flat(row) else ("input", "qa_pairs")
+    missing = next((name for name in fields if name not in row), None)
+    if missing is not None:
+        return f"no field {missing!r}"
+    empty = next((name for name in fields if name != "qa_pairs" and row[name] in (None, "")), None)
+    if empty is not None:
+        return f"field {empty!r} is empty"
+    if wrong := data.no_text(row, *(name for name in fields if name != "qa_pairs")):
+        return wrong
     try:
         _pairs(row)
     except ValueError as error:
@@ -98,13 +123,12 @@ def _records(kind: str, data_dir: Path | None) -> Data:
     file = KINDS[kind][0]
     return data.load(
         Source(
-            local=(f"loogle/{file}", file),
-            fields=("input", "qa_pairs"),
-            filled=("input",),
+            local=(f"loogle/{file}", file, f"loogle/{file}/{SHARD}", f"{file}/{SHARD}"),
+            fields=(),
             fault=_fault,
             licence="MIT (LooGLE); its documents keep their own",
             repository="bigai-nlco/LooGLE",
-            file=f"data/{file}.json",
+            file=f"data.zip::{file}.json",
         ),
         data_dir,
     )
@@ -116,9 +140,12 @@ def _questions(kind: str, data_dir: Path | None) -> tuple[tuple[int, str, str], 
     wanted = KINDS[kind][1]
     rows = _records(kind, data_dir).rows
     pairs = [(number, pair) for number, row in enumerate(rows) for pair in _pairs(row)]
-    found = tuple((n, str(pair["Q"]), str(pair["A"])) for n, pair in pairs if wanted is None or pair.get("type") == wanted)
+    asked = [(number, pair) for number, pair in pairs if wanted is None or pair.get("type") == wanted]
+    found = tuple((number, data.text_of(pair["Q"]), data.text_of(pair["A"])) for number, pair in asked)
     if not found:
-        raise BadData(f"{_records(kind, data_dir).source} holds no question of type {wanted!r}")
+        untold = any(map(_is_flat, rows)) and not any(row.get("type") for row in rows)
+        hint = ": these records do not tell the types of their questions, the older ones with qa_pairs do" if untold else ""
+        raise BadData(f"{_records(kind, data_dir).source} holds no question of type {wanted!r}{hint}")
     return found
 
 

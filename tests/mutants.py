@@ -375,6 +375,8 @@ FAULTS = (
         ")\n    return next(free)",
         "tests/test_report.py",
     ),
+    Fault("a null becomes the word None", "benchmarks/data.py", 'return ""', 'return "None"', "tests/test_longbench.py"),
+    Fault("one question a document", "benchmarks/loogle.py", '"Q": row["question"]', '"Q": "?"', "tests/test_haystacks.py"),
     Fault("no number counts", "results/record.py", "or broken is None:", "or True:", "tests/test_report.py"),
     Fault(
         "values of another type",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import random
+import zipfile
 from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import DATA, call
@@ -179,6 +181,37 @@ def test_loogle_records_that_are_broken(tmp_path: Path) -> None:
         loogle._questions.cache_clear()
         with pytest.raises(BadData, match=said):
             LooGLE("timeline", data_dir=tmp_path).size  # noqa: B018
+
+
+def test_loogle_as_the_hub_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"doc_id": "d", "task": "shortdep_qa", "context": "A document.", "question": "How many?", "answer": "a few"}
+    rows = [row, {**row, "question": "Who?", "answer": "nobody"}]
+    for name in ("shortdep_qa.jsonl", "shortdep_qa/test-00000-of-00001.jsonl"):
+        path = tmp_path / name.replace("/", "-") / "loogle" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+        task = LooGLE("short_qa", data_dir=tmp_path / name.replace("/", "-"))
+        examples = [task.example(number, 0, len) for number in range(task.size)]
+        assert [example.answers for example in examples] == [("a few",), ("nobody",)]
+        assert all("A document." in example.prompt[: example.context_end] for example in examples)
+        assert "Question: Who?" in examples[1].prompt[examples[1].context_end :]
+    old = {"input": "A document.", "qa_pairs": [{"Q": "How many?", "A": "a few"}, {"Q": "Who?", "A": "nobody"}]}
+    archive = tmp_path / "models--x" / "snapshots" / "commit" / "data.zip"
+    archive.parent.mkdir(parents=True)
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("data/shortdep_qa.json", json.dumps(old) + "\n")
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file, **__: asked.append(file) or str(archive))
+    (tmp_path / "empty").mkdir()
+    from_hub = LooGLE("short_qa", data_dir=tmp_path / "empty")
+    assert [from_hub.example(n, 0, len).prompt for n in range(from_hub.size)] == [example.prompt for example in examples]
+    assert asked == ["data.zip"]
+    for broken, says in (({"question": None}, "'question' is empty"), ({"context": ["a"]}, "'context' is a list")):
+        folder = tmp_path / says.split("'")[1] / "loogle"
+        folder.mkdir(parents=True)
+        (folder / "shortdep_qa.jsonl").write_text(json.dumps({**row, **broken}) + "\n")
+        with pytest.raises(BadData, match=f"line 1: field {says}"):
+            _ = LooGLE("short_qa", data_dir=folder.parent).size
 
 
 def test_pieces_of_a_text_are_read_in_order_and_end_with_it(tmp_path: Path, reference: Model) -> None:

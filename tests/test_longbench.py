@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,12 +163,64 @@ ROW = {"input": "q", "context": "c", "answers": ["a"], "length": 3, "all_classes
         (json.dumps({**ROW, "answers": "yes"}), "answers is not a list of texts"),
         (json.dumps({**ROW, "length": None}), "length is not a whole number"),
         (json.dumps({**ROW, "input": "\ud800"}), "line 1: not JSON"),
+        (json.dumps({**ROW, "context": None}), "line 1: field 'context' is null"),
+        (json.dumps({**ROW, "context": ["one passage", "another"]}), "line 1: field 'context' is a list, where a text"),
+        (json.dumps({**ROW, "answers": ["a", None]}), "answers is not a list of texts"),
         ("", "holds no record"),
     ],
 )
 def test_broken_records_are_named_by_file_and_line(text: str | bytes, says: str, tmp_path: Path) -> None:
     with pytest.raises(BadData, match=says):
         _ = records(tmp_path, text).size
+
+
+def test_a_null_input_is_no_input(tmp_path: Path) -> None:
+    found, wanted = (records(tmp_path / str(n), json.dumps({**ROW, "input": text})) for n, text in enumerate((None, "")))
+    assert found.example(0, 0, len) == wanted.example(0, 0, len)
+
+
+INSTRUCTION = {"instruction": "say", "prompt": "say it", "output": "it"}
+
+
+def instructions(folder: Path, **fields: Any) -> Instruct:
+    (folder / "instruct").mkdir(parents=True)
+    (folder / "instruct" / "dolly_eval.jsonl").write_text(json.dumps({**INSTRUCTION, **fields}) + "\n")
+    return Instruct(data_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "answers"),
+    [
+        ({"output": ["a", "b"]}, "say it", ("a", "b")),
+        ({"output": [["a", "b"], "c"]}, "say it", ("a", "b", "c")),
+        ({"output": ["a", None]}, "say it", ("a",)),
+        ({"output": 7}, "say it", ("7",)),
+        ({"prompt": [{"role": "user", "content": "hello"}], "input": None, "topic": None}, "hello", ("it",)),
+    ],
+)
+def test_instruction_records_as_people_have_them(
+    fields: dict[str, Any], prompt: str, answers: tuple[str, ...], tmp_path: Path
+) -> None:
+    task = instructions(tmp_path, **fields)
+    assert (task.example(0, 0, len).prompt, task.example(0, 0, len).answers) == (prompt, answers)
+    assert replace(task, template="plain").example(0, 0, len).prompt == "say" and task.example(0, 0, len).columns == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"output": None}, "field 'output' is empty"),
+        ({"output": [None]}, "field 'output' is empty"),
+        ({"output": [{"text": "a"}]}, "field 'output' is a dict"),
+        ({"instruction": None}, "field 'instruction' is null"),
+        ({"prompt": None}, "field 'prompt' is empty"),
+        ({"prompt": [{"role": "system", "content": "be good"}, {"role": "user", "content": "hello"}]}, ".* 2 turns"),
+        ({"input": ["a"]}, "field 'input' is a list"),
+    ],
+)
+def test_instruction_records_that_cannot_be_read_are_named(fields: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(BadData, match=f"line 1: {says}"):
+        _ = instructions(tmp_path, **fields).size
 
 
 def test_large_and_packed_records_are_read(tmp_path: Path) -> None:

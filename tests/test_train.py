@@ -190,6 +190,22 @@ def test_only_outputs_of_instructions_are_trained_on(tmp_path: Path) -> None:
             text_batches(tokenizer, tmp_path / "t.txt", 64, 1, 0)
 
 
+def test_instructions_of_other_hands_are_read_right_or_refused_by_line(tmp_path: Path) -> None:
+    tokenizer: Any = load("reference", torch.float32, torch.device("cpu")).tokenizer
+    path = tmp_path / "own.jsonl"
+    row = {"prompt": "ask", "output": "one\u2028two"}
+    forms = {"prompt": [{"role": "user", "content": "ask"}], "output": [["one\u2028two"], None]}
+    digests = set()
+    for one in (row, forms):
+        path.write_bytes(b"\xef\xbb\xbf" + (json.dumps(one, ensure_ascii=False) + "\r\n\r\n").encode() * 20)
+        digests.add(instruct_batches(tokenizer, path, 8, 1, 0).digest)
+    assert len(digests) == 1
+    for broken in ({"output": None}, {"prompt": None}, {"output": {"text": "a"}}):
+        path.write_text(json.dumps(row) + "\n" + json.dumps({**row, **broken}) + "\n")
+        with pytest.raises(BadText, match="line 2"):
+            instruct_batches(tokenizer, path, 8, 1, 0)
+
+
 def test_the_command_makes_a_variant_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "books"
     text.mkdir()

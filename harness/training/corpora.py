@@ -21,6 +21,12 @@ from harness.errors import first_line
 from harness.training.data import BadText, ExampleBatches, PackedBatches
 
 VALIDATION, TRAINING = 500, 14_000  # records of Dolly; its other 500 are DollyEval, which is measured
+
+
+def _no_record(row: dict[str, Any]) -> str | None:
+    return data.no_text(row, "instruction", "context", "response")
+
+
 DOLLY = Source(
     ("instruct/databricks-dolly-15k", "databricks-dolly-15k"),
     ("instruction", "context", "response"),
@@ -28,6 +34,7 @@ DOLLY = Source(
     "databricks/databricks-dolly-15k",
     "databricks-dolly-15k.jsonl",
     filled=("instruction", "response"),
+    fault=_no_record,
 )
 DOLLY_IN_PROMPTS = "instruct/dolly_train"  # the same in MiniLLM's form, with prompt and output, if the user has it
 MINIPILE = "JeanKaddour/minipile"
@@ -50,19 +57,29 @@ def dolly(tokenizer: Any, data_dir: Path | None, length: int, rows: int, seed: i
 
 
 def _in_prompts(data_dir: Path | None) -> list[dict[str, str]]:
-    source = Source((DOLLY_IN_PROMPTS,), ("prompt", "output"), DOLLY.licence, filled=("prompt", "output"))
-    return [{"prompt": row["prompt"], "output": row["output"]} for row in data.load(source, data_dir).rows]
+    source = Source((DOLLY_IN_PROMPTS,), ("prompt", "output"), DOLLY.licence, filled=("prompt", "output"), fault=_no_example)
+    rows = data.load(source, data_dir).rows
+    return [{"prompt": data.text_of(row["prompt"]), "output": data.texts_of(row["output"])[0]} for row in rows]
+
+
+def _no_example(row: dict[str, Any]) -> str | None:
+    try:
+        data.texts_of(row["output"])
+    except ValueError as error:
+        return f"field 'output' is {error}"
+    return data.no_text(row, "prompt")
 
 
 def _worded(data_dir: Path | None) -> list[dict[str, str]]:
     evaluated = data.load(SETS["dolly"], data_dir).rows
     prompt = template_of(evaluated)
-    known = {(row["instruction"].strip(), row.get("input", "").strip()) for row in evaluated}
-    return [
-        {"prompt": prompt(row["instruction"].strip(), row["context"].strip()), "output": row["response"].strip()}
-        for row in data.load(DOLLY, data_dir).rows
-        if (row["instruction"].strip(), row["context"].strip()) not in known
-    ]
+    known = {_texts_of(row, "instruction", "input") for row in evaluated}
+    found = [_texts_of(row, "instruction", "context", "response") for row in data.load(DOLLY, data_dir).rows]
+    return [{"prompt": prompt(asked, given), "output": said} for asked, given, said in found if (asked, given) not in known]
+
+
+def _texts_of(record: dict[str, Any], *names: str) -> tuple[str, ...]:
+    return tuple(data.text_of(record.get(name)).strip() for name in names)
 
 
 def template_of(records: Sequence[dict[str, Any]]) -> Callable[[str, str], str]:
@@ -73,8 +90,8 @@ def template_of(records: Sequence[dict[str, Any]]) -> Callable[[str, str], str]:
     """
     forms: dict[bool, Counter[tuple[str, ...]]] = {True: Counter(), False: Counter()}
     for record in records:
-        parts = [record["instruction"].strip(), record.get("input", "").strip()]
-        around, rest = [], str(record["prompt"])
+        parts = _texts_of(record, "instruction", "input")
+        around, rest = [], data.text_of(record["prompt"])
         for part in filter(None, parts):
             before, found, rest = rest.partition(part)
             around += [before] if found else []

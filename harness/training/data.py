@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import data
 from harness.errors import UserError
 from harness.training.loop import IGNORED, Batch
 from harness.training.reference_data import Documents
@@ -175,10 +175,12 @@ class ExampleBatches:
 
 
 def _example(tokenizer: Any, row: dict[str, Any], length: int) -> tuple[list[int], int]:
-    output = row["output"][0] if isinstance(row["output"], list) else row["output"]
-    asked = tokenizer(str(row["prompt"]))["input_ids"]
+    if row["prompt"] is None:
+        raise ValueError("prompt is null")
+    output = data.texts_of(row["output"])[0]
+    asked = tokenizer(data.text_of(row["prompt"]))["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    said = [*tokenizer(str(output), add_special_tokens=False)["input_ids"], *end]
+    said = [*tokenizer(output, add_special_tokens=False)["input_ids"], *end]
     return [*asked, *said][:length], min(len(asked), length)
 
 
@@ -218,13 +220,9 @@ def instruct_batches(tokenizer: Any, path: Path, length: int, rows: int, seed: i
         BadText: see `PackedBatches`; or a line that is no such record.
     """
     documents = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadText(f"--instruct {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, row in data.lines(data.read(path), f"--instruct {path}"):
         try:
-            ids, asked = _example(tokenizer, json.loads(line), length)
+            ids, asked = _example(tokenizer, row, length)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise BadText(f"--instruct {path}, line {number}: a record with prompt and output is expected ({error})") from None
         documents.append((ids, [place >= asked for place in range(len(ids))]))
