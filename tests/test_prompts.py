@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -10,6 +14,7 @@ from benchmarks.base import Example, Request
 from harness.evaluation.loglikelihood import likelihood_prompts
 from harness.evaluation.prompts import CannotPrompt, Protocol, tokenize
 from harness.models.load import byte_tokenizer
+from harness.training.data import instruct_batches
 
 BYTES = byte_tokenizer()
 
@@ -101,6 +106,17 @@ def test_there_is_one_begin_token_whoever_writes_it() -> None:
     for text in ("some words", "<s>some words"):
         piece = tokenize(tokenizer, Example(0, text, 6, (), 0, piece=(0, 8)), Protocol(), 100)
         assert tokenizer.decode(piece.ids) == "<s>some wo"
+
+
+def test_training_reads_one_begin_token_too(tmp_path: Path) -> None:
+    tokenizer = with_begin_token()
+    ids = []
+    for begin in ("", "<s>"):
+        path = tmp_path / f"{len(begin)}.jsonl"
+        rows = [{"prompt": f"{begin}ab", "output": "cd"} for _ in range(8)]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        ids.append(instruct_batches(tokenizer, path, 8, 1, 0)(0).ids)
+    assert torch.equal(*ids) and "<s>ab" in (said := tokenizer.decode(ids[0][0].repeat(2))) and "<s><s>" not in said
 
 
 def test_likelihoods_have_one_begin_token_too() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import data
 from harness.errors import UserError
+from harness.evaluation.prompts import writes_begin
 from harness.training.loop import IGNORED, Batch
 from harness.training.reference_data import Documents
 from harness.training.reference_model import WEIGHTS, Phase
@@ -178,10 +179,16 @@ def _example(tokenizer: Any, row: dict[str, Any], length: int) -> tuple[list[int
     if row["prompt"] is None:
         raise ValueError("prompt is null")
     output = data.texts_of(row["output"])[0]
-    asked = tokenizer(data.text_of(row["prompt"]))["input_ids"]
+    asked = _ids(tokenizer, data.text_of(row["prompt"]))
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     said = [*tokenizer(output, add_special_tokens=False)["input_ids"], *end]
     return [*asked, *said][:length], min(len(asked), length)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """With the begin token once: many templates write it as text."""
+    ids: list[int] = tokenizer(text, add_special_tokens=not writes_begin(tokenizer, text))["input_ids"]
+    return ids
 
 
 @lru_cache(maxsize=2)
@@ -207,7 +214,7 @@ def text_batches(tokenizer: Any, path: Path, length: int, rows: int, seed: int) 
         texts = [file.read_text(encoding="utf-8", errors="replace") for file in paths]
     except OSError as error:
         raise BadText(f"--text {path}: {error.strerror}") from None
-    documents = [tokenizer(text)["input_ids"] for text in texts if text.strip()]
+    documents = [_ids(tokenizer, text) for text in texts if text.strip()]
     if not documents:
         raise BadText(f"--text {path}: no text there")
     return PackedBatches.of([(ids, [True] * len(ids)) for ids in documents], length, rows, seed)
