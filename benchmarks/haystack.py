@@ -15,6 +15,7 @@ from benchmarks.base import CountTokens
 from benchmarks.data import BadData, Data
 from benchmarks.prose import sentences
 
+SPARE = 64  # tokens that may stay empty behind the last sentence, in a short haystack
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -50,16 +51,21 @@ class Haystack:
         """As many sentences as fit into `tokens`, each with a space before it.
 
         Raises:
-            BadData: the user's texts are shorter than that.
+            BadData: the user's texts are shorter than that, or one of their sentences is so long that much room stays empty.
         """
         found: list[str] = []
+        left = tokens
         for text in self.sentences(seed):
             if self.lines and len(found) == len(self.lines):
                 whole = sum(_size(line, count_tokens) for line in self.lines)
-                raise BadData(f"haystack {self.source} holds {whole} tokens; {whole + tokens} are asked for")
-            tokens -= _size(text, count_tokens)
-            if tokens < 0:
+                raise BadData(f"haystack {self.source} holds {whole} tokens; {tokens} are asked for")
+            size = _size(text, count_tokens)
+            if size > left:
+                if self.lines and left > max(SPARE, tokens // 10):
+                    where = f"haystack {self.source}: a sentence of {size} tokens does not fit into the {left} that are left"
+                    raise BadData(f"{where} of {tokens}, so that the prompt would be shorter than it says: break its sentences")
                 break
+            left -= size
             found.append(text)
         return found
 

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 from reports.cost import Cost
+from reports.formats import literal
 from reports.keys import Label
 from reports.pictures import place
 from reports.style import style_of
@@ -35,7 +36,7 @@ def cost_pictures(found: Sequence[Cost], folder: Path) -> list[Path]:
             _bars(axes, mine)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
         way = () if decode == "eager" else (f"decode {decode}",)
-        figure.suptitle(", ".join((str(panel), *way)), fontsize=10)
+        figure.suptitle(literal(", ".join((str(panel), *way))), fontsize=10)
         paths.append(_saved(figure, folder, f"cost_{'_'.join((*panel.place, *way))}"))
     for panel in dict.fromkeys(cost.panel for cost in found):
         held = {_cell(cost): cost for cost in found if cost.panel == panel and cost.memory and "footprint" in cost.memory}
@@ -77,13 +78,13 @@ def _footprints(held: Sequence[Cost], title: str) -> Figure:
             reading.plot(*_mib(read), color="grey", linewidth=1.4, label="every method, while it reads")
         style = style_of(Label(cost.method))
         manner = {"color": _colour(cost.method), "linestyle": style.dash, "marker": style.marker, "linewidth": 1.4}
-        answering.plot(*_mib([(at - context, size) for at, size in after]), label=cost.label, **manner)
+        answering.plot(*_mib([(at - context, size) for at, size in after]), label=literal(cost.label), **manner)
     reading.set(xlabel="tokens read", ylabel="keys and values, MiB", ylim=(0, None))
     answering.set(xlabel="tokens answered")
     for axis in (reading, answering):
         axis.grid(alpha=0.25, linewidth=0.5)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    figure.suptitle(f"{title}, {context:,} tokens" + (f", batch {batch}" if batch > 1 else ""), fontsize=10)
+    figure.suptitle(literal(f"{title}, {context:,} tokens" + (f", batch {batch}" if batch > 1 else "")), fontsize=10)
     return figure
 
 
@@ -92,7 +93,7 @@ SHOWN = ("ms a token", "peak while decoding, MiB", "peak until the first token, 
 
 def _bars(axes: Any, mine: Sequence[Cost]) -> None:
     """Of one context: a bar a method and budget, the floor marked on it."""
-    labels = [cost.label for cost in mine]
+    labels = [literal(cost.label) for cost in mine]
     places = range(len(mine))
     colours = [_colour(cost.method) for cost in mine]
     values = (
@@ -133,7 +134,9 @@ def _lines(axes: Any, line: Sequence[Cost], label: str, method: str) -> None:
         [m - min(r) for m, r in zip(middle, rounds, strict=True)],
         [max(r) - m for m, r in zip(middle, rounds, strict=True)],
     ]
-    axes[0].errorbar(contexts, middle, yerr=spread, label=label, linestyle=style.dash, linewidth=1.2, capsize=2, **manner)
+    axes[0].errorbar(
+        contexts, middle, yerr=spread, label=literal(label), linestyle=style.dash, linewidth=1.2, capsize=2, **manner
+    )
     axes[0].plot(contexts, [cost.floor_ms for cost in timed], color=manner["color"], linestyle=":", linewidth=1)
     for axis, peak in ((axes[1], "decode_peak"), (axes[2], "prefill_peak")):
         values = [(cost.memory or {})[peak] / 2**20 for cost in watched]

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from reports.formats import literal
 from reports.heads import head_map
 from reports.keys import LineKey
 from reports.names import named
@@ -63,12 +64,13 @@ def _kept(model: str, found: Sequence[tuple[Record, LineKey]], folder: Path) -> 
         axis.set_visible(False)
     for axis, (method, values) in zip(axes.flat, sorted(shown.items()), strict=False):
         image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=largest, interpolation="nearest")
-        axis.set_title(f"{method}: {values.min()} to {values.max()}", fontsize=8)
+        axis.set_title(literal(f"{method}: {values.min()} to {values.max()}"), fontsize=8)
         axis.tick_params(labelsize=7)
     figure.supxlabel("query head", fontsize=8)
     figure.supylabel("layer", fontsize=8)
     figure.colorbar(image, ax=axes, label="entries read", shrink=0.9)
-    figure.suptitle(f"{model}, one prompt of {replace(first.task, length=None)}, {first.asked.prompt}, at {budget}", fontsize=9)
+    title = f"{model}, one prompt of {replace(first.task, length=None)}, {first.asked.prompt}, at {budget}"
+    figure.suptitle(literal(title), fontsize=9)
     path = place(folder, f"kept_{model}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -91,11 +93,11 @@ def routing_pictures(found: Sequence[Mapping[str, Any]], folder: Path) -> list[P
                 left += values[:, expert]
             axis.set(xlim=(0, 1), xlabel="share of the tokens", ylabel="layer", yticks=range(len(values)))
             axis.invert_yaxis()
-            axis.set_title(routing.replace("_", " "), fontsize=9)
+            axis.set_title(literal(routing.replace("_", " ")), fontsize=9)
         experts = [plt.Rectangle((0, 0), 1, 1, facecolor=colour) for colour in EXPERTS[: values.shape[1]]]
         names = [f"expert {number + 1}" for number in range(values.shape[1])]
         figure.legend(experts, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-        figure.suptitle(f"{one['model']}, {one['tokens']} tokens of {one['benchmark']}", fontsize=9)
+        figure.suptitle(literal(f"{one['model']}, {one['tokens']} tokens of {one['benchmark']}"), fontsize=9)
         path = place(folder, f"routing_{one['model']}")
         figure.savefig(path, dpi=150)
         plt.close(figure)

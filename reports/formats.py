@@ -26,6 +26,16 @@ class Table:
     section: str = ""  # of a page, which several tables share; "": its own, of the table's title
 
 
+def literal(text: str) -> str:
+    """For a picture: a dollar begins no formula, and a name with a leading underscore is not left out of a legend."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def for_spreadsheets(text: str) -> str:
+    """For a CSV: what a spreadsheet would take for a formula gets an apostrophe before it."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def words(*texts: str) -> tuple[TableCell, ...]:
     return tuple(TableCell(text) for text in texts)
 
@@ -35,16 +45,21 @@ def markdown(tables: Sequence[Table], level: int = 2) -> str:
 
 
 def _markdown(table: Table, level: int) -> str:
-    lines = [f"{'#' * level} {table.title}", ""]
+    lines = [f"{'#' * level} {_plain(table.title)}", ""]
     for note in table.notes:
-        lines += [note, ""]
+        lines += [_plain(note), ""]
     lines += [_row(table.header), f"|{'---|' * len(table.header)}"]
     lines += [_row([f"**{cell.text}**" if cell.best else cell.text for cell in row]) for row in table.rows]
     return "\n".join([*lines, ""])
 
 
 def _row(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(text.replace('|', '&#124;').replace(chr(10), ' ') for text in texts)} |"
+    return f"| {' | '.join(_plain(text).replace('|', '&#124;') for text in texts)} |"
+
+
+def _plain(text: str) -> str:
+    """For Markdown: on one line, and no tag of HTML."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.splitlines()))
 
 
 def latex(tables: Sequence[Table]) -> str:
@@ -59,7 +74,8 @@ def _latex(table: Table) -> str:
     lines += [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", f"{' & '.join(map(escaped, table.header))} \\\\", "\\midrule"]
     for row in table.rows:
         shown = [f"\\textbf{{{escaped(cell.text)}}}" if cell.best else escaped(cell.text) for cell in row]
-        lines.append(f"{' & '.join(shown)} \\\\")
+        opened = "{}" if shown[0].startswith(("[", "*")) else ""  # an argument of the line before
+        lines.append(f"{opened}{' & '.join(shown)} \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
 
 

@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from reports.formats import literal
+
 
 def head_map(shares: np.ndarray, title: str, path: Path) -> None:
     """Layer x head as a heat map, and the heads in descending order with their running total.
@@ -21,7 +23,7 @@ def head_map(shares: np.ndarray, title: str, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
     image = left.imshow(shares, aspect="auto", cmap="cividis", vmin=0.0, interpolation="nearest")
     figure.colorbar(image, ax=left, label="share of all scores")
-    left.set(xlabel="query head", ylabel="layer", title=title)
+    left.set(xlabel="query head", ylabel="layer", title=literal(title))
     left.set_xticks(range(0, heads, max(1, heads // 8)))
     left.set_yticks(range(0, layers, max(1, layers // 8)))
     descending = np.sort(shares.ravel())[::-1]

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
+from reports.formats import literal
 from reports.keys import LineKey, PanelKey, number
 from reports.names import named
 from reports.pictures import place
@@ -67,11 +68,11 @@ def _figure(where: PanelKey, maps: Mapping[MapKey, Mapping[Spot, Sequence[float]
     for axis, key in zip(axes.flat, ordered, strict=False):
         shown = _map(axis, maps[key], lengths, depths)
         values = [value for one in maps[key].values() for value in one]
-        axis.set_title(f"{key}: {np.mean(values):.0f} % of {len(values)}", fontsize=9)
+        axis.set_title(literal(f"{key}: {np.mean(values):.0f} % of {len(values)}"), fontsize=9)
     figure.supxlabel("tokens of the prompt", fontsize=9)
     figure.supylabel("depth of the needle, %", fontsize=9)
     asked = (where.model, str(where.task), where.protocol.prompt)
-    figure.suptitle(f"{', '.join(asked)}\n{where.protocol}", fontsize=9)
+    figure.suptitle(literal(f"{', '.join(asked)}\n{where.protocol}"), fontsize=9)
     figure.colorbar(shown, ax=axes, label="words of the answer found, %", shrink=0.8)
     name, mark = f"needle_{'_'.join(asked)}", f"_{where.protocol.short}"
     paths = [place(folder, name, ending, mark) for ending in (".png", ".svg")]

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reports.formats import literal
 from reports.paper_points import Drawing, PaperPoint
 from reports.style import COLOURS
 
@@ -40,11 +41,11 @@ def paper_figure(points: Sequence[PaperPoint], drawing: Drawing, title: str, pat
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, mine) in zip(axes, panels.items(), strict=True):
         _panel(axis, mine, drawing)
-        axis.set(title=name, xlabel=drawing.counted if _has_columns(mine) else "")
+        axis.set(title=literal(name), xlabel=drawing.counted if _has_columns(mine) else "")
     first = next(iter(panels))
     axes[0].set_ylabel(first if first in drawing.apart else drawing.measured)
     axes[-1].legend(fontsize=7)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(literal(title), fontsize=10)
     figure.savefig(path, dpi=150)
     return True
 
@@ -61,7 +62,7 @@ def _panel(axis: Axes, points: Sequence[PaperPoint], drawing: Drawing) -> None:
         manner: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "markersize": 4}
         for drawn, style, label in ((measured, "-o", method), (printed, ":x", f"{method}, paper")):
             if drawn:
-                axis.plot(*zip(*sorted(drawn), strict=True), style, label=label, **manner)
+                axis.plot(*zip(*sorted(drawn), strict=True), style, label=literal(label), **manner)
     axis.set_xticks(list(ticks.values()), [place.name for place in ticks], fontsize=8)
     axis.grid(alpha=0.3)
 

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reports.formats import literal
 from reports.keys import Label, PanelKey
 from reports.pictures import place
 from reports.statistics import Estimate
@@ -75,7 +76,7 @@ def save(panel: Panel, folder: Path) -> list[Path]:
         _draw(axis, panel, field, what)
         handles, labels = axis.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles, strict=True))
-    figure.suptitle(panel.at.title, fontsize=10, y=1 - 0.08 / high)
+    figure.suptitle(literal(panel.at.title), fontsize=10, y=1 - 0.08 / high)
     entries = (list(labelled.values()), list(labelled))
     below: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.0)}
     figure.legend(*entries, ncols=LEGEND_COLUMNS, fontsize=8, frameon=False, **below)
@@ -159,7 +160,7 @@ def _draw(axis: Axes, panel: Panel, field: str, what: str) -> dict[str, list[str
             heights = [max(value.mean, LEAST_KL) if field == "kl" else value.mean for _, value, _ in points]
             axis.scatter([share for share, _, _ in points], heights, s=90, alpha=0.0, gid=group, zorder=9)
             tips[group] = [_tip(label, share, value, line) for share, value, line in points]
-    axis.set(xscale="log", xlabel="bytes kept, share of the full cache (measured)", ylabel=what)
+    axis.set(xscale="log", xlabel="bytes kept, share of the full cache (measured)", ylabel=literal(what))
     for text in (axis.xaxis.label, axis.yaxis.label):
         text.set_fontsize(8)
     axis.set_xticks(*_ticks(panel.lines))
@@ -192,7 +193,7 @@ def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], label: Label) ->
         [share for share, _ in points],
         means,
         yerr=spread,
-        label=str(label),
+        label=literal(str(label)),
         color=style.colour,
         marker=style.marker,
         fillstyle="full" if style.filled else "none",

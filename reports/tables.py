@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import pandas as pd
 
+from reports.formats import for_spreadsheets
 from reports.keys import Label, LineKey, PanelKey, Protocol
 from reports.names import named
 from reports.statistics import Estimate, estimate, holm, paired_difference, proportion
@@ -190,7 +191,7 @@ def frame(found: Sequence[Line]) -> pd.DataFrame:
 def _asked(line: Line) -> dict[str, object]:
     method = f"{line.label.name}@{line.at.asked.method_version}"
     where = {"model": line.model, "benchmark": str(line.at.task), "prompt": line.protocol.prompt, "protocol": str(line.protocol)}
-    return {**where, "method": method, "budget": line.budget}
+    return {name: for_spreadsheets(text) for name, text in {**where, "method": method, "budget": line.budget}.items()}
 
 
 def _measured(line: Line) -> dict[str, object]:
@@ -200,5 +201,5 @@ def _measured(line: Line) -> dict[str, object]:
         if name in ESTIMATES:
             row |= {f"{name}_{part}": None if value is None else getattr(value, part) for part in ("mean", "low", "high")}
         else:
-            row[name] = value
+            row[name] = for_spreadsheets(value) if isinstance(value, str) else value
     return row

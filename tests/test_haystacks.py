@@ -96,6 +96,17 @@ def test_haystacks_of_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixtur
         Haystack.of(tmp_path / "empty")
 
 
+def test_a_haystack_is_as_long_as_its_row_says_or_refused(tmp_path: Path) -> None:
+    for name, text in (("giant", "word " * 5000 + "."), ("short", "A few words are here. " * 500)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(text)
+    assert (
+        sum(len(line.split()) for line in Haystack.of(tmp_path / "short").fill(900, "s", lambda text: len(text.split()))) == 900
+    )
+    with pytest.raises(BadData, match="a sentence of 5001 tokens does not fit into the 900"):
+        Haystack.of(tmp_path / "giant").fill(900, "s", lambda text: len(text.split()))
+
+
 def test_variables_that_hold_the_value_are_those_of_its_chain(reference: Model) -> None:
     task = RulerVariables(chains=3, hops=2)
     for number in range(20):

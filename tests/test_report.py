@@ -552,7 +552,19 @@ def test_every_form_escapes() -> None:
     assert r"\textless{}b\textgreater{}|" in latex([table])
     assert r"\textbf{\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}}" in latex([table])
     assert r"\caption{a \& b\_c. 100 \% of \$x\$}" in latex([table]) and r"x\_1 & 50\%" in latex([table])
-    assert "| <b>&#124; | **#{}~^\\** |" in markdown([table])
+    assert "| &lt;b>&#124; | **#{}~^\\** |" in markdown([table])
+    bracket = Table("t", ("a",), ((TableCell("[x]"),),))
+    assert "{}[x]" in latex([bracket]), "no argument of the line before"
+
+
+def test_names_are_no_markup_of_pictures_and_spreadsheets(tmp_path: Path) -> None:
+    name = "=_$x^$"
+    rows = [replace(row, key=replace(row.key, model=name)) for row in made_rows() if row.key.model == KEY.model]
+    rows += [replace(row, key=replace(row.key, method="_$h^{$@1")) for row in rows if row.key.method == "h2o@1"]
+    write_report(stored(tmp_path, rows))
+    assert "'=_$x^$," in (tmp_path / "report" / "scores.csv").read_text()
+    drawn = [path.read_text() for path in (tmp_path / "report" / "plots").glob("*.svg")]
+    assert drawn and all("_$h^{$" in svg and name in svg for svg in drawn), "in the legend and in the title"
 
 
 @pytest.fixture(scope="module")
