@@ -67,7 +67,7 @@ def test_cells_that_cannot_run_are_rows_with_a_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--suite", "nonsense"), "no suite 'nonsense'; known: default, smoke"),
+        (("--suite", "nonsense"), "no suite 'nonsense'; known: default, smollm2"),
         (("--model", "random:nonsense"), "no shape 'nonsense'; known: tiny-llama"),
         (("--model", "./no/such/folder"), "no such folder"),
         (("--model", "surely/not-there"), "neither a folder here nor reachable"),
