@@ -13,12 +13,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from harness.errors import UserError
 from harness.files import whole
@@ -41,6 +41,7 @@ from results.record import Key, OtherSchema, Record
 
 
 LOCK = ".lock"  # one file a folder
+CLAIMS = ".claims"  # what processes work on just now
 
 
 class StoreError(UserError, OSError):
@@ -99,6 +100,30 @@ class Store:
         self._status[record.key.id] = record.status
         self._read_to[path] = size
         return True
+
+    @contextmanager
+    def claim(self, what: str, wait: bool = True) -> Iterator[bool]:
+        """Holds `what` against other processes of this folder; one that is killed lets go of it.
+
+        Returns:
+            False: another process holds it, which does not happen where this one waits.
+        """
+        path = self.rows / CLAIMS / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.lock"
+        lock = FileLock(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            lock.acquire(blocking=wait)
+        except Timeout:
+            yield False
+            return
+        except OSError as error:
+            raise cannot(f"write to {path.parent}", error, "rows written before are safe") from None
+        try:
+            yield True
+        finally:
+            with suppress(OSError):  # who waits for it holds a file without a name then; at worst a cell is worked on twice
+                path.unlink()
+            lock.release()
 
     def _file(self, key: Key) -> Path:
         parts = (key.model, key.benchmark, key.method)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,15 @@ def test_reports_and_help_need_no_torch(tmp_path: Path) -> None:
         command = [sys.executable, "-c", f"{blocked} sys.exit(run_all.main({arguments!r}))"]
         done = subprocess.run(command, cwd=Path(run_all.__file__).parent, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_closes_the_pipe_sees_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        command = [sys.executable, "run_all.py", "list", "methods"]
+        done = subprocess.run(command, cwd=Path(run_all.__file__).parent, stdout=closed, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1 and done.stderr == b""
 
 
 def test_the_run_path_needs_neither_datasets_nor_lm_eval(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from benchmarks.random_tokens import RandomTokens
 from harness.cache import Budget
 from harness.evaluation.plan import Grid, units
 from harness.evaluation.prompts import Protocol
-from harness.evaluation.run import Sweeps, run_unit
+from harness.evaluation.run import Sweeps, in_turn, run_unit
 from methods import METHODS
 from reports.tables import lines
 from results.record import Key, Record
@@ -194,6 +194,23 @@ def finished(out: Path) -> list[str]:
             except ValueError:
                 continue
     return ids
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_runs_at_once_take_other_prompts(killed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, grid = tiny("llama"), replace(GRID, limit=3)
+    first, second = Store(tmp_path), Store(tmp_path)
+    ours, theirs = (in_turn(units(model, grid, store), store) for store in (first, second))
+    held = next(ours)
+    others = [next(theirs), next(theirs)]
+    assert held.example.index == 0 and [unit.example.index for unit in others] == [1, 2]
+    if not killed:
+        for record in run_unit(Sweeps(model), held, "env"):
+            first.write(record)
+    ours.close()
+    (last,) = theirs
+    assert last.example.index == 0 and len(last.left) == (5 if killed else 0)
+    assert "has 1 of the prompts in hand" in capsys.readouterr().err and not list((tmp_path / "rows" / ".claims").iterdir())
 
 
 def test_killed_at_twenty_moments_nothing_is_lost_or_doubled(tmp_path: Path) -> None:

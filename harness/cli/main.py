@@ -28,7 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
             parser(program()).print_help()
             return 2
         options.arguments = given
-        return _guarded(options)
+        code = _guarded(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who read has closed the pipe: `list methods | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only print a traceback of the goodbye
         print("\nstopped; what is finished is stored, and the same command goes on from there", file=sys.stderr)

@@ -91,6 +91,11 @@ class Unit:
     finished: frozenset[Cell] = frozenset()  # those that have a row
 
     @property
+    def name(self) -> str:
+        """The same for everyone who asks for the same cells."""
+        return " ".join(sorted(key.id for key in self.keys.values()))
+
+    @property
     def left(self) -> list[Cell]:
         return [cell for cell in self.keys if cell not in self.finished]
 
@@ -201,6 +206,11 @@ def grids_of(request: RunRequest, registry: Registry) -> dict[str, Grid]:
     return found
 
 
+def marked(unit: Unit, store: Store) -> Unit:
+    """The same, with the cells that have a finished row by now."""
+    return replace(unit, finished=frozenset(cell for cell, key in unit.keys.items() if store.finished(key)))
+
+
 def units(model: Model, grid: Grid, store: Store | None = None) -> Iterator[Unit]:
     """Every prompt of the grid with its cells; those that have a finished row in the store are marked."""
     cells = grid.cells()
@@ -212,8 +222,7 @@ def units(model: Model, grid: Grid, store: Store | None = None) -> Iterator[Unit
                 continue
             unit = Unit(label, task, example, protocol, seed, _limit(model, task, example, protocol), {})
             unit.keys.update((cell, key_of(model, grid, unit, cell)) for cell in cells)
-            finished = [] if store is None else [cell for cell, key in unit.keys.items() if store.finished(key)]
-            yield replace(unit, finished=frozenset(finished))
+            yield unit if store is None else marked(unit, store)
 
 
 def checked(model: Model, found: Iterator[Unit]) -> Iterator[Unit]:

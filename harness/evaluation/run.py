@@ -31,6 +31,7 @@ from harness.evaluation.plan import (
     check_tasks,
     checked,
     grids_of,
+    marked,
     opened,
     plan_of,
     requests_behind,
@@ -126,7 +127,7 @@ def _run_on(model: Model, request: RunRequest, grid: Grid, found: Iterator[Unit]
     tally = Tally()
     with tqdm(total=grid.size, unit="cell", desc=model.name, delay=1, file=sys.stderr) as bar:
         left = grid.size
-        for unit in found:
+        for unit in in_turn(found, store):
             keys |= {key.id for key in unit.keys.values()}
             record_routing(request.out, model, unit)
             left -= len(unit.finished)
@@ -137,6 +138,27 @@ def _run_on(model: Model, request: RunRequest, grid: Grid, found: Iterator[Unit]
                 bar.update(1)
         bar.total = bar.n  # a text may have had fewer pieces than were asked for
     return tally
+
+
+def in_turn(found: Iterator[Unit], store: Store) -> Iterator[Unit]:
+    """The units, each claimed while it is worked on: another process in the same folder takes others. What was claimed elsewhere
+    comes last, with what is then left of it, so that nothing stays undone where the other process is killed.
+    """
+    elsewhere: list[Unit] = []
+    for unit in found:
+        if not unit.left:
+            yield unit
+            continue
+        with store.claim(unit.name, wait=False) as mine:
+            if mine:
+                yield marked(unit, store)  # it may have been finished since it was listed
+            else:
+                elsewhere.append(unit)
+    if elsewhere:
+        print(f"another process in {store.out} has {len(elsewhere)} of the prompts in hand; waiting for it", file=sys.stderr)
+    for unit in elsewhere:
+        with store.claim(unit.name):
+            yield marked(unit, store)
 
 
 def plans_of(request: RunRequest, registry: Registry) -> list[Plan]:
