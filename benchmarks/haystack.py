@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -26,6 +27,7 @@ class Haystack:
     lines: tuple[str, ...] = ()
     sha256: str = ""
     source: str = ""
+    cut: bool = False  # at a word, where a sentence is longer than the room that is left
 
     @classmethod
     def of(cls, folder: Path | None) -> Haystack:
@@ -61,13 +63,23 @@ class Haystack:
                 raise BadData(f"haystack {self.source} holds {whole} tokens; {tokens} are asked for")
             size = _size(text, count_tokens)
             if size > left:
-                if self.lines and left > max(SPARE, tokens // 10):
+                much = left > max(SPARE, tokens // 10)
+                if self.cut and much:
+                    found.append(_beginning(text, left, count_tokens))
+                elif self.lines and much:
                     where = f"haystack {self.source}: a sentence of {size} tokens does not fit into the {left} that are left"
                     raise BadData(f"{where} of {tokens}, so that the prompt would be shorter than it says: break its sentences")
                 break
             left -= size
             found.append(text)
         return found
+
+
+def _beginning(text: str, tokens: int, count_tokens: CountTokens) -> str:
+    """As many whole words as fit."""
+    words = text.split()
+    count = bisect_right(range(1, len(words) + 1), tokens, key=lambda count: _size(" ".join(words[:count]), count_tokens))
+    return " ".join(words[:count])
 
 
 @lru_cache(maxsize=4)
@@ -87,7 +99,7 @@ def _read(folder: Path) -> Haystack:
 def _of_manual() -> Haystack:
     text = manual.manual()
     lines = tuple(" ".join(line.split()) for line in SENTENCE_END.split(text) if line.strip())
-    return Haystack(lines, hashlib.sha256(text.encode()).hexdigest()[:16], "Python's manual")
+    return Haystack(lines, hashlib.sha256(text.encode()).hexdigest()[:16], "Python's manual", cut=True)
 
 
 @dataclass(frozen=True)

@@ -96,15 +96,19 @@ def test_haystacks_of_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixtur
         Haystack.of(tmp_path / "empty")
 
 
+def count_words(text: str) -> int:
+    return len(text.split())
+
+
 def test_a_haystack_is_as_long_as_its_row_says_or_refused(tmp_path: Path) -> None:
     for name, text in (("giant", "word " * 5000 + "."), ("short", "A few words are here. " * 500)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text(text)
-    assert (
-        sum(len(line.split()) for line in Haystack.of(tmp_path / "short").fill(900, "s", lambda text: len(text.split()))) == 900
-    )
+    assert sum(len(line.split()) for line in Haystack.of(tmp_path / "short").fill(900, "s", count_words)) == 900
     with pytest.raises(BadData, match="a sentence of 5001 tokens does not fit into the 900"):
-        Haystack.of(tmp_path / "giant").fill(900, "s", lambda text: len(text.split()))
+        Haystack.of(tmp_path / "giant").fill(900, "s", count_words)
+    lengths = [sum(len(text.split()) for text in Haystack.of(Path("python")).fill(700, f"{n}", count_words)) for n in range(100)]
+    assert min(lengths) >= 630 and max(lengths) <= 700, "the manual's long sentences are cut"
 
 
 def test_variables_that_hold_the_value_are_those_of_its_chain(reference: Model) -> None:
