@@ -149,7 +149,7 @@ class HeadScores:
             data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
             found = json.loads(data)
         except (OSError, lzma.LZMAError, ValueError) as error:
-            raise BadScores(f"head scores {path} cannot be read: {error}") from None
+            raise BadScores(f"head scores {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
         if not isinstance(found, dict):
             raise BadScores(f"head scores {path}: a JSON object is expected, of one list a head")
         if "format" not in found:

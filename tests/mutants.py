@@ -53,7 +53,7 @@ FAULTS = (
     Fault(
         "drafts behind the end counted",
         "harness/engine/generate.py",
-        "accepted = len(answer.tokens) - before - 1",
+        "accepted = max(0, len(answer.tokens) - before - 1)",
         "accepted += 0",
     ),
     Fault(
@@ -403,8 +403,6 @@ def survives(fault: Fault) -> bool:
             shutil.copy(ROOT / file, copy / file)
         path = copy / fault.file
         text = path.read_text()
-        if text.count(fault.right) < 1:
-            raise SystemExit(f"{fault.name}: {fault.right!r} is no longer in {fault.file}")
         path.write_text(text.replace(fault.right, fault.wrong) + (HELPER if "_mean_lengths" in fault.wrong else ""))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", *fault.tests.split()]
         return subprocess.run(command, cwd=copy, capture_output=True, check=False).returncode == 0
@@ -412,6 +410,8 @@ def survives(fault: Fault) -> bool:
 
 def main() -> int:
     alive = []
+    if stale := [fault.name for fault in FAULTS if fault.right not in (ROOT / fault.file).read_text()]:
+        raise SystemExit(f"the code has changed under these faults: {', '.join(stale)}")
     asked = [fault for fault in FAULTS if not sys.argv[1:] or fault.name in sys.argv[1:]]
     for fault in asked:
         noticed = not survives(fault)

@@ -25,6 +25,13 @@ def test_no_link_is_dead(page: Path) -> None:
             assert (page.parent / target.split("#")[0]).exists(), target
 
 
+def test_pages_that_the_code_names_are_there() -> None:
+    for room in ("benchmarks", "harness", "methods", "reports", "results"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            for page in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text()):
+                assert (ROOT / page).exists(), f"{path.name}: {page}"
+
+
 @pages
 def test_every_command_that_is_shown_is_one(page: Path) -> None:
     text = page.read_text().replace("\\\n", " ")

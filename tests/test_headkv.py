@@ -17,6 +17,7 @@ from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, TEXTS
 from harness.cache import Arena, Needs, keep_all
 from harness.engine.rows import compact
 from harness.errors import BadRequest
+from harness.evaluation.head_scores import SHIPPED
 from harness.models.load import REFERENCE, load
 from harness.papers.importance import Estimate, Journal, attempt, estimate_scores, observe, succeeded
 from methods import METHODS
@@ -231,6 +232,14 @@ def test_an_estimate_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert (resumed.runs == whole.runs).all() and not journal.exists()
     assert 0 < whole.successes <= whole.attempts == 5
     assert whole.values.max() <= 1
+
+
+def test_the_scores_shipped_for_smollm2_are_of_its_shape_and_say_how_they_were_made() -> None:
+    (path,) = SHIPPED["smollm2"].glob("*.json")
+    shipped = HeadScores.load(path)
+    shipped.check("smollm2", shipped.revision, 30, 9)
+    assert shipped.kind == "r2" and shipped.attempts == shipped.settings["attempts"] >= shipped.successes == len(shipped.runs) > 0
+    assert shipped.settings["chat"] == "template" and shipped.settings["needles"] == "text"
 
 
 def test_the_embedded_models_scores_are_its_own_and_come_again() -> None:

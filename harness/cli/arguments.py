@@ -44,7 +44,7 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_plugin(command)
     add("--suite", help="a suite of `list suites`; the options below narrow or change it (default: default)")
-    add("--model", help="reference, random:<shape>, a folder or a hub id; several with commas")
+    add("--model", help="reference, smollm2, random:<shape>, a folder, a .gguf file or a hub id; several with commas")
     add("--revision", help="of a hub id")
     add("--methods", help="such as snapkv,h2o or snapkv(kernel=5); h2o:pyramid puts another allocator behind a scorer")
     add("--budgets", help="KV sizes (128) or shares of the full cache (25%%), with commas")
@@ -157,7 +157,7 @@ def _add_score(command: argparse.ArgumentParser) -> None:
 def _add_reproduce(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("table", help="such as headkv:table2; `list papers` names them, with what each needs")
-    add("--model", help="reference, a folder or a hub id (default: the paper's)")
+    add("--model", help="reference, smollm2, a folder, a .gguf file or a hub id (default: the paper's)")
     add("--paper-model", help="which of the paper's models, a part of its name (default: the first)")
     add("--fair", action="store_true", help="a row a KV head and chat templates: equal bytes")
     add("--limit", type=int, help="examples of each task (default: 200)")
@@ -201,7 +201,7 @@ def _add_plugin(command: argparse.ArgumentParser) -> None:
 def _add_model(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_plugin(command)
-    add("--model", required=True, help="reference, random:<shape>, a folder or a hub id")
+    add("--model", required=True, help="reference, smollm2, random:<shape>, a folder, a .gguf file or a hub id")
     add("--revision", help="of a hub id")
     _add_device(command)
 

@@ -13,7 +13,7 @@ from methods.headkv import BadScores, HeadScores
 
 SHIPPED = {
     "reference": REFERENCE / "head_scores",
-    "smollm2": Path(__file__).parents[1] / "models" / "head_scores",  # docs/head-importance.md says how they were measured
+    "smollm2": Path(__file__).parents[1] / "models" / "head_scores",  # docs/smollm2.md says how they were estimated
 }
 
 
