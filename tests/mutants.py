@@ -366,6 +366,13 @@ FAULTS = (
         "which = [",
         "tests/test_report.py",
     ),
+    Fault(
+        "stopped without a checkpoint",
+        "harness/training/loop.py",
+        "== recipe.steps or stopped()",
+        "== recipe.steps",
+        "tests/test_train.py",
+    ),
     Fault("lengths of answers in one line", "reports/names.py", "if len(lengths[where]) > 1", "if False", "tests/test_report.py"),
     Fault("two weights, one name", "reports/names.py", "if len(revisions) == 1:", "if revisions:", "tests/test_report.py"),
     Fault(

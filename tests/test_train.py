@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -114,6 +116,26 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(text: str, optimiz
     for (name, ours), theirs in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6), name
     assert progress.tokens == 6 * 3 * 40 and progress.losses[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_training_keeps_every_step(number: int, tmp_path: Path) -> None:
+    stopped, made = trainable("llama", "gqa-2"), batches()
+
+    def until(step: int) -> Batch:
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return made(step)
+
+    before = signal.getsignal(number)
+    recipe = replace(FAST, save_every=100)
+    with pytest.raises(KeyboardInterrupt):
+        heal(stopped, Course(recipe, until), tmp_path)
+    assert signal.getsignal(number) is before
+    seen: list[int] = []
+    resumed = trainable("llama", "gqa-2")
+    heal(resumed, Course(recipe, lambda step: (seen.append(step), made(step))[1]), tmp_path)
+    assert seen == [5], "the step under way was finished and stored"
 
 
 def test_training_learns_and_only_what_it_is_told_to(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -60,8 +61,12 @@ def memory_errors() -> Iterator[None]:
     except MemoryError:
         raise OutOfMemory("out of memory") from None
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        if isinstance(error, torch.OutOfMemoryError):
             raise OutOfMemory(f"out of memory: {str(error).splitlines()[0]}") from None
+        if "DefaultCPUAllocator" in str(error):
+            wanted = re.search(r"allocate (\d+) bytes", str(error))
+            how_much = f": {int(wanted[1]) / 2**30:,.1f} GiB more were wanted" if wanted else ""
+            raise OutOfMemory(f"out of memory{how_much}") from None
         raise
 
 

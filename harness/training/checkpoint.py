@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -38,6 +41,31 @@ def sharded(network: torch.nn.Module) -> bool:
 def whole_weights(network: PreTrainedModel) -> dict[str, Any]:
     """All weights on the host, wherever they lie; of sharded ones only in the first process. Every process has to call it."""
     return get_model_state_dict(network, options=WHOLE) if sharded(network) else network.state_dict()
+
+
+@contextmanager
+def stops_between_steps(alone: bool) -> Iterator[Callable[[], bool]]:
+    """Holds SIGINT and SIGTERM back until the loop asks whether one has come. A second one interrupts at once.
+
+    Args:
+        alone: False leaves signals as they are: other processes of the training would wait for a checkpoint that this one writes.
+    """
+    come: list[int] = []
+
+    def hold(number: int, _: Any) -> None:
+        if come:
+            raise KeyboardInterrupt
+        come.append(number)
+
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(come)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def forget(folder: Path) -> None:

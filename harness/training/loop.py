@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from harness.engine.model import own_attention
 from harness.families import routers
-from harness.training.checkpoint import CannotTrain, resume, save
+from harness.training.checkpoint import CannotTrain, resume, save, stops_between_steps
 from harness.training.recipes import Recipe
 from methods.mixsga_router import Router
 
@@ -87,10 +87,14 @@ class Course:
 def heal(network: PreTrainedModel, course: Course, folder: Path) -> Progress:
     """Trains the network in place. Goes on from the last checkpoint in `folder`, if it is of the same training.
 
+    SIGINT and SIGTERM end it behind the step under way, with a checkpoint; of several processes, which may be at different steps,
+    at once.
+
     The last checkpoint stays, so that nothing is lost before the network is saved: `forget` removes it.
 
     Raises:
         CannotTrain: see there.
+        KeyboardInterrupt: it was stopped.
     """
     recipe = course.recipe
     torch.manual_seed(recipe.seed)
@@ -100,18 +104,21 @@ def heal(network: PreTrainedModel, course: Course, folder: Path) -> Progress:
     steps, quiet = range(begin, recipe.steps), not training.accelerator.is_main_process
     bar = tqdm(steps, initial=begin, total=recipe.steps, desc="train", file=sys.stderr, disable=quiet)
     started = time.perf_counter() - progress.seconds
-    for step in bar:
-        recent.append(training.step(step, progress))
-        if len(recent) == 10 or step == recipe.steps - 1:
-            means = {name: sum(part[name] for part in recent) / len(recent) for name in recent[0]}
-            progress.losses.append({"step": step + 1, **{name: round(value, 5) for name, value in means.items()}})
-            bar.set_postfix({name: round(value, 3) for name, value in means.items()})
-            recent = []
-        progress.seconds = time.perf_counter() - started
-        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            done = {"progress": asdict(progress), "recent": recent, "step": step + 1}
-            save(folder, training.identity, network, training.plain, done)
-            training.accelerator.wait_for_everyone()
+    with stops_between_steps(alone=training.accelerator.num_processes == 1) as stopped:
+        for step in bar:
+            recent.append(training.step(step, progress))
+            if len(recent) == 10 or step == recipe.steps - 1:
+                means = {name: sum(part[name] for part in recent) / len(recent) for name in recent[0]}
+                progress.losses.append({"step": step + 1, **{name: round(value, 5) for name, value in means.items()}})
+                bar.set_postfix({name: round(value, 3) for name, value in means.items()})
+                recent = []
+            progress.seconds = time.perf_counter() - started
+            if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps or stopped():
+                done = {"progress": asdict(progress), "recent": recent, "step": step + 1}
+                save(folder, training.identity, network, training.plain, done)
+                training.accelerator.wait_for_everyone()
+            if stopped():
+                raise KeyboardInterrupt
     network.eval()
     return progress
 
