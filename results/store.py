@@ -108,7 +108,7 @@ class Store:
         Returns:
             False: another process holds it, which does not happen where this one waits.
         """
-        path = self.rows / CLAIMS / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.lock"
+        path = self.out / CLAIMS / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.lock"
         lock = FileLock(path)
         try:
             path.parent.mkdir(exist_ok=True)

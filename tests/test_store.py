@@ -210,7 +210,7 @@ def test_runs_at_once_take_other_prompts(killed: bool, tmp_path: Path, capsys: p
     ours.close()
     (last,) = theirs
     assert last.example.index == 0 and len(last.left) == (5 if killed else 0)
-    assert "has 1 of the prompts in hand" in capsys.readouterr().err and not list((tmp_path / "rows" / ".claims").iterdir())
+    assert "has 1 of the prompts in hand" in capsys.readouterr().err and not list((tmp_path / ".claims").iterdir())
 
 
 def test_killed_at_twenty_moments_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
