@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from benchmarks.base import Example
 from harness.cache import Chat, Granularity, PromptProtocol, Routing
 from harness.errors import UserError, first_line
+from harness.evaluation.tokens import added, read_with, writes_begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,7 +119,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: 
     if tokenizer is None:
         raise CannotPrompt("the model has no tokenizer for a prompt in words")
     if example.piece is not None:
-        start = list(tokenizer("")["input_ids"])[:1]  # the token that this tokenizer puts before every text, if it does
+        start = list(added(tokenizer)[0])
         first, last = example.piece
         if first == 0 and writes_begin(tokenizer, example.prompt):
             start = []
@@ -142,11 +143,6 @@ class Encoded:
         start, stop = start + self.shift, stop + self.shift
         inside = [number for number, (a, b) in enumerate(self.offsets) if a < min(b, stop) and b > start]
         return inside[0], inside[-1] + 1
-
-
-def writes_begin(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Does the text itself start with the begin token, so that the tokenizer must not put a second one before it?"""
-    return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
 
 
 def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -198,5 +194,5 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: Chat) -> Encoded
             )
         shift = at - text.find(bare)
     special = chat == "raw" and not writes_begin(tokenizer, given)  # a template writes what it wants
-    found = tokenizer(given, add_special_tokens=special, return_offsets_mapping=True)
-    return Encoded(list(found["input_ids"]), list(found["offset_mapping"]), shift)
+    found = read_with(tokenizer, given, special, return_offsets_mapping=True)
+    return Encoded(found["input_ids"], found["offset_mapping"], shift)
