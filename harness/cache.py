@@ -162,7 +162,7 @@ class LayerKV:
     query_heads: int = 0
     readers: int = 1  # layers of the model that read it
     prompt: int = 0  # a checksum of the prompt's ids: the seed of what is drawn at random
-    held: Tensor | None = None  # [n] positions, ascending, where entries were evicted before
+    held: Tensor | None = None  # [n] positions where entries were evicted before; [S, n] for scorers that are not `ordered`
 
     @property
     def positions(self) -> Tensor:
@@ -228,6 +228,11 @@ class Keeper(Protocol):
     @property
     def needs(self) -> Needs:
         """What is to be remembered of decoding: the newest queries, or the attention that each entry has received."""
+        ...
+
+    @property
+    def ordered(self) -> bool:
+        """Does it want to see entries by position? Else it may be shown them as they lie, with positions [S, n] a row."""
         ...
 
     def keep(self, held: Sequence[HeldRows], tokens: int) -> list[Tensor]:

@@ -150,17 +150,17 @@ class Turns:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows that a keeper is shown together, and where their entries lie."""
+    """Rows that a keeper is shown together."""
 
     rows: np.ndarray  # numbers in the layer's table
-    where: Tensor  # [S, n] in the pool, by position
+    order: Tensor | None  # [S, n] which entry of its row each is, where they are shown by position; None: as they lie
     held: HeldRows
 
 
 def evict(cache: RowCache, cell: int, keeper: Keeper) -> None:
     """Entries of one cell that its method does not keep are gone. The cell's tokens up to here can no longer be taken back."""
     tokens = int(cache.seen[cell])
-    parts = [(layer, part) for layer in cache.layers for part in _parts(layer, cell, tokens, keeper.every)]
+    parts = [(layer, part) for layer in cache.layers for part in _Rows(layer, cell, tokens, keeper).parts()]
     for (layer, part), mask in zip(parts, keeper.keep([part.held for _, part in parts], tokens), strict=True):
         _leave(layer, part, mask)
     for layer in cache.layers:
@@ -168,55 +168,78 @@ def evict(cache: RowCache, cell: int, keeper: Keeper) -> None:
             layer.taken[cell].clear()
 
 
-def _parts(layer: RowLayer, cell: int, tokens: int, room: int) -> list[_Part]:
-    """The rows of a cell in flat order; those of an expert group that hold the same positions stand together."""
-    table = layer.table
-    mine = np.flatnonzero(table.cell == cell)
-    mine = mine[np.argsort(table.first[mine], kind="stable")]
-    parts: list[_Part] = []
-    for group in np.unique(table.expert_group[mine]).tolist():
-        rows = mine[table.expert_group[mine] == group]
-        lengths = table.length[rows]
-        together = [rows] if (lengths == lengths[0]).all() else list(rows[:, None])
-        for some in together:
-            parts += _seen(layer, cell, tokens, room, some)
-    return parts
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one cell in one layer, as its keeper is shown them."""
+
+    layer: RowLayer
+    cell: int
+    tokens: int
+    keeper: Keeper
+
+    def parts(self) -> list[_Part]:
+        """In flat order; those of an expert group that hold the same positions stand together."""
+        table = self.layer.table
+        mine = np.flatnonzero(table.cell == self.cell)
+        mine = mine[np.argsort(table.first[mine], kind="stable")]
+        found: list[_Part] = []
+        for group in np.unique(table.expert_group[mine]).tolist():
+            rows = mine[table.expert_group[mine] == group]
+            lengths = table.length[rows]
+            for some in [rows] if (lengths == lengths[0]).all() else rows[:, None]:
+                found += self._of_equal_length(some)
+        return found
+
+    def _of_equal_length(self, rows: np.ndarray) -> list[_Part]:
+        positions = _entries(self.layer, self.layer.positions, rows).long()  # [S, n]
+        if self.layer.window is None and not self.keeper.ordered:
+            same = len(rows) == 1 or bool((positions == positions[:1]).all())
+            if same or not self.keeper.needs.window:
+                return [self._part(rows, None, positions[0] if same else positions)]
+        positions, order = positions.sort(1)
+        if len(rows) == 1 or bool((positions == positions[:1]).all()):
+            return [self._part(rows, order, positions[0])]
+        return [self._part(*some) for some in zip(rows[:, None], order[:, None], positions, strict=True)]
+
+    def _part(self, rows: np.ndarray, order: Tensor | None, positions: Tensor) -> _Part:
+        layer, table, memory = self.layer, self.layer.table, self.layer.memory
+        assert memory is not None
+        if order is not None and layer.window is not None:
+            inside = positions >= self.tokens - layer.window
+            order, positions = order[:, inside], positions[inside]
+
+        def shown(pool: Tensor) -> Tensor:
+            entries = _entries(layer, pool, rows)
+            if order is None:
+                return entries
+            return entries.gather(1, order if pool.dim() == 1 else order[..., None].expand(-1, -1, pool.shape[1]))
+
+        first, width = table.first[rows], int(table.width[rows[0]])
+        reading = width * memory.like.readers  # query heads of all layers that read a row
+        kv = replace(
+            memory.like,
+            tokens=self.tokens,
+            keys=shown(layer.keys),
+            values=shown(layer.values),
+            width=reading,
+            queries=None if memory.queries is None else _asking(memory, self.cell, first, width),
+            column_sums=None if memory.mass is None else (shown(memory.mass) / reading).repeat_interleave(reading, 0),
+            query_heads=len(rows) * reading,
+            held=positions,
+        )
+        most = int(table.capacity[rows].min()) - self.keeper.every
+        return _Part(rows, order, HeldRows(kv, first, width, int(table.expert_group[rows[0]]), most))
 
 
-def _seen(layer: RowLayer, cell: int, tokens: int, room: int, rows: np.ndarray) -> list[_Part]:
-    """Rows of equal length, without the entries that have left the window."""
-    table, device = layer.table, layer.positions.device
-    starts = torch.as_tensor(table.start[rows], device=device)[:, None]
-    places = starts + torch.arange(int(table.length[rows[0]]), device=device)  # [S, n]
-    positions, order = layer.positions[places].long().sort(1)
-    places = places.gather(1, order)
-    if len(rows) == 1 or bool((positions == positions[:1]).all()):
-        return [_part(layer, cell, tokens, room, rows, places, positions[0])]
-    alone = zip(rows[:, None], places[:, None], positions, strict=True)
-    return [_part(layer, cell, tokens, room, row, place, held) for row, place, held in alone]
-
-
-def _part(layer: RowLayer, cell: int, tokens: int, room: int, rows: np.ndarray, places: Tensor, positions: Tensor) -> _Part:
-    memory, table = layer.memory, layer.table
-    assert memory is not None
-    if layer.window is not None:
-        inside = positions >= tokens - layer.window
-        places, positions = places[:, inside], positions[inside]
-    first, width = table.first[rows], int(table.width[rows[0]])
-    reading = width * memory.like.readers  # query heads of all layers that read a row
-    kv = replace(
-        memory.like,
-        tokens=tokens,
-        keys=layer.keys[places],
-        values=layer.values[places],
-        width=reading,
-        queries=None if memory.queries is None else _asking(memory, cell, first, width),
-        column_sums=None if memory.mass is None else (memory.mass[places] / reading).repeat_interleave(reading, 0),
-        query_heads=len(rows) * reading,
-        held=positions,
-    )
-    most = int(table.capacity[rows].min()) - room
-    return _Part(rows, places, HeldRows(kv, first, width, int(table.expert_group[rows[0]]), most))
+def _entries(layer: RowLayer, pool: Tensor, rows: np.ndarray) -> Tensor:
+    """[P, ...] -> [S, n, ...] of rows of equal length: a view where they lie side by side."""
+    table, length = layer.table, int(layer.table.length[rows[0]])
+    start, capacity = int(table.start[rows[0]]), int(table.capacity[rows[0]])
+    if (table.start[rows] == start + capacity * np.arange(len(rows))).all():
+        block = pool[start : start + len(rows) * capacity]
+        return block.view(len(rows), capacity, *pool.shape[1:])[:, :length]
+    starts = torch.as_tensor(table.start[rows], device=pool.device)[:, None]
+    return pool[starts + torch.arange(length, device=pool.device)]
 
 
 def _asking(memory: Memory, cell: int, first: np.ndarray, width: int) -> Tensor:
@@ -230,13 +253,17 @@ def _asking(memory: Memory, cell: int, first: np.ndarray, width: int) -> Tensor:
 def _leave(layer: RowLayer, part: _Part, mask: Tensor) -> None:
     """Entries that are not in `mask` [S, n] leave, and survivors from the end of their row fill the holes."""
     table, device = layer.table, layer.positions.device
-    starts = torch.as_tensor(table.start[part.rows], device=device)[:, None]
-    behind = torch.arange(int(table.length[part.rows[0]]), device=device)
-    stays = torch.zeros(len(part.rows), len(behind), dtype=torch.bool, device=device)  # what has left the window goes too
-    stays.scatter_(1, part.where - starts, mask)
+    stays = mask
+    if part.order is not None:
+        stays = torch.zeros(len(part.rows), int(table.length[part.rows[0]]), dtype=torch.bool, device=device)
+        stays.scatter_(1, part.order, mask)  # what has left the window, and was not shown, goes too
     counts = stays.sum(1)
-    front = behind < counts[:, None]
-    holes, movers = (starts + behind)[front & ~stays], (starts + behind)[~front & stays]  # equally many in each row
+    behind = torch.arange(stays.shape[1], device=device)
+    least = int(counts.min())
+    moving = stays[:, least:] & (behind[least:] >= counts[:, None])  # movers lie behind every row's count, holes before it
+    hole_row, hole = (~stays & (behind < counts[:, None])).nonzero().unbind(1)
+    mover_row, mover = moving.nonzero().unbind(1)
+    starts = torch.as_tensor(table.start[part.rows], device=device)
     for pool in layer.columns:
-        pool.index_copy_(0, holes, pool[movers])
+        pool.index_copy_(0, starts[hole_row] + hole, pool[starts[mover_row] + least + mover])
     table.length[part.rows] = counts.cpu().numpy()
