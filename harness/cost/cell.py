@@ -24,6 +24,7 @@ from harness.cache import Arena, Budget, LayerKV, Prefill, Selection
 from harness.cost.meters import CpuMeter, CudaMeter, DeviceClock, free_bytes
 from harness.cost.request import CostCell
 from harness.cost.roofline import copy_bandwidth, matmul_rate, rooflines, weight_bytes
+from harness.engine.evict import Turns, remember, without_entries
 from harness.engine.measure import OutOfMemory, memory_errors
 from harness.engine.model import Model
 from harness.engine.rows import Counts, RowCache, compact_and_free
@@ -53,6 +54,7 @@ class CacheSubject:
     static: StaticDecode | None = None
     observed: dict[str, float] = field(default_factory=dict)
     counts: list[Counts] = field(default_factory=list)  # right after compaction
+    turns: Turns | None = None  # of a method that evicts while decoding
 
     @property
     def phases(self) -> tuple[tuple[str, Callable[[], None]], ...]:
@@ -99,12 +101,27 @@ class CacheSubject:
         self.next = self.prefill.logits.argmax().expand(self.batch)[:, None]
         held: list[LayerKV | None] = list(self.prefill.layers)
         expert_groups, shape = self.prefill.expert_groups, self.prefill.shape
+        keeper = None if self.budget is None else self.method.while_decoding(self._cap)
+        seen = [without_entries(kv) for kv in self.prefill.layers] if keeper else []
         self.prefill = self.selection = None
-        self.cache = compact_and_free(held, expert_groups, shape, selections, self.new_tokens)
+        if keeper is None:
+            self.cache = compact_and_free(held, expert_groups, shape, selections, self.new_tokens)
+        else:
+            grown = self._cap(len(self.ids) + self.new_tokens) - self.total
+            room = keeper.every - (-grown // (shape.layers * shape.kv_heads))
+            self.cache = compact_and_free(held, expert_groups, shape, selections, min(self.new_tokens, room))
+            remember(self.cache, seen, [keeper] * self.batch)
+            self.turns = Turns(self.cache, [keeper] * self.batch)
         self.counts = self.cache.counts()
+
+    def _cap(self, tokens: int) -> int:
+        assert self.budget is not None
+        return self.budget.entries(self.model.parent_shape, tokens, "kv")
 
     def _capture(self) -> None:
         assert self.cache is not None and self.next is not None
+        if self.turns is not None:
+            raise CannotCapture("what a method evicts while decoding is chosen outside of captured steps")
         mode: Mode = "compiled" if self.decode == "compiled" else "graph"
         self.static = StaticDecode(self.model, self.cache, self.next[:, 0], self.new_tokens, mode)
 
@@ -114,9 +131,11 @@ class CacheSubject:
             self.static.step()
             return
         self.next = self.model.decode(self.cache, self.next)[:, -1].argmax(-1, keepdim=True)
+        if self.turns is not None:
+            self.turns.took(1)
 
     def reset(self) -> None:
-        self.prefill = self.scores = self.selection = self.cache = self.next = self.static = None
+        self.prefill = self.scores = self.selection = self.cache = self.next = self.static = self.turns = None
         gc.collect()
 
 

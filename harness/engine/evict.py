@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.cache import HeldRows, Keeper, LayerKV, Needs, Prefill
+from harness.cache import HeldRows, Keeper, LayerKV, Needs
 from harness.engine.rows import Counts, RowCache, RowLayer, Step
 
 
@@ -46,15 +46,21 @@ class Memory:
             self.queries = self.queries[list(cells)]
 
 
-def remember(cache: RowCache, prefill: Prefill, keepers: Sequence[Keeper]) -> None:
-    """Makes a cache that was just compacted remember what its cells' methods ask for, from the prefill on."""
+def remember(cache: RowCache, layers: Sequence[LayerKV], keepers: Sequence[Keeper]) -> None:
+    """Makes a cache that was just compacted remember what its cells' methods ask for, from the prefill's layers on."""
     needs = reduce(Needs.__or__, (keeper.needs for keeper in keepers), Needs())
-    for layer, kv in zip(cache.layers, prefill.layers, strict=True):
+    for layer, kv in zip(cache.layers, map(without_entries, layers), strict=True):
         layer.memory = Memory(
-            replace(kv, keys=kv.keys[:, :0], values=kv.values[:, :0], queries=None, column_sums=None),
+            replace(kv, queries=None, column_sums=None),
             _queries(kv, needs.window, cache.cells) if needs.window else None,
             _mass(layer, kv) if needs.column_sums else None,
         )
+
+
+def without_entries(kv: LayerKV) -> LayerKV:
+    """What was observed of a layer, so that its keys and values can be freed."""
+    nothing = kv.keys.new_empty(kv.keys.shape[0], 0, kv.keys.shape[2])  # a slice would keep the memory that it is of
+    return replace(kv, keys=nothing, values=nothing)
 
 
 def _queries(kv: LayerKV, window: int, cells: int) -> Tensor:
@@ -68,7 +74,7 @@ def _queries(kv: LayerKV, window: int, cells: int) -> Tensor:
 def _mass(layer: RowLayer, kv: LayerKV) -> Tensor:
     assert kv.column_sums is not None
     mass = torch.zeros(len(layer.positions), device=layer.positions.device)
-    first = kv.tokens - kv.keys.shape[1]
+    first = kv.tokens - kv.column_sums.shape[1]
     table = layer.table
     by_head = kv.column_sums.unflatten(0, (kv.keys.shape[0], kv.readers, -1)).sum(1).flatten(0, 1)  # [Hq of one layer, n]
     for start, length, head, width in zip(

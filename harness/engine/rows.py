@@ -284,6 +284,18 @@ class RowCache:
         kept = entries * self.shape.entry_bytes() + -(-bits // 8)
         return [Counts(int(e), int(k), int(a)) for e, k, a in zip(entries, kept, allocated, strict=True)]
 
+    def grown(self, tokens: int) -> list[Counts] | None:
+        """What each cell would hold with so many more tokens; None where it depends on which rows take them."""
+        if any(layer.routed for layer in self.layers):
+            return None
+        size = self.shape.entry_bytes()
+        rows = sum(np.bincount(layer.table.cell, minlength=self.cells) for layer in self.layers)
+        more = (np.asarray(rows) * tokens).tolist()
+        return [
+            Counts(now.entries + added, now.bytes_kept + added * size, now.bytes_allocated)
+            for now, added in zip(self.counts(), more, strict=True)
+        ]
+
 
 def slack_for(tokens: int) -> int:
     """Entries of slack behind a row for so many tokens to come."""
