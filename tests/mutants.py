@@ -84,8 +84,8 @@ FAULTS = (
     Fault(
         "routing sees the future",
         "harness/engine/model.py",
-        'self._route("argmax")',
-        'self._route("expert_choice")',
+        'self.route("argmax")',
+        'self.route("expert_choice")',
         "tests/test_conversions.py",
     ),
     Fault(

@@ -13,6 +13,8 @@ from transformers.utils import cached_file, extract_commit_hash, find_adapter_co
 from transformers.utils import logging as transformers_logging
 
 from harness.engine.model import Model
+from harness.engine.reach import UnsupportedModel
+from harness.engine.self_check import self_check
 from harness.errors import BadRequest, UserError, first_line
 from harness.models.gguf import SMOLLM2, converted, file_of, is_gguf
 from harness.models.pretrained import ADAPTER, digest_of, read_network, read_tokenizer, why_no_checkpoint
@@ -128,14 +130,20 @@ def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | No
 
     Raises:
         UnknownModel: nothing there, or not reachable.
-        UnsupportedModel: a family that the harness does not reach.
+        UnsupportedModel: a model that the harness does not reach, as its configuration tells or as was measured.
     """
     check_name(name, registry)
+    model = _load(name, dtype, device, revision, registry)
+    self_check(model)
+    return model
+
+
+def _load(name: str, dtype: torch.dtype, device: torch.device, revision: str | None, registry: Registry) -> Model:
     parent, conversion = parted(name)
     if conversion is not None:
         if parent == "reference" and is_variant(shipped_variant(conversion)):
             return _variant(shipped_variant(conversion), dtype, device, registry)
-        return convert(load(parent, dtype, device, revision, registry), conversion, registry)
+        return convert(_load(parent, dtype, device, revision, registry), conversion, registry)
     if is_variant(Path(name)):
         return _variant(Path(name), dtype, device, registry)
     if name.startswith("random:"):
@@ -177,6 +185,8 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, device: torch.devi
         raise UnknownModel(f"model {name!r}: {folder} {why}")
     try:
         network = read_network(folder, dtype)
+    except UnsupportedModel:
+        raise
     except Exception as error:  # see read_network
         raise UnknownModel(f"model {name!r} cannot be read from {folder}: {first_line(error)}") from None
     tokenizer = _tokenizer(folder, name)
@@ -188,6 +198,8 @@ def _from_gguf(name: str, dtype: torch.dtype, device: torch.device) -> Model:
     found = converted(name)
     try:
         network = read_network(found.folder, dtype)
+    except UnsupportedModel:
+        raise
     except Exception as error:  # see read_network
         raise UnknownModel(f"model {name!r} cannot be read from {found.folder}: {first_line(error)}") from None
     shown = name if name == SMOLLM2 else Path(name).stem
@@ -213,6 +225,8 @@ def _from_hub(name: str, dtype: torch.dtype, device: torch.device, revision: str
         raise UnknownModel(
             f"model {name!r} is neither a folder here nor reachable on the hub: {first_line(error)} ({advice})"
         ) from None
+    except UnsupportedModel:
+        raise
     except Exception as error:  # see read_network
         raise UnknownModel(f"model {name!r} of the hub cannot be read: {first_line(error)}") from None
     return Model(_on(network, device), tokenizer, name, commit)

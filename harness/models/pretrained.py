@@ -10,9 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from harness.engine.reach import UnsupportedModel, refuse_config
 
 SHOWN = 3  # names of weights in a refusal
+
+
+NO_WRITERS = (  # how architectures end that read, and embed or classify
+    "Model",
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
 
 
 class WeightsDoNotFit(ValueError):
@@ -32,13 +50,14 @@ def read_network(where: Path | str, dtype: torch.dtype, revision: str | None = N
         Exception: what transformers, its quantisers and safetensors raise for other faults has no class in common.
     """
     more: dict[str, Any] = {} if revision is None else {"revision": revision}
+    more["local_files_only"] = isinstance(where, Path)
+    reader = reader_of(str(where), AutoConfig.from_pretrained(where, trust_remote_code=False, **more))
     with _without_reports():
-        both: Any = AutoModelForCausalLM.from_pretrained(
+        both: Any = reader.from_pretrained(
             where,
             dtype=dtype,
             use_safetensors=True,
             attn_implementation="eager",  # until a Model sets its own: a configuration may name one that is not installed here
-            local_files_only=isinstance(where, Path),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
             **more,
@@ -47,6 +66,23 @@ def read_network(where: Path | str, dtype: torch.dtype, revision: str | None = N
     check_weights(found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
     say_untied(network)
     return network  # type: ignore[no-any-return]
+
+
+def reader_of(name: str, config: Any) -> Any:
+    """The class of transformers that reads a checkpoint of this configuration. Of one that sees and reads, the whole is read
+    where no class reads its text part alone.
+
+    Raises:
+        UnsupportedModel: what it describes writes no text, or not by a cache of keys and values.
+    """
+    refuse_config(name, config)
+    kinds = [kind for kind in config.architectures or () if kind.endswith(NO_WRITERS) and not kind.endswith("LMHeadModel")]
+    if not kinds:
+        for reader in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            if type(config) in reader._model_mapping:
+                return reader
+    said = ", ".join(kinds or config.architectures or (type(config).__name__,))
+    raise UnsupportedModel(f"model {name!r} is a {said}: no model that writes text token by token")
 
 
 def check_weights(missing: Collection[str], unexpected: Collection[str], misshapen: Collection[Any] = ()) -> None:
@@ -77,7 +113,7 @@ def say_untied(network: PreTrainedModel) -> None:
     """Corrects a configuration that calls the head tied where the checkpoint has one of its own: transformers then leaves it
     apart, but a configuration that says otherwise would tie it when the model is saved and opened again.
     """
-    if network.config.tie_word_embeddings and not is_tied(network):
+    if getattr(network.config, "tie_word_embeddings", False) and not is_tied(network):
         network.config.tie_word_embeddings = False
 
 
