@@ -163,7 +163,10 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.network.device
+        """Where tokens are fed in."""
+        hook = getattr(self.network.get_input_embeddings(), "_hf_hook", None)  # accelerate's, of layers that are spread
+        place = getattr(hook, "execution_device", None)
+        return self.network.device if place is None else torch.device(place)
 
     @property
     def max_tokens(self) -> int:

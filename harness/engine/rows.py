@@ -355,10 +355,11 @@ def _fill(layer: RowLayer, where: slice, kv: LayerKV, row: Row) -> None:
         layer.keys[where].copy_(kv.keys[head])
         layer.values[where].copy_(kv.values[head])
     else:
-        positions = positions[row.kept]
+        kept = row.kept.to(positions.device)  # layers may lie on devices of their own
+        positions = positions[kept]
         if row.merged is None:
-            torch.index_select(kv.keys[head], 0, row.kept, out=layer.keys[where])
-            torch.index_select(kv.values[head], 0, row.kept, out=layer.values[where])
+            torch.index_select(kv.keys[head], 0, kept, out=layer.keys[where])
+            torch.index_select(kv.values[head], 0, kept, out=layer.values[where])
         else:
             for part, into in zip(row.merged, (layer.keys, layer.values), strict=True):
                 into[where].copy_(part)

@@ -63,13 +63,14 @@ class MaskedPass:
     def attention(
         self, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, dense: Dense
     ) -> Tensor:
-        group, kept = query.shape[0] // key.shape[0], self.seen[place.cache_layer]
+        group, kept = query.shape[0] // key.shape[0], self.seen[place.cache_layer].to(query.device)
+        positions = self.positions.to(query.device)
         keys, values = (part.float().repeat_interleave(group, 0) for part in (key, value))
         logits = softcapped(query.float() @ keys.transpose(1, 2) * settings.scaling, settings.softcap)  # [Hq, N, N]
-        unseen = hidden(self.positions, self.positions[:, None], settings.window).repeat(len(logits), 1, 1)
+        unseen = hidden(positions, positions[:, None], settings.window).repeat(len(logits), 1, 1)
         first = kept.shape[1]
         unseen[:, first:, :first] |= ~kept[:, None]
-        text = (torch.arange(len(self.positions), device=query.device) - first) // SAID  # below 0: the prompt
+        text = (torch.arange(len(positions), device=query.device) - first) // SAID  # below 0: the prompt
         unseen |= (text >= 0) & (text != text[:, None])
         return (with_sinks(logits.masked_fill(unseen, float("-inf")), settings.sinks) @ values).to(query.dtype)
 
@@ -214,7 +215,7 @@ def _masked(model: Model, ids: Tensor, starts: Sequence[int], part: Selection, p
     for rows, kv in zip(part, prefill.layers, strict=True):
         mine = torch.zeros(model.shape.query_heads, read, dtype=torch.bool, device=ids.device)
         for row in rows:
-            mine[row.first : row.first + row.width, read - kv.keys.shape[1] + row.kept] = True  # type: ignore[operator]
+            mine[row.first : row.first + row.width, read - kv.keys.shape[1] + row.kept.to(ids.device)] = True  # type: ignore[union-attr]
         seen.append(mine)
     positions = torch.cat(
         [torch.arange(begin, end, device=ids.device) for begin, end in [(0, read), *((start, start + SAID) for start in starts)]]

@@ -166,6 +166,8 @@ class StaticDecode:
         device = model.device
         if mode == "graph" and not captures(device):
             raise CannotCapture("a CUDA graph needs a GPU")
+        if mode == "graph" and len({layer.keys.device for layer in cache.layers}) > 1:
+            raise CannotCapture("a CUDA graph is captured on one device, and this model's layers lie on several")
         if any((layer.table.length + steps > layer.table.capacity).any() for layer in cache.layers):
             raise ValueError(f"no slack for {steps} more tokens: make the cache with more")
         self.model, self.left = model, steps
@@ -191,9 +193,10 @@ class StaticDecode:
     ) -> Tensor:
         """query: [Hq, C, D]; key, value: [H, C, D]. Gives [Hq, C, D]."""
         layer = self.layers[place.cache_layer]
+        seen = self.seen.to(query.device)  # the same, but for layers that lie elsewhere
         if place.writes:
-            layer.append(key, value, self.seen, settings.experts)
-        return layer.attend(query, self.seen, settings)
+            layer.append(key, value, seen, settings.experts)
+        return layer.attend(query, seen, settings)
 
     def _once(self) -> None:
         self.next.copy_(self.model.extend(self.next, self.seen, self).argmax(-1))

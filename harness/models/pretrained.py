@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,32 @@ class WeightsDoNotFit(ValueError):
     """A checkpoint has other weights than its configuration asks for."""
 
 
-def read_network(where: Path | str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
+Spread = str | dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the weights of a model go: to one device, or by accelerate's map of modules, which may name the disk."""
+
+    device: torch.device
+    spread: Spread = None
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        """For `from_pretrained`. Quantised weights are made on their device: they cannot be moved there afterwards."""
+        if self.spread is not None:
+            return {"device_map": self.spread}
+        return {"device_map": {"": self.device}} if getattr(config, "quantization_config", None) else {}
+
+
+def read_network(
+    where: Path | str, dtype: torch.dtype, revision: str | None = None, place: Placement | None = None
+) -> PreTrainedModel:
     """A model whose every weight came from the checkpoint: transformers draws what is missing by chance, and warns.
 
     Args:
         where: a folder, or a hub id.
         revision: of a hub id.
+        place: where its weights go; None: to the host.
 
     Raises:
         WeightsDoNotFit: weights are missing, not the model's, or of another shape. Heads that are tied are not missed, and what
@@ -51,7 +72,9 @@ def read_network(where: Path | str, dtype: torch.dtype, revision: str | None = N
     """
     more: dict[str, Any] = {} if revision is None else {"revision": revision}
     more["local_files_only"] = isinstance(where, Path)
-    reader = reader_of(str(where), AutoConfig.from_pretrained(where, trust_remote_code=False, **more))
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False, **more)
+    reader = reader_of(str(where), config)
+    more |= place.settings(config) if place else {}
     with _without_reports():
         both: Any = reader.from_pretrained(
             where,
