@@ -147,7 +147,7 @@ def handles(network: PreTrainedModel) -> list[Handle]:
         raise CannotConvert(f"heads of the family {family!r} differ in size by layer")
     if wrapped(network):
         raise CannotConvert("the model is converted already: convert its parent")
-    found = [(module, name) for module in modules for name in PROJECTIONS if hasattr(module, name)]
+    found = [(module, name) for module in modules for name in PROJECTIONS if _holds(module, name)]
     if len(found) != shape.layers:
         raise CannotConvert(
             f"no attention handles for the family {family!r}: projections by the names {', '.join(PROJECTIONS)} were found in "
@@ -158,6 +158,11 @@ def handles(network: PreTrainedModel) -> list[Handle]:
     for handle in made:
         _check_handle(handle, family)
     return made
+
+
+def _holds(module: nn.Module, name: str) -> bool:
+    """Queries, keys and values in one, and of fewer KV heads, are of a layer that says how many queries read a head (Phi-3)."""
+    return hasattr(module, name) and (PROJECTIONS[name] != "joined" or hasattr(module, "num_key_value_groups"))
 
 
 def _check_handle(handle: Handle, family: str) -> None:

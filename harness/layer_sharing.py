@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.cache import ModelShape
-from harness.families import Handle, handles, key_norms
+from harness.families import CannotConvert, Handle, handles, key_norms
 
 Initial = Literal["mean", "first"]
 
@@ -133,6 +133,8 @@ def share_layers(network: PreTrainedModel, groups: Sequence[Sequence[int]], init
     found = handles(network)
     for number, group in enumerate(groups):
         members = [found[layer] for layer in group]
+        if len({getattr(member.attention, "use_rope", True) for member in members}) > 1:
+            raise CannotConvert(f"layers {', '.join(map(str, group))} cannot share keys: some turn them by position, some do not")
         if initial == "mean":
             for parts in zip(*(member.key_values() for member in members), strict=True):
                 parts[0].copy_(torch.stack([part.float() for part in parts]).mean(0))

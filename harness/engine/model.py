@@ -337,7 +337,8 @@ def attention_over(
 
 def _settings_of(module: torch.nn.Module, settings: dict[str, Any]) -> AttentionSettings:
     window, sinks = settings.get("sliding_window"), settings.get("s_aux")
-    found = AttentionSettings(settings["scaling"], settings.get("softcap"), _chunk_of(module) or window, sinks=sinks)
+    held = None if sinks is None else sinks.detach()  # a weight: what is made of it is no part of a graph of gradients
+    found = AttentionSettings(settings["scaling"], settings.get("softcap"), _chunk_of(module) or window, sinks=held)
     grouping = grouping_of(module)
     if grouping is None:
         return found

@@ -121,7 +121,11 @@ def _measured(model: Model) -> dict[str, Any]:
                 f"{_told(model)}, and {MEANING[name]} differ from its own by {difference:.2g} of their spread, over {most:g} for "
                 f"{str(dtype).removeprefix('torch.')}: the harness does not reach its attention"
             )
-    return {"model": model.name, "logits_within": _rounded(max(off.values()))}
+    found: dict[str, Any] = {"model": model.name, "logits_within": _rounded(max(off.values()))}
+    both: Any = getattr(model.network, "text_part_of", None)  # set where the text part was taken out
+    if both or model.config is not model.network.config:
+        found["text_part_of"] = both or type(model.network).__name__
+    return found
 
 
 MEANING = {

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from harness.engine.reach import UnsupportedModel, refuse_config
+from harness.families import text_config
 
 SHOWN = 3  # names of weights in a refusal
 
@@ -87,13 +88,24 @@ def read_network(
         )
     network, found = both
     check_weights(found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
+    network = _text_part(network)
     say_untied(network)
     return network  # type: ignore[no-any-return]
 
 
+def _text_part(network: Any) -> Any:
+    """The language model inside of a checkpoint that sees too, where it is one of its own (Llama 4); else the whole."""
+    inner = getattr(network, "language_model", None)
+    if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
+        return network
+    inner.generation_config = network.generation_config
+    inner.text_part_of = type(network).__name__  # type: ignore[assignment]
+    return inner
+
+
 def reader_of(name: str, config: Any) -> Any:
-    """The class of transformers that reads a checkpoint of this configuration. Of one that sees and reads, the whole is read
-    where no class reads its text part alone.
+    """The class of transformers that reads a checkpoint of this configuration. One that sees and reads is read whole, and runs
+    on text.
 
     Raises:
         UnsupportedModel: what it describes writes no text, or not by a cache of keys and values.
@@ -101,7 +113,9 @@ def reader_of(name: str, config: Any) -> Any:
     refuse_config(name, config)
     kinds = [kind for kind in config.architectures or () if kind.endswith(NO_WRITERS) and not kind.endswith("LMHeadModel")]
     if not kinds:
-        for reader in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        readers = (AutoModelForCausalLM, AutoModelForImageTextToText)
+        of_text = text_config(config) is config or any(kind.endswith("ForCausalLM") for kind in config.architectures or ())
+        for reader in readers if of_text else reversed(readers):
             if type(config) in reader._model_mapping:
                 return reader
     said = ", ".join(kinds or config.architectures or (type(config).__name__,))

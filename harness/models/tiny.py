@@ -99,7 +99,7 @@ TINY: dict[str, dict[str, Any]] = {
     "granitemoe": {},
     "granitemoe_swa": {},
     "granitemoeshared": {},
-    "helium": {},
+    "helium": {"head_dim": 8},
     "hunyuan_v1_dense": {},
     "hunyuan_v1_moe": {},
     "hyperclovax": {},
@@ -156,5 +156,4 @@ TINY: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {},
     "rwkv": {},
     "stablelm": {},
-    "zamba2": {},
 }
