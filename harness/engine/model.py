@@ -147,6 +147,7 @@ class Model:
         self.network, self.tokenizer, self.name, self.revision = network.eval(), tokenizer, name, revision
         refuse_network(name, network)
         self.config = text_config(network.config)
+        self.spread = len(set(getattr(network, "hf_device_map", {}).values())) > 1  # over devices, by accelerate
         whole, self.shares = shape_of(network), mark_shared(network)
         self.attending = whole  # the shape of all layers that attend
         self.depth = whole.layers  # of them; those that store may be fewer
@@ -265,6 +266,8 @@ class Model:
         mask = None if work.needs_mask else torch.empty(1, 1, 1, 1, device=ids.device)
         if self.shares and isinstance(keep, int):  # told a number, Gemma 4 drops the other tokens before its shared layers
             keep = torch.arange(ids.shape[1] - (keep or ids.shape[1]), ids.shape[1], device=ids.device)
+        if self.spread and isinstance(keep, Tensor):
+            keep = keep.to(device="cpu")  # an index of a tensor on any device
         return self.network(
             input_ids=ids,
             position_ids=positions,
