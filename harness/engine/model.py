@@ -32,6 +32,7 @@ from harness.logits import Chunk
 
 UNDERSTOOD = {"dropout", "scaling", "position_ids", "sliding_window", "softcap", "use_cache", "is_causal", "s_aux"}
 OURS = ("rows_pass", "rows_positions")
+CHUNK, TEMPERED = "rows_chunk", "rows_tempered"  # attributes of attention layers, see `_mark`
 MATTERS_NOT = {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
 
 Watch = Callable[[int, Tensor], None]  # given a layer's index and the attention of its new queries, [Hq, N, n]
@@ -159,6 +160,7 @@ class Model:
         self.routers = routers(network)
         widest = max((max(grouping.groups) for grouping in groupings(network)), default=1)
         self.least_shape = replace(self.shape, kv_heads=self.shape.kv_heads // widest)  # rows that no token has fewer of
+        _mark(network)
         self.checked: dict[str, Any] = {}  # what a check of its attention found, when it was loaded
         network.set_attn_implementation(register(own_attention(network)))
 
@@ -341,7 +343,7 @@ def attention_over(
 def _settings_of(module: torch.nn.Module, settings: dict[str, Any]) -> AttentionSettings:
     window, sinks = settings.get("sliding_window"), settings.get("s_aux")
     held = None if sinks is None else sinks.detach()  # a weight: what is made of it is no part of a graph of gradients
-    found = AttentionSettings(settings["scaling"], settings.get("softcap"), _chunk_of(module) or window, sinks=held)
+    found = AttentionSettings(settings["scaling"], settings.get("softcap"), module.__dict__.get(CHUNK) or window, sinks=held)
     grouping = grouping_of(module)
     if grouping is None:
         return found
@@ -352,7 +354,7 @@ def _tempered(module: Any, query: Tensor, positions: Tensor) -> Tensor:
     """Queries [Hq, N, D] of `positions` [N]. Llama 4's layers without positions scale theirs by the place in the sequence that
     they are given: right in a prefill; of tokens to be decoded, which stand side by side, it is put right here.
     """
-    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+    if not module.__dict__.get(TEMPERED):
         return query
 
     def scale(at: Tensor) -> Tensor:
@@ -362,11 +364,18 @@ def _tempered(module: Any, query: Tensor, positions: Tensor) -> Tensor:
     return (query * (scale(positions) / scale(given))[:, None]).to(query.dtype)
 
 
-def _chunk_of(module: Any) -> Chunk | None:
-    """The chunk that a layer attends within: families with chunks tell it by the mask alone."""
-    config = getattr(module, "config", None)
-    window = None if getattr(config, "attention_chunk_size", None) is None else window_of(config, module.layer_idx)
-    return window if isinstance(window, Chunk) else None
+def _mark(network: PreTrainedModel) -> None:
+    """Tells attention layers what transformers does not hand to their attention: looked up once, not at every call.
+
+    Families with chunks (Llama 4) tell them by the mask alone, and scale queries of layers without positions.
+    """
+    for module in network.get_decoder().modules():
+        config = getattr(module, "config", None)
+        if not hasattr(module, "layer_idx") or getattr(config, "attention_chunk_size", None) is None:
+            continue
+        window = window_of(config, module.layer_idx)  # type: ignore[arg-type]
+        module.__dict__[CHUNK] = window if isinstance(window, Chunk) else None
+        module.__dict__[TEMPERED] = getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
 
 
 def _last(query: Tensor) -> Tensor:
