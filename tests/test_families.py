@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from harness.cache import LayerKV, ModelShape, Needs, keep_all
 from harness.cli.listing import listing
 from harness.engine.attention import attend, attend_by_kernel, attend_reference, probabilities
+from harness.engine.evict import Memory
 from harness.engine.model import Model
 from harness.engine.observe import AttentionSettings, column_sums, softcapped_attention
 from harness.engine.reach import UnsupportedModel
@@ -28,7 +29,7 @@ from harness.engine.self_check import self_check
 from harness.engine.static_decode import StaticLayer
 from harness.errors import BadRequest
 from harness.families import CannotConvert
-from harness.logits import Chunk, with_sinks
+from harness.logits import Chunk
 from harness.models.load import load, one_device
 from harness.models.tried import PAGE, TABLE, captured, known, network_of, page, tried
 from harness.registry import BUILTIN
@@ -234,11 +235,23 @@ def test_what_is_observed_knows_the_sinks_and_the_chunk() -> None:
             assert torch.allclose(kv.window_attention(3), weights[:, -3:], atol=1e-5)
         else:  # what was in the chunk before is no candidate
             assert torch.allclose(kv.window_attention(1), weights[:, -1:, -count:], atol=1e-5)
+
+
+def test_what_decoding_is_remembered_by_knows_the_sinks() -> None:
     held, kv, step, asked = layer_of(None)
     held.keep([0])
-    alone = held.step([5])
-    seen = probabilities(held.layers[0], asked[:, :5], replace(alone, positions=step.positions[:5]), 0.25, None, SINKS)
-    assert (seen.sum(-1) < 1 - 1e-3).all() and torch.equal(with_sinks(seen, None), seen.softmax(-1))
+    layer, alone = held.layers[0], replace(held.step([5]), positions=step.positions[:5])
+    seen = probabilities(layer, asked[:, :5], alone, 0.25, None, SINKS)  # [4, 5, 45]
+    keys = layer.blocks(alone)[0].entries(layer.keys).repeat_interleave(2, 0)  # [4, 45, 16]
+    logits = (asked[:, :5] @ keys.transpose(1, 2) * 0.25).masked_fill(
+        torch.arange(45) > torch.as_tensor(step.positions[:5])[:, None], float("-inf")
+    )
+    wanted = logits.exp() / (logits.exp().sum(-1, keepdim=True) + SINKS.exp()[:, None, None])
+    assert torch.allclose(seen, wanted, atol=1e-5)
+    layer.memory = Memory(kv, None, torch.zeros(len(layer.positions)))
+    attend(layer, asked[:, :5], alone, 0.25, None, SINKS)
+    mass = layer.blocks(alone)[0].entries(layer.memory.mass[:, None])[..., 0]  # type: ignore[index]
+    assert torch.allclose(mass, wanted.unflatten(0, (2, 2)).sum((1, 2)), atol=1e-5)
 
 
 def refusal(model: Model) -> str:

@@ -69,6 +69,11 @@ def test_chat_templates_wrap_the_prompt_and_move_the_cut() -> None:
     prompt = tokenize(tokenizer, example("abc", "?"), Protocol(prompt="question_after", chat="template"), 100)
     assert tokenizer.decode(prompt.ids[: prompt.context]) == "<u>abc"
     assert tokenizer.decode(prompt.ids[prompt.context :]) == "?</u><a>"
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}{{ strftime_now( '%d %b %Y' ) }} {% endif %}{{ messages[0]['content'] }}"
+    )
+    dated = tokenize(tokenizer, example("abc", "?"), Protocol(chat="template"), 100)
+    assert tokenizer.decode(dated.ids) == "26 Jul 2024 abc?", "the same on every day"
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
     with pytest.raises(CannotPrompt, match="changes the prompt"):
         tokenize(tokenizer, example("abc", "?"), Protocol(chat="template"), 100)

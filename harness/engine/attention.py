@@ -32,21 +32,27 @@ def attend(
         [Hq, N, D]
     """
     heads, tokens, dim = queries.shape
-    if queries.is_cuda and kernels.can_run(queries.dtype, dim):
+    mass = None if layer.memory is None else layer.memory.mass
+    if queries.is_cuda and kernels.can_run(queries.dtype, dim) and mass is None:  # the kernel keeps its weights to itself
         return attend_by_kernel(layer, queries, step, scaling, softcap, sinks)
     where = torch.as_tensor(layer.readers(step), device=queries.device)
     asked = (queries * scaling).reshape(heads * tokens, dim)[where]  # [M, D], in the order of rows
     out = torch.empty_like(asked)
     lse = None if sinks is None and not layer.routed else asked.new_empty(len(asked), dtype=torch.float32)
+    given: list[tuple[RowBlock, slice, Tensor]] = []  # each block's readers and weights, where they are remembered
     done = 0
     for block in layer.blocks(step):
         mine = slice(done, done + block.count * block.width * block.tokens)
         done = mine.stop
         if mine.stop > mine.start:
-            _attend_block(layer, block, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
+            weights = _attend_block(layer, block, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
+            if mass is not None and weights is not None:
+                given.append((block, mine, weights))
+    beside = None if sinks is None else sinks.float().repeat_interleave(tokens)  # [Hq * N]
+    if mass is not None:
+        _remember(mass, given, None if lse is None else _share(lse, where, heads * tokens, beside))
     if lse is None:
         return torch.empty_like(out).index_copy_(0, where, out).view(heads, tokens, dim)
-    beside = None if sinks is None else sinks.float().repeat_interleave(tokens)  # [Hq * N]
     return _merge(out, lse, where, heads * tokens, beside).view(heads, tokens, dim)
 
 
@@ -75,13 +81,17 @@ def _attend_block(
     softcap: float | None,
     out: Tensor,
     lse: Tensor | None,
-) -> None:
-    """Rows of equal length as one strided batch. queries: [rows * width * Q, D]. Writes `out` and, if asked, `lse`."""
+) -> Tensor | None:
+    """Rows of equal length as one strided batch. queries: [rows * width * Q, D]. Writes `out` and, if asked, `lse`.
+
+    Returns:
+        the weights [rows, width * Q, length]; None where rows are empty.
+    """
     if block.length == 0:
         out.zero_()
         if lse is not None:
             lse.fill_(float("-inf"))
-        return
+        return None
     keys, values = block.entries(layer.keys), block.entries(layer.values)  # [rows, length, D]
     asked = queries.view(block.count, block.width * block.tokens, -1)
     logits = softcapped(torch.bmm(asked, keys.transpose(1, 2)), softcap)  # [rows, width * Q, length]
@@ -95,6 +105,35 @@ def _attend_block(
     if lse is not None:
         weights = weights.nan_to_num_()  # a row whose entries are all hidden weighs nothing: its lse is -inf
     torch.bmm(weights, values, out=out.view(asked.shape))
+    return weights
+
+
+def _remember(mass: Tensor, given: list[tuple[RowBlock, slice, Tensor]], share: Tensor | None) -> None:
+    """Adds what every entry has received to `mass` [P].
+
+    Args:
+        share: [M] of each reader's whole attention, where it is spread over several rows.
+    """
+    for block, mine, weights in given:
+        rows, readers, length = weights.shape
+        received = weights.float()
+        if share is not None:
+            received = received * share[mine].view(rows, readers, 1)
+        mass[block.start : block.start + rows * block.capacity].view(rows, -1)[:, :length] += received.sum(1)
+
+
+def _share(lse: Tensor, reader: Tensor, queries: int, sinks: Tensor | None) -> Tensor:
+    """[M]: which part of its query's attention each reader's is. sinks: [queries], as for `_merge`."""
+    weight, total = _weights(lse, reader, queries, sinks)
+    return weight / total[reader]
+
+
+def _weights(lse: Tensor, reader: Tensor, queries: int, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of parts [M] the weights, and of queries their sums, sinks included, to one base a query."""
+    top = (lse.new_full((queries,), float("-inf")) if sinks is None else sinks.clone()).scatter_reduce_(0, reader, lse, "amax")
+    weight = torch.exp(lse - top[reader])  # [M]
+    total = lse.new_zeros(queries) if sinks is None else torch.exp(sinks - top)
+    return weight, total.index_add_(0, reader, weight)
 
 
 def _hide(layer: RowLayer, block: RowBlock, step: Step, logits: Tensor) -> None:
@@ -149,9 +188,7 @@ def _merge(out: Tensor, lse: Tensor, reader: Tensor, queries: int, sinks: Tensor
     Returns:
         [queries, D]
     """
-    top = (lse.new_full((queries,), float("-inf")) if sinks is None else sinks.clone()).scatter_reduce_(0, reader, lse, "amax")
-    weight = torch.exp(lse - top[reader])  # [M]
-    total = (lse.new_zeros(queries) if sinks is None else torch.exp(sinks - top)).index_add_(0, reader, weight)
+    weight, total = _weights(lse, reader, queries, sinks)
     merged = lse.new_zeros((queries, out.shape[1])).index_add_(0, reader, out.float() * weight[:, None])
     return (merged / total[:, None]).to(out.dtype)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -145,6 +147,14 @@ class Encoded:
         return inside[0], inside[-1] + 1
 
 
+TODAY = date(2024, 7, 26)  # in templates that write the date, so that a prompt is the same every day; Llama 3's falls back to it
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.+?)\1\s*\)""")
+
+
+def _fixed(clock: re.Match[str]) -> str:
+    return repr(TODAY.strftime(clock[2]))
+
+
 def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """`text` as the one message of a user, up to where the answer begins.
 
@@ -161,7 +171,8 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
         )
     message = [{"role": "user", "content": text}]
     try:
-        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        written = CLOCK.sub(_fixed, templates["default"] if isinstance(templates, dict) else templates)
+        return str(tokenizer.apply_chat_template(message, chat_template=written, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program of its author's
         said = f"{type(error).__name__}: {first_line(error)}"
         raise CannotPrompt(

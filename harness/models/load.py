@@ -223,6 +223,7 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, place: Placement) 
         raise UnknownModel(f"model {name!r} cannot be read from {folder}: {first_line(error)}") from None
     tokenizer = _tokenizer(folder, name)
     shown = name if name == "reference" else folder.name if folder.name not in ("", "..") else folder.resolve().name
+    shown = shown.replace("+", "_")  # in a row's name a plus begins a conversion
     return Model(_on(network, place.device), tokenizer, shown, digest_of(folder))
 
 
