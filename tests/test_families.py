@@ -165,15 +165,15 @@ SINKS = torch.tensor([2.0, -1.0, 5.0, 0.3])
 
 
 def layer_of(window: int | None) -> tuple[RowCache, LayerKV, Any, Tensor]:
-    """Rows of unequal length over 40 positions, with 5 and 3 tokens appended to two cells; and their queries [4, 8, 16]."""
+    """Rows of unequal length over 46 positions, which is two short of a chunk of 12, with 5 and 3 tokens appended to two cells; and their queries [4, 8, 16]."""
     generator = torch.Generator().manual_seed(5)
     shape = ModelShape(1, 4, 2, 16, (window,), 4)
-    count = shape.candidates(0, 40)
+    count = shape.candidates(0, 46)
     keys, values = torch.randn(2, 2, count, 16, generator=generator)
-    kv = LayerKV(0, 40, keys, values, 0.25, 2, window=window, query_heads=4)
+    kv = LayerKV(0, 46, keys, values, 0.25, 2, window=window, query_heads=4)
     from harness.cache import ExpertGroup, Prefill
 
-    prefill = Prefill(torch.arange(40), torch.zeros(9), (kv,), ((ExpertGroup(2),),), shape)
+    prefill = Prefill(torch.arange(46), torch.zeros(9), (kv,), ((ExpertGroup(2),),), shape)
     full = keep_all(prefill)
     part = tuple(
         tuple(replace(row, kept=torch.arange(number, count, 2 + number)) for number, row in enumerate(rows)) for rows in full
@@ -202,9 +202,9 @@ def test_a_static_step_is_the_reference(window: int | None, by_kernel: bool) -> 
     if by_kernel:
         pytest.importorskip("triton")
     held, _, _, queries = layer_of(window)
-    held.seen = np.array([45, 43])
+    held.seen = np.array([51, 49])
     static = StaticLayer(held.layers[0], 2, 2, by_kernel)
-    seen, new = torch.tensor([45, 43]), torch.randn(2, 2, 2, 16, generator=torch.Generator().manual_seed(6))
+    seen, new = torch.tensor([51, 49]), torch.randn(2, 2, 2, 16, generator=torch.Generator().manual_seed(6))
     static.append(new[0], new[1], seen, None)
     found = static.attend(queries[:, :2], seen, AttentionSettings(0.25, sinks=SINKS))
     other, _, _, _ = layer_of(window)
@@ -241,10 +241,10 @@ def test_what_decoding_is_remembered_by_knows_the_sinks() -> None:
     held, kv, step, asked = layer_of(None)
     held.keep([0])
     layer, alone = held.layers[0], replace(held.step([5]), positions=step.positions[:5])
-    seen = probabilities(layer, asked[:, :5], alone, 0.25, None, SINKS)  # [4, 5, 45]
-    keys = layer.blocks(alone)[0].entries(layer.keys).repeat_interleave(2, 0)  # [4, 45, 16]
+    seen = probabilities(layer, asked[:, :5], alone, 0.25, None, SINKS)  # [4, 5, 51]
+    keys = layer.blocks(alone)[0].entries(layer.keys).repeat_interleave(2, 0)  # [4, 51, 16]
     logits = (asked[:, :5] @ keys.transpose(1, 2) * 0.25).masked_fill(
-        torch.arange(45) > torch.as_tensor(step.positions[:5])[:, None], float("-inf")
+        torch.arange(51) > torch.as_tensor(step.positions[:5])[:, None], float("-inf")
     )
     wanted = logits.exp() / (logits.exp().sum(-1, keepdim=True) + SINKS.exp()[:, None, None])
     assert torch.allclose(seen, wanted, atol=1e-5)
