@@ -165,7 +165,7 @@ SINKS = torch.tensor([2.0, -1.0, 5.0, 0.3])
 
 
 def layer_of(window: int | None) -> tuple[RowCache, LayerKV, Any, Tensor]:
-    """Rows of unequal length over 46 positions (a chunk of 12 ends at 48), with 5 and 3 tokens appended; their queries [4, 8, 16]."""
+    """Rows of unequal length over 46 positions (a chunk of 12 ends at 48), 5 and 3 tokens appended; queries [4, 8, 16]."""
     generator = torch.Generator().manual_seed(5)
     shape = ModelShape(1, 4, 2, 16, (window,), 4)
     count = shape.candidates(0, 46)

@@ -99,7 +99,7 @@ def _told(model: Model) -> str:
 @torch.inference_mode()
 def _measured(model: Model) -> dict[str, Any]:
     read = min(READ, model.max_tokens // 2)
-    words = min(model.config.vocab_size, model.vocabulary)
+    words = min(model.config.vocab_size, model.vocabulary, getattr(model.config, "vocab_size_per_layer_input", model.vocabulary))
     ids = torch.randint(min(3, words - 1), words, (read + SAID,), generator=torch.Generator().manual_seed(0)).to(model.device)
     own = _own(model, ids)
     prefill, _ = model.prefill(ids[:read], Needs(), routing="argmax")

@@ -16,6 +16,7 @@ from harness.cache import Arena
 from harness.engine.generate import Answer
 from harness.engine.measure import keep_freed_memory
 from harness.engine.model import Model
+from harness.engine.reach import UnsupportedModel
 from harness.env import record_environment
 from harness.errors import BadRequest, first_line
 from harness.evaluation.artifacts import record_artifacts, record_routing
@@ -41,7 +42,7 @@ from harness.evaluation.plan import (
 from harness.evaluation.prompts import Prompt, Protocol
 from harness.evaluation.request import RunRequest
 from harness.evaluation.sweep import CELL_BYTES, NOT_A_NUMBER, Cell, Outcome, Sweep
-from harness.families import CannotConvert
+from harness.families import CannotConvert, CannotStore
 from harness.models.gguf import BadGguf
 from harness.models.load import check_name, load_model
 from harness.registry import Registry
@@ -94,7 +95,7 @@ def run_request(request: RunRequest, registry: Registry) -> Ran:
             check_shares(model, grid)
             check_tasks(model, grid)
             found = checked(model, units(model, grid, store))
-        except (BadRequest, CannotConvert) as refusal:
+        except (BadRequest, CannotConvert, CannotStore, UnsupportedModel) as refusal:
             refused.append(refusal)
             if len(refused) == len(grids):  # nothing is left to run
                 raise refused[0] from None
