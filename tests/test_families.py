@@ -32,6 +32,7 @@ from harness.families import CannotConvert
 from harness.logits import Chunk
 from harness.models.load import load, one_device
 from harness.models.tried import PAGE, TABLE, captured, known, network_of, page, tried
+from harness.models.variants import About, save
 from harness.registry import BUILTIN
 
 CPU = torch.device("cpu")
@@ -311,6 +312,15 @@ def test_conversions_that_would_mix_what_differs_are_refused() -> None:
             BUILTIN.conversion(text).apply(network_of(family))
 
 
+def test_a_saved_variant_of_a_model_with_chunks_comes_back(tmp_path: Path) -> None:
+    parent = felt("llama4_text").parent_shape
+    net = network_of("llama4_text")
+    BUILTIN.conversion("gqa-2").apply(net)
+    save(net, None, About("parent", "rev", parent, "gqa-2"), tmp_path)
+    model = load(str(tmp_path), torch.float32, CPU)
+    assert model.parent_shape == parent and all(isinstance(size, Chunk) for size in model.parent_shape.windows[:3])
+
+
 def saved(folder: Path, family: str = "llama") -> Path:
     network(family).save_pretrained(folder)
     return folder
@@ -349,7 +359,9 @@ def test_bad_models_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.
     nan = weights | {"model.norm.weight": torch.full_like(weights["model.norm.weight"], torch.nan)}
     assert "weights that are no numbers: model.norm.weight" in told({}, nan)
     assert "its weights do not fit its configuration" in told({"num_hidden_layers": 4})
-    assert "no model that writes text" in told({"architectures": ["LlamaModel"]})
+    headless = {name: weight for name, weight in weights.items() if name != "lm_head.weight"}
+    assert "no model that writes text" in told({"architectures": ["LlamaModel"], "tie_word_embeddings": True}, headless)
+    assert "missing: lm_head.weight" in told({"architectures": ["LlamaModel"]}, headless)
     assert "reads by an encoder" in told(
         {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
     )

@@ -33,6 +33,7 @@ NO_WRITERS = (  # how architectures end that read, and embed or classify
     "ForTokenClassification",
     "ForQuestionAnswering",
 )
+NO_WRITER = "no model that writes text token by token"
 
 
 class WeightsDoNotFit(ValueError):
@@ -89,6 +90,7 @@ def read_network(
     network, found = both
     check_weights(found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
     network = _text_part(network)
+    _refuse_without_head(str(where), network)
     say_untied(network)
     return network  # type: ignore[no-any-return]
 
@@ -111,15 +113,28 @@ def reader_of(name: str, config: Any) -> Any:
         UnsupportedModel: what it describes writes no text, or not by a cache of keys and values.
     """
     refuse_config(name, config)
-    kinds = [kind for kind in config.architectures or () if kind.endswith(NO_WRITERS) and not kind.endswith("LMHeadModel")]
-    if not kinds:
-        readers = (AutoModelForCausalLM, AutoModelForImageTextToText)
-        of_text = text_config(config) is config or any(kind.endswith("ForCausalLM") for kind in config.architectures or ())
-        for reader in readers if of_text else reversed(readers):
-            if type(config) in reader._model_mapping:
-                return reader
-    said = ", ".join(kinds or config.architectures or (type(config).__name__,))
-    raise UnsupportedModel(f"model {name!r} is a {said}: no model that writes text token by token")
+    readers = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    of_text = text_config(config) is config or any(kind.endswith("ForCausalLM") for kind in config.architectures or ())
+    for reader in readers if of_text else reversed(readers):
+        if type(config) in reader._model_mapping:
+            return reader
+    raise UnsupportedModel(f"model {name!r} is a {_architecture(config)}: {NO_WRITER}")
+
+
+def _architecture(config: Any) -> str:
+    return ", ".join(config.architectures or (type(config).__name__,))
+
+
+def _refuse_without_head(name: str, network: PreTrainedModel) -> None:
+    """Whatever a configuration calls its model, it is one that writes if a head came with it; an embedding lent as one is none.
+
+    Raises:
+        UnsupportedModel: a model that embeds or classifies, to which transformers would tie a head.
+    """
+    kinds = network.config.architectures or ()
+    reads = [kind for kind in kinds if kind.endswith(NO_WRITERS) and not kind.endswith("LMHeadModel")]
+    if reads and len(reads) == len(kinds) and is_tied(network):
+        raise UnsupportedModel(f"model {name!r} is a {_architecture(network.config)}: {NO_WRITER}")
 
 
 def check_weights(missing: Collection[str], unexpected: Collection[str], misshapen: Collection[Any] = ()) -> None:
