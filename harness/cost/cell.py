@@ -173,7 +173,7 @@ def _measured(cell: CostCell, model: Model, method: Method, device: torch.device
         if why:
             return {"status": "skipped", "reason": why}
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, model.network.config.vocab_size, (cell.context,), generator=generator).to(device)
+    ids = torch.randint(3, model.config.vocab_size, (cell.context,), generator=generator).to(device)
     if cell.batch == 0:
         return _largest(cell, CacheSubject(model, method, budget, ids, 1, cell.new_tokens, reads=1, decode=cell.decode), device)
     return _rows_of(cell, CacheSubject(model, method, budget, ids, cell.batch, cell.new_tokens, decode=cell.decode), device)
@@ -192,9 +192,9 @@ def _largest(cell: CostCell, subject: CacheSubject, device: torch.device) -> dic
     free = free_bytes(device)
     for _, work in subject.to_a_cache:
         work()
-    logits = 3 * 4 * subject.model.network.config.vocab_size
+    logits = 3 * 4 * subject.model.config.vocab_size
     each = sum(count.bytes_allocated for count in subject.counts) + logits
-    prefill = 2 * subject.model.shape.full_entries(cell.context) * subject.model.shape.entry_bytes()  # with what a layer needs
+    prefill = 2 * subject.model.shape.full_bytes(cell.context)  # with what a layer needs
     subject.reset()
     batch = max(1, int((free - prefill) // each))
     for _ in range(TRIES):
@@ -241,15 +241,15 @@ def footprint(model: Model, cell: CostCell, kept: int, end: int) -> list[list[in
 
     While the prompts are read, dense and a sequence at a time, whatever the layers project; compressed; and at the last token.
     """
-    entry, last = model.shape.entry_bytes(), cell.context + cell.new_tokens
+    last = cell.context + cell.new_tokens
     read = [number * cell.context // READ_IN for number in range(READ_IN + 1)]
-    dense = [[tokens, model.shape.full_entries(tokens) * entry] for tokens in read]
+    dense = [[tokens, model.shape.full_bytes(tokens)] for tokens in read]
     return [*dense, [cell.context, kept], [last, end]]
 
 
 def _bytes(subject: CacheSubject, model: Model, cell: CostCell) -> dict[str, int]:
     counts = subject.counts
-    full = model.parent_shape.full_entries(cell.context) * model.parent_shape.entry_bytes() * cell.batch
+    full = model.parent_shape.full_bytes(cell.context) * cell.batch
     return {
         "bytes_kept": sum(count.bytes_kept for count in counts),
         "bytes_allocated": sum(count.bytes_allocated for count in counts),

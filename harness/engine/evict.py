@@ -18,6 +18,7 @@ from torch import Tensor
 
 from harness.cache import HeldRows, Keeper, LayerKV, Needs
 from harness.engine.rows import Counts, RowCache, RowLayer, Step
+from harness.logits import earliest
 
 
 @dataclass
@@ -211,7 +212,7 @@ class _Rows:
         layer, table, memory = self.layer, self.layer.table, self.layer.memory
         assert memory is not None
         if order is not None and layer.window is not None:
-            inside = positions >= self.tokens - layer.window
+            inside = positions >= earliest(self.tokens - 1, layer.window)
             order, positions = order[:, inside], positions[inside]
 
         def shown(pool: Tensor) -> Tensor:
@@ -228,10 +229,11 @@ class _Rows:
             keys=shown(layer.keys),
             values=shown(layer.values),
             width=reading,
-            queries=None if memory.queries is None else _asking(memory, self.cell, first, width),
+            queries=None if memory.queries is None else _asking(memory.queries[self.cell], memory.like, first, width),
             column_sums=None if memory.mass is None else (shown(memory.mass) / reading).repeat_interleave(reading, 0),
             query_heads=len(rows) * reading,
             held=positions,
+            sinks=None if memory.like.sinks is None else _asking(memory.like.sinks, memory.like, first, width),
         )
         most = int(table.capacity[rows].min()) - self.keeper.every
         return _Part(rows, order, HeldRows(kv, first, width, int(table.expert_group[rows[0]]), most))
@@ -248,11 +250,10 @@ def _entries(layer: RowLayer, pool: Tensor, rows: np.ndarray) -> Tensor:
     return pool[starts + torch.arange(length, device=pool.device)]
 
 
-def _asking(memory: Memory, cell: int, first: np.ndarray, width: int) -> Tensor:
-    """[S * readers * width, W, D]: the queries that read each of the rows, row by row."""
-    assert memory.queries is not None
-    heads, readers = memory.like.keys.shape[0], memory.like.readers
-    by_layer = memory.queries[cell].unflatten(0, (heads, readers, -1)).transpose(0, 1).flatten(1, 2)  # [readers, Hq, W, D]
+def _asking(by_head: Tensor, like: LayerKV, first: np.ndarray, width: int) -> Tensor:
+    """What is of the query heads that read each of the rows, out of [Hq, ...]: [S * readers * width, ...], row by row."""
+    heads, readers = like.keys.shape[0], like.readers
+    by_layer = by_head.unflatten(0, (heads, readers, -1)).transpose(0, 1).flatten(1, 2)  # [readers, Hq, ...]
     return torch.cat([by_layer[:, head : head + width].flatten(0, 1) for head in first.tolist()])
 
 
