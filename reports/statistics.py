@@ -56,6 +56,19 @@ def mean_of_means(tasks: Sequence[np.ndarray], seed: int = 0) -> Estimate:
     return Estimate(mean, min(float(low), mean), max(float(high), mean), sum(map(len, tasks)))
 
 
+def combined(tasks: Sequence[Estimate]) -> Estimate:
+    """The mean of the tasks' means, every task counting alike, its interval recovered from theirs (Zou and Donner 2008, "MOVER").
+
+    Unlike a bootstrap it has a width where all answers of each task are right.
+    """
+    if len(tasks) == 1:
+        return tasks[0]
+    mean = float(np.mean([task.mean for task in tasks]))
+    below = float(np.sqrt(sum((task.mean - task.low) ** 2 for task in tasks))) / len(tasks)
+    above = float(np.sqrt(sum((task.high - task.mean) ** 2 for task in tasks))) / len(tasks)
+    return Estimate(mean, mean - below, mean + above, sum(task.n for task in tasks))
+
+
 def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
     """Means of `RESAMPLES` samples drawn with replacement."""
     if len(values) <= KEPT:
