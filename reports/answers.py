@@ -160,8 +160,8 @@ def how_sure(verdict: Verdict) -> str:
     if not verdict.level:
         return f"shown to be better than {'the other' if others == 1 else f'all {others} others'}"
     if not verdict.beaten:
-        return f"not shown to be better than {listed(verdict.level)}"
-    return f"shown to be better than {len(verdict.beaten)} of {others} others, not than {listed(verdict.level)}"
+        return f"shown to be better than none of the others; {listed(verdict.level)} may be as good"
+    return f"shown to be better than {len(verdict.beaten)} of the {others} others; {listed(verdict.level)} may be as good"
 
 
 def listed(cells: Sequence[Overall], few: int = FEW) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log2
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,11 +17,12 @@ from reports.keys import Label
 from reports.statistics import Estimate
 from reports.style import GREY, KINDS, Palette, Style, kind_of
 
-INK, SOFT, FRONTIER = "#1b1f24", "#59636e", "#F3E3A2"
+INK, SOFT, FRONTIER = "#1b1f24", "#59636e", "#F7E27C"
 LEAST = 1e-6  # on a log axis: below this two caches predict the same in float32
 LETTERS = 22  # of a name at its line
-LINE = 0.135  # inches from one name to the next
-TICK = 0.42  # inches from one share to the next
+LINE = 0.0193  # inches from one name to the next, a point of the letters
+TICK = 0.06  # from one share to the next
+SHADED = 2  # curves with their intervals
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Picture:
     full: Estimate | None = None  # the unconverted model's, a line across
     log: bool = False
     lower_is_better: bool = False
+    marked: float = 0.0  # a share that is spoken of
 
     @property
     def kinds(self) -> list[str]:
@@ -70,43 +73,52 @@ class Picture:
                 reached.append((share, sign * best))
         return reached
 
-    def reaches(self, curve: Curve) -> bool:
-        """Has the curve a point on the frontier?"""
-        return any((point.share, point.value.mean) in self.frontier for point in curve.points)
+    @property
+    def leading(self) -> list[Label]:
+        """Of the curves on the frontier those that have most points there."""
+        counts = {
+            curve.label: sum((point.share, point.value.mean) in self.frontier for point in curve.points) for curve in self.curves
+        }
+        return sorted((label for label in counts if counts[label]), key=lambda label: -counts[label])[:SHADED]
 
 
-def draw(
-    axis: Axes, picture: Picture, kinds: Sequence[str], palette: Palette, inches: tuple[float, float]
-) -> dict[str, list[str]]:
-    """Draws the curves of some kinds, and gives what each group of marks says, by the group's identifier.
+@dataclass(frozen=True)
+class Room:
+    """Of the axes, in inches, and of the letters, in points."""
 
-    Args:
-        inches: width and height of the axes.
-    """
+    wide: float
+    high: float
+    size: float = 7.0
+
+
+def draw(axis: Axes, picture: Picture, kinds: Sequence[str], palette: Palette, room: Room) -> dict[str, list[str]]:
+    """Draws the curves of some kinds, and gives what each group of marks says, by the group's identifier."""
     shown = [curve for curve in picture.curves if kind_of(curve.label) in kinds]
-    _axes(axis, picture, most=max(2, int(inches[0] / TICK)))
+    _axes(axis, picture, room)
     if frontier := [(share, picture.height(value)) for share, value in picture.frontier]:
-        axis.plot(*zip(*frontier, strict=True), color=FRONTIER, linewidth=6, solid_capstyle="round", zorder=1)
+        axis.plot(*zip(*frontier, strict=True), color=FRONTIER, linewidth=room.size, solid_capstyle="round", zorder=5)
+    if picture.marked:
+        axis.axvline(picture.marked, color=SOFT, linewidth=0.8, linestyle=":", zorder=2)
     if picture.full:
         axis.axhline(picture.height(picture.full.mean), color=INK, linewidth=0.9, linestyle=(0, (5, 3)), zorder=2)
     tips: dict[str, list[str]] = {}
     for curve in sorted(shown, key=lambda curve: not palette.of_label(curve.label).grey):  # grey ones lie below
-        _curve(axis, picture, curve, palette.of_label(curve.label), shaded=picture.reaches(curve))
+        _curve(axis, picture, curve, palette.of_label(curve.label), shaded=curve.label in picture.leading)
         group = f"tips{len(tips)}"
         at = ([point.share for point in curve.points], [picture.height(point.value.mean) for point in curve.points])
         axis.scatter(*at, s=60, alpha=0.0, gid=group, zorder=9)
         tips[group] = [point.tip for point in curve.points]
-    _names(axis, picture, [curve for curve in shown if not palette.of_label(curve.label).grey], palette, inches)
+    _names(axis, picture, [curve for curve in shown if not palette.of_label(curve.label).grey], palette, room)
     return tips
 
 
-def _axes(axis: Axes, picture: Picture, most: int) -> None:
-    """Limits and at most so many ticks, over all curves: panels side by side share them."""
+def _axes(axis: Axes, picture: Picture, room: Room) -> None:
+    """Limits and ticks, over all curves: panels side by side share them."""
     shares = [point.share for curve in picture.curves for point in curve.points] or [1.0]
     axis.set_xscale("log", base=2)
     axis.set_xlim(min(shares) / 1.18, max(shares) * 1.18)
     octaves = range(floor(-log2(max(shares)) - 0.3), ceil(-log2(min(shares)) + 0.3) + 1)
-    every = -(-len(octaves) // most)
+    every = -(-len(octaves) // max(2, int(room.wide / (room.size * TICK))))
     ticks = [0.5**octave for octave in octaves if (octave - 2) % every == 0]  # a quarter is among them
     ticks = [tick for tick in ticks if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
     ticks = ticks if len(ticks) > 1 else _apart(shares)
@@ -120,14 +132,14 @@ def _axes(axis: Axes, picture: Picture, most: int) -> None:
         axis.set_ylim(low / 1.5, max(high, 2 * low) * 1.5)
         axis.yaxis.set_minor_locator(NullLocator())
     else:
-        room = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
-        axis.set_ylim(low - room, high + room)
+        margin = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
+        axis.set_ylim(low - margin, high + margin)
     axis.grid(alpha=0.22, linewidth=0.5)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    axis.tick_params(labelsize=7, width=0.6, length=2.5)
-    axis.set_xlabel("bytes kept, of the full cache's (measured)", fontsize=7.5)
-    axis.set_ylabel(literal(picture.what), fontsize=7.5)
+    axis.tick_params(labelsize=room.size, width=0.6, length=2.5)
+    axis.set_xlabel("bytes kept, of the full cache's (measured)", fontsize=room.size + 0.5)
+    axis.set_ylabel(literal(picture.what), fontsize=room.size + 0.5)
 
 
 def _apart(shares: Sequence[float]) -> list[float]:
@@ -154,24 +166,23 @@ def _curve(axis: Axes, picture: Picture, curve: Curve, style: Style, shaded: boo
     axis.plot(shares, means, color=style.colour, linewidth=1.4, marker=style.marker, markersize=4.2, markeredgewidth=0, zorder=6)
 
 
-def _names(axis: Axes, picture: Picture, curves: Sequence[Curve], palette: Palette, inches: tuple[float, float]) -> None:
+def _names(axis: Axes, picture: Picture, curves: Sequence[Curve], palette: Palette, room: Room) -> None:
     """Names beside the axes, each as near to its line's end as the others let it, joined to it by a thin line."""
     wanted = [(_height(axis, picture.height(curve.end.value.mean)), curve) for curve in curves]
     full = _height(axis, picture.height(picture.full.mean)) if picture.full else None
     entries = sorted([*wanted, *([(full, None)] if full is not None else [])], key=lambda entry: entry[0])
-    wide, high = inches
-    places = spread([entry[0] for entry in entries], LINE / high)
+    places = spread([entry[0] for entry in entries], room.size * LINE / room.high)
     for (height, curve), place in zip(entries, places, strict=True):
         style = palette.of_label(curve.label) if curve else None
-        x = 1 + 0.14 / wide
+        x = 1 + 0.14 / room.wide
         start = _across(axis, curve.end.share) if curve else 1.0
         colour = style.colour if style else INK
-        beside = {"transform": axis.transAxes, "clip_on": False}
-        axis.plot([start, x - 0.04 / wide], [height, place], color=colour, linewidth=0.5, alpha=0.6, zorder=2, **beside)
+        beside: dict[str, Any] = {"transform": axis.transAxes, "clip_on": False}
+        axis.plot([start, x - 0.04 / room.wide], [height, place], color=colour, linewidth=0.5, alpha=0.6, zorder=2, **beside)
         if style:
             axis.plot([x], [place], color=colour, marker=style.marker, markersize=4.2, markeredgewidth=0, **beside)
         name = shortened(str(curve.label)) if curve else "full cache"
-        axis.text(x + 0.07 / wide, place, literal(name), fontsize=7, va="center_baseline", color=INK, transform=axis.transAxes)
+        axis.text(x + 0.07 / room.wide, place, literal(name), fontsize=room.size, va="center_baseline", color=INK, **beside)
 
 
 def _height(axis: Axes, value: float) -> float:
@@ -186,7 +197,7 @@ def _across(axis: Axes, share: float) -> float:
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Ascending places moved as little as may be (least squares) so that each lies `gap` above the one before, between 0 and 1."""
+    """Ascending places, moved as little as may be (least squares) so that each lies `gap` above the one before, from 0 to 1."""
     blocks: list[list[float]] = []  # of places that touch: the mean of what they want less their offsets, and how many
     for number, place in enumerate(wanted):
         blocks.append([place - number * gap, 1])
@@ -196,10 +207,8 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
             before[0] = (before[0] * before[1] + mean * count) / (before[1] + count)
             before[1] += count
     free = [mean for mean, count in blocks for _ in range(int(count))]
-    last = len(free) - 1
-    return [
-        max(min(place + number * gap, 1 - (last - number) * gap), min(number * gap, 1.0)) for number, place in enumerate(free)
-    ]
+    most = 1 - (len(free) - 1) * gap
+    return [number * gap + max(0.0, min(place, most)) for number, place in enumerate(free)]
 
 
 def shortened(name: str, letters: int = LETTERS) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
-from reports.answers import Verdict, at_share, how_sure, interval, listed, percent, verdicts
+from reports.answers import QUARTER, Verdict, at_share, how_sure, interval, listed, percent, verdicts
 from reports.cost import Cost
 from reports.drawing import Picture
 from reports.formats import Table, TableCell
@@ -21,6 +21,13 @@ HEADER = ("bytes", "take", "score", "not shown to be worse", "shown to be worse"
 NAMED = 2  # of those not shown to be worse
 MOST = 6  # budgets of the small table
 NEAR = 0.1  # of a quarter, in shares of it: still called one
+
+
+CAPTION = (
+    "Yellow: the best at as many bytes or fewer. Shaded: 95% intervals of the two that are best most often. Grey: the others. "
+    "Point at a mark for its numbers."
+)
+SMALL = f"The model `{EMBEDDED}` comes with the suite and is tiny: this says nothing about large ones."
 
 
 @dataclass(frozen=True)
@@ -66,39 +73,28 @@ def _front(family: Family, measured: Sequence[Cost]) -> Front:
     times = Times(measured, family.at.model)
     said = _answer(asked, family, times) if asked else [_nothing(family)]
     if family.at.model == EMBEDDED:
-        said.append(
-            Sentence(f"{_capital(EMBEDDED)} is the small model that comes with the suite; it says nothing about large ones.")
-        )
-    picture = family_picture(family)
-    return Front(
-        family.title,
-        family.at.metric,
-        tuple(said),
-        _table(found, asked, times),
-        picture,
-        _caption(picture),
-        PATH_ONLY if family.path_only else "",
-    )
+        said.append(Sentence(SMALL))
+    picture = replace(family_picture(family), marked=asked.byte_share if asked else 0.0)
+    note = PATH_ONLY if family.path_only else ""
+    table = _table(found, asked, times)
+    return Front(family.title, family.at.metric, tuple(said), table, picture, CAPTION, note)
 
 
 def _answer(verdict: Verdict, family: Family, times: Times) -> list[Sentence]:
-    best, metric = verdict.best, family.at.metric
-    near = abs(verdict.byte_share / 0.25 - 1) <= NEAR
-    where = "At a quarter of the bytes" if near else f"At {verdict.budget_words}"
-    asked = "" if near else " (no budget nearer to a quarter was measured)"
-    better = "less is better; " if family.lower_is_better else ""
-    answers = f"{better}{best.score.n} answers" + (f" on {len(family.tasks)} tasks" if len(family.tasks) > 1 else "")
+    best = verdict.best
+    near = abs(verdict.byte_share / QUARTER - 1) <= NEAR
+    where = "At a quarter of the cache's bytes" if near else f"At {verdict.budget_words}, the nearest to a quarter"
+    take = "nothing is decided; the best mean has " if verdict.undecided else "take "
+    answers = f"{best.score.n} answers" + (f" on {len(family.tasks)} tasks" if len(family.tasks) > 1 else "")
+    better = ", less is better" if family.lower_is_better else ""
+    scores = f"It scores {_short(best.score.mean)} by {family.at.metric}{better}"
     bounds = f"95% interval {_short(best.score.low)} to {_short(best.score.high)}"
-    take = (
-        f"{where}{asked} no method is shown to be better than another; the best mean is that of "
-        if verdict.undecided
-        else f"{where}{asked} take "
-    )
-    first = Sentence(take, str(best.label), f": {metric} {_short(best.score.mean)} ({bounds}; {answers}){_full(verdict)}.")
-    said = [first, Sentence("How sure: ", "", f"{how_sure(verdict)}.{_visible(verdict)}")]
+    said = [Sentence(f"{where}, {take}", str(best.label), f". {scores} ({bounds}, {answers}){_full(verdict)}.")]
+    said.append(Sentence(f"How sure? {_capital(how_sure(verdict))}{_visible(verdict)}."))
     if time := times.first_of([best, *verdict.level], verdict.byte_share):
+        untimed = "" if time.cost.method == best.label.name else f"; {best.label} was not timed"
         said.append(
-            Sentence(f"A token of {time.cost.method} takes {time.ms:.3g} ms{times.full(time)}, measured on {time.where}.")
+            Sentence(f"A token takes {time.ms:.3g} ms with {time.cost.method}{times.full(time)} ({time.where}){untimed}.")
         )
     return said
 
@@ -106,18 +102,18 @@ def _answer(verdict: Verdict, family: Family, times: Times) -> list[Sentence]:
 def _full(verdict: Verdict) -> str:
     if verdict.full is None or verdict.to_full is None:
         return ""
-    whole, apart = _short(verdict.full.score.mean), verdict.to_full
+    scores, apart = f"; the full cache scores {_short(verdict.full.score.mean)}", verdict.to_full
     if not verdict.differs_from_full:
-        return f"; the full cache has {whole}, and no difference to it is shown"
+        return f"{scores}, and no difference to it is shown"
     bounds = " to ".join(map(_short, sorted((abs(apart.low), abs(apart.high)))))
-    return f"; the full cache has {whole}, {_short(abs(apart.mean))} {'more' if apart.mean < 0 else 'less'} (interval {bounds})"
+    return f"{scores}, which is {_short(abs(apart.mean))} {'more' if apart.mean < 0 else 'less'} ({bounds})"
 
 
 def _visible(verdict: Verdict) -> str:
     """What could have been shown at all."""
     if not verdict.level or not verdict.visible:
         return ""
-    return f" A difference smaller than about {verdict.visible:.2g} could not show with {verdict.best.score.n} answers."
+    return f", since {verdict.best.score.n} answers cannot show a difference below about {verdict.visible:.2g}"
 
 
 def _nothing(family: Family) -> Sentence:
@@ -171,13 +167,6 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}"
 
 
-def _caption(picture: Picture) -> str:
-    grey = "; thin and grey: the others"
-    return (
-        f"Yellow: the best at as many bytes; shaded: 95% intervals of lines that reach it{grey}. Point at a mark for its numbers."
-    )
-
-
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -208,7 +197,7 @@ class Times:
     def full(self, time: Time) -> str:
         """What the full cache costs in the same place, in words."""
         whole = next((cost for cost in self._timed() if cost.method == "full" and _place(cost) == _place(time.cost)), None)
-        return "" if whole is None or whole.token_ms is None else f" against the full cache's {whole.token_ms:.3g} ms"
+        return "" if whole is None or whole.token_ms is None else f", {whole.token_ms:.3g} ms with the full cache"
 
     def _timed(self) -> list[Cost]:
         timed = [cost for cost in self.measured if cost.laps and not cost.fell_back]

@@ -41,9 +41,10 @@ READING = (
     "the methods at the same budget.",
     "{direction} KL and top token compare a cell with the full cache while both are fed the full cache's answer. `-`: nothing "
     "was measured; it is never 0.",
-    "Which method is told apart from which is decided for all pairs at a budget at once: by differences on the same examples, whose "
-    "signs are flipped example by example, and by the largest of all pairs (Westfall and Young's step-down). Equal methods are told "
-    "apart with a chance of at most 5%, whichever is looked at, the best one included. Not shown to be worse does not mean equal.",
+    "Which method is told apart from which is decided for all pairs at a budget at once: by differences on the same examples, "
+    "whose signs are flipped example by example, and by the largest of all pairs (Westfall and Young's step-down). Equal methods "
+    "are told apart with a chance of at most 5%, whichever is looked at, the best one included. Not shown to be worse does not "
+    "mean equal.",
     "question_in: the prompt is read with its question, then compressed. question_after: the context alone is read and "
     "compressed, then the question is asked. Protocols are never ranked together.",
 )

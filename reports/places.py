@@ -1,4 +1,4 @@
-"""Methods ranked over all tasks of a model and protocol, whatever their metrics: mean ranks, and the places that each may have."""
+"""Methods ranked over all tasks of a model and protocol, whatever their metrics: mean ranks, and the places each may have."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from results.record import budget_size
 
 HEADER = ("method", "mean rank", "may stand at", "shown to be worse than the first", "bytes kept")
 ABOUT = (
-    "A mean rank is the place on an example, averaged over examples and then over tasks: one more than the methods that are expected "
-    "to do better, equals counted half. It needs no common unit, so that all tasks take part. Behind it stand the places that a "
-    "method may have: between those shown to be better and those shown to be worse, over all pairs at once, at a level of 5%."
+    "A mean rank is the place on an example, averaged over examples and then over tasks: one more than the methods that are "
+    "expected to do better, equals counted half. It needs no common unit, so that all tasks take part. Behind it stand places "
+    "that a method may have: between those shown to be better and those shown to be worse, of all pairs at once (level: 5%)."
 )
 ROW = 0.17  # inches a method
 

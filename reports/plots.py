@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from reports.drawing import Curve, Picture, Point, draw, shortened
+from reports.drawing import Curve, Picture, Point, Room, draw, shortened
 from reports.formats import literal
 from reports.keys import Label, PanelKey
 from reports.pictures import place
@@ -144,10 +144,10 @@ def save(picture: Picture, title: str, name: tuple[str, str], palette: Palette, 
     figure = Figure(figsize=(wide, high))
     for number, kind in enumerate(kinds):
         left, top = WIDE * (number % across), 0.25 + HIGH * (number // across)
-        inches = (WIDE - LEFT - RIGHT, HIGH - BELOW - ABOVE)
-        box = (left + LEFT) / wide, 1 - (top + HIGH - BELOW) / high, inches[0] / wide, inches[1] / high
+        room = Room(WIDE - LEFT - RIGHT, HIGH - BELOW - ABOVE)
+        box = (left + LEFT) / wide, 1 - (top + HIGH - BELOW) / high, room.wide / wide, room.high / high
         axis = figure.add_axes(box)
-        draw(axis, picture, [kind], palette, inches)
+        draw(axis, picture, [kind], palette, room)
         if len(kinds) > 1:
             axis.set_title(kind, fontsize=7.5, loc="left", pad=3)
     figure.suptitle(literal(shortened(title, int(LETTERS_AN_INCH * wide))), fontsize=8, y=1 - 0.05 / high)
@@ -179,13 +179,13 @@ def save_family(family: Family, palette: Palette, folder: Path, formats: Collect
     return save(family_picture(family), family.title, (name, mark), palette, (folder, formats))
 
 
-def inline(picture: Picture, palette: Palette, number: int, size: tuple[float, float] = (4.9, 3.3)) -> str:
-    """All kinds on one axis as SVG for a page: every point says what it is in `data-tip`."""
-    wide, high = size
-    figure = Figure(figsize=size)
-    inches = (wide - 0.58 - 1.5, high - 0.45 - 0.12)
-    axis = figure.add_axes((0.58 / wide, 0.45 / high, inches[0] / wide, inches[1] / high))
-    tips = draw(axis, picture, picture.kinds, palette, inches)
+def inline(picture: Picture, palette: Palette, number: int) -> str:
+    """All kinds on one axis as SVG for a page, with letters for a phone: every point says what it is in `data-tip`."""
+    wide, high = 4.5, 3.4
+    figure = Figure(figsize=(wide, high))
+    room = Room(wide - 0.62 - 1.62, high - 0.5 - 0.12, size=8.5)
+    axis = figure.add_axes((0.62 / wide, 0.5 / high, room.wide / wide, room.high / high))
+    tips = draw(axis, picture, picture.kinds, palette, room)
     return as_svg(figure, tips, number)
 
 

@@ -2,8 +2,8 @@
 
 Two methods are compared by their differences on the same examples, every task counting alike. The chance of such differences is
 found by flipping the sign of whole examples, for all pairs together, so that what pairs share stays shared; the largest
-standardised difference over all pairs corrects for their number (Westfall and Young 1993, step-down max T, algorithm 2.8). Whoever
-is looked at afterwards, the best one too, is covered: with a chance of 95 % no two equal methods are told apart.
+standardised difference over all pairs corrects for their number (Westfall and Young 1993, step-down max T). Whoever is looked at
+afterwards, the best one too, is covered: with a chance of 95 % no two equal methods are told apart.
 
 Ranks are means over examples, ties halved: one more than the methods that are expected to do better (Friedman's ranks).
 """
@@ -95,7 +95,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def places(tasks: Sequence[np.ndarray]) -> list[Place]:
-    """Of each method its mean rank over tasks, every task counting alike, and the places it may have. tasks: as in `all_pairs`."""
+    """Of each method its mean rank, every task counting alike, and the places it may have. tasks: as in `all_pairs`."""
     ranked = [ranks(task) for task in tasks]
     pairs = all_pairs([-one for one in ranked])
     found = []
