@@ -19,7 +19,7 @@ from reports.style import GREY, KINDS, Palette, Style, kind_of
 
 INK, SOFT, FRONTIER = "#1b1f24", "#59636e", "#F7E27C"
 LEAST = 1e-6  # on a log axis: below this two caches predict the same in float32
-LETTERS = 22  # of a name at its line
+LETTERS = 21  # of a name at its line
 LINE = 0.0193  # inches from one name to the next, a point of the letters
 TICK = 0.06  # from one share to the next
 SHADED = 2  # curves with their intervals
@@ -73,12 +73,10 @@ class Picture:
                 reached.append((share, sign * best))
         return reached
 
-    @property
-    def leading(self) -> list[Label]:
-        """Of the curves on the frontier those that have most points there."""
-        counts = {
-            curve.label: sum((point.share, point.value.mean) in self.frontier for point in curve.points) for curve in self.curves
-        }
+    def leading(self, frontier: Sequence[tuple[float, float]]) -> list[Label]:
+        """Of the curves that have points on the frontier, those that have most."""
+        best = set(frontier)
+        counts = {curve.label: sum((point.share, point.value.mean) in best for point in curve.points) for curve in self.curves}
         return sorted((label for label in counts if counts[label]), key=lambda label: -counts[label])[:SHADED]
 
 
@@ -95,7 +93,9 @@ def draw(axis: Axes, picture: Picture, kinds: Sequence[str], palette: Palette, r
     """Draws the curves of some kinds, and gives what each group of marks says, by the group's identifier."""
     shown = [curve for curve in picture.curves if kind_of(curve.label) in kinds]
     _axes(axis, picture, room)
-    if frontier := [(share, picture.height(value)) for share, value in picture.frontier]:
+    reached = picture.frontier
+    leading = picture.leading(reached)
+    if frontier := [(share, picture.height(value)) for share, value in reached]:
         axis.plot(*zip(*frontier, strict=True), color=FRONTIER, linewidth=room.size, solid_capstyle="round", zorder=5)
     if picture.marked:
         axis.axvline(picture.marked, color=SOFT, linewidth=0.8, linestyle=":", zorder=2)
@@ -103,7 +103,7 @@ def draw(axis: Axes, picture: Picture, kinds: Sequence[str], palette: Palette, r
         axis.axhline(picture.height(picture.full.mean), color=INK, linewidth=0.9, linestyle=(0, (5, 3)), zorder=2)
     tips: dict[str, list[str]] = {}
     for curve in sorted(shown, key=lambda curve: not palette.of_label(curve.label).grey):  # grey ones lie below
-        _curve(axis, picture, curve, palette.of_label(curve.label), shaded=curve.label in picture.leading)
+        _curve(axis, picture, curve, palette.of_label(curve.label), shaded=curve.label in leading)
         group = f"tips{len(tips)}"
         at = ([point.share for point in curve.points], [picture.height(point.value.mean) for point in curve.points])
         axis.scatter(*at, s=60, alpha=0.0, gid=group, zorder=9)
@@ -117,10 +117,10 @@ def _axes(axis: Axes, picture: Picture, room: Room) -> None:
     shares = [point.share for curve in picture.curves for point in curve.points] or [1.0]
     axis.set_xscale("log", base=2)
     axis.set_xlim(min(shares) / 1.18, max(shares) * 1.18)
-    octaves = range(floor(-log2(max(shares)) - 0.3), ceil(-log2(min(shares)) + 0.3) + 1)
+    low, high = axis.get_xlim()
+    octaves = range(ceil(-log2(high)), floor(-log2(low)) + 1)
     every = -(-len(octaves) // max(2, int(room.wide / (room.size * TICK))))
     ticks = [0.5**octave for octave in octaves if (octave - 2) % every == 0]  # a quarter is among them
-    ticks = [tick for tick in ticks if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
     ticks = ticks if len(ticks) > 1 else _apart(shares)
     axis.set_xticks(ticks, [f"{100 * tick:.3g}%" for tick in ticks], minor=False)
     axis.set_xticks([], minor=True)

@@ -144,6 +144,7 @@
     if (!found.length) return;
     const plot = budget ? dots(found, what, field, view.lower) : curves(found, what, field);
     plot.toolbar.logo = null;
+    plot.toolbar.active_drag = null; // a finger scrolls the page
     shown = await Bokeh.Plotting.show(plot, place);
   };
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from reports.keys import Protocol
 from reports.plots import FIELDS, FULL, Panel
 from reports.statistics import Estimate
 from reports.style import Palette, in_order, kind_of
@@ -56,7 +58,7 @@ def explored(panels: Sequence[Panel], families: Sequence[Family], palette: Palet
 
 def _view(panel: Panel, numbers: dict[Any, int]) -> dict[str, Any]:
     named = dict(panel.fields)
-    asked = {"model": panel.at.model, "task": str(panel.at.task), "protocol": f"{panel.at.protocol.prompt}, {panel.at.protocol}"}
+    asked = {"model": panel.at.model, "task": _task(panel), "protocol": _protocol(panel.at.protocol)}
     points = [_point(line, numbers) for line in panel.lines if line.byte_share]
     lower = any(line.lower_is_better for line in panel.lines)
     return asked | {"fields": [[name, named[name]] for name, _ in FIELDS if name in named], "lower": lower, "points": points}
@@ -65,9 +67,19 @@ def _view(panel: Panel, numbers: dict[Any, int]) -> dict[str, Any]:
 def _mean_view(family: Family, numbers: dict[Any, int]) -> dict[str, Any]:
     told = f" ({family.at.told})" if family.at.told else ""
     task = f"mean of {len(family.tasks)} tasks by {family.at.metric}{told}"
-    asked = {"model": family.at.model, "task": task, "protocol": f"{family.at.protocol.prompt}, {family.at.protocol}"}
+    asked = {"model": family.at.model, "task": task, "protocol": _protocol(family.at.protocol)}
     points = [_mean_point(cell, numbers) for cell in family.cells]
     return asked | {"fields": [["score", family.at.metric]], "lower": family.lower_is_better, "points": points}
+
+
+def _task(panel: Panel) -> str:
+    cut = panel.at.protocol.truncation
+    return f"{panel.at.task}" + (f", at most {cut} tokens" if cut else "")
+
+
+def _protocol(protocol: Protocol) -> str:
+    """But for what may differ from task to task."""
+    return f"{protocol.prompt}, {replace(protocol, truncation=None, routing='')}"
 
 
 def _point(line: Line, numbers: dict[Any, int]) -> list[Any]:

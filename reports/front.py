@@ -17,8 +17,8 @@ from reports.statistics import Estimate
 from reports.summary import Family, Overall
 from results.record import EMBEDDED
 
-HEADER = ("bytes", "take", "score", "not shown to be worse", "shown to be worse", "ms a token")
-NAMED = 2  # of those not shown to be worse
+HEADER = ("bytes", "take", "score", "maybe as good", "better than", "ms a token")
+NAMED = 2  # of those that may be as good
 MOST = 6  # budgets of the small table
 NEAR = 0.1  # of a quarter, in shares of it: still called one
 
@@ -27,7 +27,7 @@ CAPTION = (
     "Yellow: the best at as many bytes or fewer. Shaded: 95% intervals of the two that are best most often. Grey: the others. "
     "Point at a mark for its numbers."
 )
-SMALL = f"The model `{EMBEDDED}` comes with the suite and is tiny: this says nothing about large ones."
+SMALL = "The model comes with the suite and is tiny: this says nothing about large ones."
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ class Front:
 
 
 def fronts(families: Sequence[Family], measured: Sequence[Cost]) -> list[Front]:
-    """Of every family, the one that says most first: what is answered before likelihoods, many tasks before few."""
-    return [_front(family, measured) for family in sorted(families, key=_order)]
+    """Of every family, the one that says most first."""
+    return [_front(family, measured) for family in sorted(families, key=first_shown)]
 
 
-def _order(family: Family) -> tuple[object, ...]:
+def first_shown(family: Family) -> tuple[object, ...]:
+    """For sorting: what can be ranked before what proves the path, answers before likelihoods, many tasks before few."""
     return (
         family.path_only,
         family.lower_is_better,
@@ -87,8 +88,8 @@ def _answer(verdict: Verdict, family: Family, times: Times) -> list[Sentence]:
     take = "nothing is decided; the best mean has " if verdict.undecided else "take "
     answers = f"{best.score.n} answers" + (f" on {len(family.tasks)} tasks" if len(family.tasks) > 1 else "")
     better = ", less is better" if family.lower_is_better else ""
-    scores = f"It scores {_short(best.score.mean)} by {family.at.metric}{better}"
-    bounds = f"95% interval {_short(best.score.low)} to {_short(best.score.high)}"
+    scores = f"It scores {_short(best.score.mean)}"
+    bounds = f"{family.at.metric}{better}, 95% interval {_short(best.score.low)} to {_short(best.score.high)}"
     said = [Sentence(f"{where}, {take}", str(best.label), f". {scores} ({bounds}, {answers}){_full(verdict)}.")]
     said.append(Sentence(f"How sure? {_capital(how_sure(verdict))}{_visible(verdict)}."))
     if time := times.first_of([best, *verdict.level], verdict.byte_share):
@@ -132,7 +133,7 @@ def _table(found: Sequence[Verdict], asked: Verdict | None, times: Times) -> Tab
     shown = sorted(found, key=lambda one: abs(log(one.byte_share / asked.byte_share)))[:MOST]
     rows = [_row(one, times, one is asked) for one in sorted(shown, key=lambda one: -one.byte_share)]
     full = f"The full cache has {_short(asked.full.score.mean)}. " if asked.full else ""
-    told = f"{full}In brackets the 95% interval. Worse is shown at a level of 5% over all pairs of methods at the budget."
+    told = f"{full}In brackets 95% intervals. Better is what is shown at a level of 5% over all pairs of methods of a budget."
     timed = [time for one in shown if (time := times.first_of([one.best, *one.level], one.byte_share))]
     wheres = sorted({time.where for time in timed})
     notes = (told, *([f"Times are those of {'; '.join(wheres)}."] if wheres else []))
@@ -145,7 +146,7 @@ def _row(verdict: Verdict, times: Times, marked: bool) -> tuple[TableCell, ...]:
         TableCell(f"{percent(verdict.byte_share)}{entries}", verdict.byte_share, best=marked),
         TableCell(f"{best.label}{', undecided' * verdict.undecided}", best=marked),
         TableCell(_bracketed(best.score), best.score.mean, best=marked),
-        TableCell(listed(verdict.level, NAMED) if verdict.level else "none"),
+        TableCell(listed(verdict.level, NAMED) if verdict.level else "none" if verdict.beaten else "-"),
         TableCell(f"{len(verdict.beaten)} of {len(verdict.cells) - 1}", len(verdict.beaten)),
         _timed(times.first_of([best, *verdict.level], verdict.byte_share), best.label),
     )
@@ -155,7 +156,7 @@ def _timed(time: Time | None, best: Label) -> TableCell:
     """Of the best, or of the first of those not shown to be worse that was timed."""
     if time is None:
         return TableCell("-", float("-inf"))
-    return TableCell(f"{time.ms:.3g}" + f" ({time.cost.method})" * (time.cost.method != best.name), time.ms)
+    return TableCell(f"{time.ms:.3g}" + f" {time.cost.method}" * (time.cost.method != best.name), time.ms)
 
 
 def _bracketed(value: Estimate) -> str:

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from reports import plots
 from reports.explore import explored, library
 from reports.formats import Table, TableCell, words
-from reports.front import Front
+from reports.front import Front, first_shown
 from reports.keys import PanelKey
 from reports.names import named
 from reports.places import ABOUT as ABOUT_RANKS
@@ -128,7 +128,7 @@ def page(content: Content) -> str:
         script=_own("page.js") + (_own("explore.js") if drawn else ""),
         fronts=[_front(front, content.palette, number) for number, front in enumerate(content.fronts)],
         nothing=NOTHING if content.records else "Costs only: no answers are stored here.",
-        explored=explored([panel for panel in shown if panel.fields], content.families, content.palette) if drawn else "",
+        explored=_explored(shown, content) if drawn else "",
         library=library() if drawn else "",
         about_ranks=ABOUT_RANKS,
         ranks=_ranks(content.ranks, content.palette),
@@ -142,6 +142,12 @@ def page(content: Content) -> str:
         reading=[*reading(content.found), *([content.made.judge] if content.made.judge else [])],
         show=_table,
     )
+
+
+def _explored(shown: Sequence[plots.Panel], content: Content) -> Markup:
+    """In the order of the first screen."""
+    panels = sorted((panel for panel in shown if panel.fields), key=lambda panel: panel.at.protocol.prompt != "question_in")
+    return explored(panels, sorted(content.families, key=first_shown), content.palette)
 
 
 def _own(name: str) -> Markup:
@@ -236,7 +242,8 @@ def _cell(cell: TableCell) -> str:
     kinds = [kind for kind, holds in (("best", cell.best), ("words", cell.value is None), ("long", len(cell.text) > 60)) if holds]
     marks = f' class="{" ".join(kinds)}"' if kinds else ""
     value = "" if cell.value is None else f' data-value="{_number(cell.value)}"'
-    return f"<td{marks}{value}>{escape(cell.text)}</td>"
+    text = str(escape(cell.text)).replace("(", "<wbr>(") if cell.value is None else escape(cell.text)
+    return f"<td{marks}{value}>{text}</td>"
 
 
 def _number(value: float) -> str:

@@ -25,8 +25,8 @@ from reports.tables import Line
 
 FULL = Label("full")
 FORMATS = ("png", "svg", "pdf")
-WIDE, HIGH = 3.45, 2.6  # inches of a panel with its names: a column of a paper
-LEFT, RIGHT, BELOW, ABOVE = 0.5, 1.3, 0.42, 0.2  # inches around the axes
+WIDE, HIGH = 3.5, 2.6  # inches of a panel with its names: a column of a paper
+LEFT, RIGHT, BELOW, ABOVE = 0.5, 1.45, 0.42, 0.2  # inches around the axes
 ACROSS = 2  # panels side by side: the width of a page
 LETTERS_AN_INCH = 15  # of a title
 FIELDS = (("score", "score"), ("kl", "KL to the full cache, nats"), ("top1", "same top token as full"))
@@ -181,9 +181,9 @@ def save_family(family: Family, palette: Palette, folder: Path, formats: Collect
 
 def inline(picture: Picture, palette: Palette, number: int) -> str:
     """All kinds on one axis as SVG for a page, with letters for a phone: every point says what it is in `data-tip`."""
-    wide, high = 4.5, 3.4
+    wide, high = 4.7, 3.4
     figure = Figure(figsize=(wide, high))
-    room = Room(wide - 0.62 - 1.62, high - 0.5 - 0.12, size=8.5)
+    room = Room(wide - 0.62 - 1.85, high - 0.5 - 0.12, size=8.5)
     axis = figure.add_axes((0.62 / wide, 0.5 / high, room.wide / wide, room.high / high))
     tips = draw(axis, picture, picture.kinds, palette, room)
     return as_svg(figure, tips, number)
