@@ -188,6 +188,12 @@ class Model:
         by_layer = [rope for rope in ropes.values() if isinstance(rope, dict)] or [ropes]
         return min(_scaled_positions(rope, int(config.max_position_embeddings)) for rope in by_layer)
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it has embeddings for; its tokenizer may have more, or fewer."""
+        words: Any = self.network.get_input_embeddings()
+        return int(words.weight.shape[0])
+
     def words(self, tokens: list[int], special: bool = False) -> str:
         """Tokens as text, special ones only if asked for; as numbers where there is no tokenizer."""
         if self.tokenizer is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from benchmarks.base import NLL, Task, embedded_can
+from benchmarks.data import BadData
 from harness.cache import Arena
 from harness.engine.generate import Answer
 from harness.engine.measure import keep_freed_memory
@@ -115,7 +116,7 @@ def run_behind(request: RunRequest, registry: Registry) -> int:
     for behind in requests_behind(request):
         try:
             failed += run_request(behind, registry).failed
-        except BadGguf as missing:
+        except (BadGguf, BadData) as missing:
             print(f"suite {behind.suite} is left out: {missing}", file=sys.stderr)
     return failed
 
