@@ -42,6 +42,12 @@ class Verdict:
         """Others that the best is not shown to be better than."""
         return [cell for number, cell in enumerate(self.cells) if number and not self.pairs.better(0, number)]
 
+    def place(self, number: int) -> tuple[int, int]:
+        """The first and the last place that a method may have: between those shown to be better and those shown to be worse."""
+        others = range(len(self.cells))
+        better = sum(self.pairs.better(other, number) for other in others)
+        return 1 + better, len(self.cells) - sum(self.pairs.better(number, other) for other in others)
+
     @property
     def undecided(self) -> bool:
         """Is nothing shown at all?"""
@@ -87,8 +93,8 @@ def verdicts(family: Family) -> list[Verdict]:
         rivals = [cell for cell in rivals if cell.byte_share <= share * (1 + AS_MANY)]
         rivals += [cell for cell in family.cells if _whole_at(cell, share)]
         rivals.sort(key=lambda cell: _order(cell, family))
-        pairs = all_pairs(values_of(rivals, family))
-        found.append(Verdict(budget, share, tuple(rivals), full, pairs, _difference(rivals[0], full, family)))
+        pairs = all_pairs(values_of(rivals, family), looks=family.looks)
+        found.append(Verdict(budget, share, tuple(rivals), full, pairs, difference(rivals[0], full, family) if full else None))
     return sorted(found, key=lambda one: one.byte_share)
 
 
@@ -111,15 +117,14 @@ def _order(cell: Overall, family: Family) -> tuple[object, ...]:
     return (-round(mean, 12), bool(cell.label.variant), cell.kl is None, cell.kl or 0.0, order_of(cell.label))
 
 
-def _difference(best: Overall, full: Overall | None, family: Family) -> Estimate | None:
-    if full is None:
-        return None
+def difference(best: Overall, full: Overall, family: Family) -> Estimate:
+    """Of the cell less the full cache, paired, in the metric's own direction."""
     sign = -1.0 if family.lower_is_better else 1.0
     found = []
     for task in family.tasks:
         ours, theirs = ({example: sign * value for example, value in cell.values[task].items()} for cell in (best, full))
-        found.append(paired_difference(ours, theirs))
-    p = float(all_pairs(values_of([best, full], family)).p[0, 1])
+        found.append(paired_difference(ours, theirs, looks=family.looks))
+    p = float(all_pairs(values_of([best, full], family), looks=family.looks).p[0, 1])
     return replace(combined([one for one in found if one is not None]), p=p)
 
 

@@ -85,13 +85,16 @@ def _answer(verdict: Verdict, family: Family, times: Times) -> list[Sentence]:
     best = verdict.best
     near = abs(verdict.byte_share / QUARTER - 1) <= NEAR
     where = "At a quarter of the cache's bytes" if near else f"At {verdict.budget_words}, the nearest to a quarter"
-    take = "nothing is decided; the best mean has " if verdict.undecided else "take "
+    alone = len(verdict.cells) == 1
+    take = "only this was measured: " if alone else "nothing is decided; the best mean has " if verdict.undecided else "take "
     answers = f"{best.score.n} answers" + (f" on {len(family.tasks)} tasks" if len(family.tasks) > 1 else "")
     better = ", less is better" if family.lower_is_better else ""
     scores = f"It scores {_short(best.score.mean)}"
-    bounds = f"{family.at.metric}{better}, 95% interval {_short(best.score.low)} to {_short(best.score.high)}"
-    said = [Sentence(f"{where}, {take}", str(best.label), f". {scores} ({bounds}, {answers}){_full(verdict)}.")]
-    said.append(Sentence(f"How sure? {_capital(how_sure(verdict))}{_visible(verdict)}."))
+    bounds = f"95% interval {_short(best.score.low)} to {_short(best.score.high)}, {answers}"
+    bounds = "one answer, which has no interval" if best.score.n == 1 else bounds
+    said = [Sentence(f"{where}, {take}", str(best.label), f". {scores} ({family.at.metric}{better}, {bounds}){_full(verdict)}.")]
+    if not alone:
+        said.append(Sentence(f"How sure? {_capital(how_sure(verdict))}{_visible(verdict)}."))
     if time := times.first_of([best, *verdict.level], verdict.byte_share):
         untimed = "" if time.cost.method == best.label.name else f"; {best.label} was not timed"
         said.append(
@@ -141,13 +144,14 @@ def _table(found: Sequence[Verdict], asked: Verdict | None, times: Times) -> Tab
 
 
 def _row(verdict: Verdict, times: Times, marked: bool) -> tuple[TableCell, ...]:
-    best, entries = verdict.best, "" if verdict.is_share else f" ({verdict.budget})"
+    best, others = verdict.best, len(verdict.cells) - 1
+    entries = "" if verdict.is_share else f" ({verdict.budget})"
     return (
         TableCell(f"{percent(verdict.byte_share)}{entries}", verdict.byte_share, best=marked),
         TableCell(f"{best.label}{', undecided' * verdict.undecided}", best=marked),
         TableCell(_bracketed(best.score), best.score.mean, best=marked),
         TableCell(listed(verdict.level, NAMED) if verdict.level else "none" if verdict.beaten else "-"),
-        TableCell(f"{len(verdict.beaten)} of {len(verdict.cells) - 1}", len(verdict.beaten)),
+        TableCell(f"{len(verdict.beaten)} of {others}" if others else "-", len(verdict.beaten)),
         _timed(times.first_of([best, *verdict.level], verdict.byte_share), best.label),
     )
 

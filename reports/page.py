@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from reports.names import named
 from reports.places import ABOUT as ABOUT_RANKS
 from reports.places import Ranking, ranking_figure, ranking_tables
 from reports.present import PATH_ONLY, byte_table, mean_tables, score_tables
+from reports.statistics import level_of
 from reports.style import Palette
 from reports.summary import Family
 from reports.tables import Line
@@ -50,13 +51,21 @@ READING = (
 )
 
 
+STOPPED = (
+    "Examples of some tasks were added until their intervals were narrow enough, with up to {looks} looks at them. Whichever "
+    "look ended that, 95 % hold: intervals are of {level:.2%} at each look, and tests are corrected for looks too (Bonferroni)."
+)
+
+
 def reading(found: Sequence[Line]) -> list[str]:
     """How the numbers are to be read."""
     lower = sorted({line.metric for line in found if line.metric and line.lower_is_better})
     direction = (
         f"For {' and '.join(lower)} lower is better, for every other score higher." if lower else "Higher scores are better."
     )
-    return [text.format(direction=direction) for text in READING]
+    looks = max((line.looks for line in found), default=1)
+    stopped = [STOPPED.format(looks=looks, level=level_of(looks))] if looks > 1 else []
+    return [*(text.format(direction=direction) for text in READING), *stopped]
 
 
 @dataclass(frozen=True)
@@ -140,8 +149,12 @@ def page(content: Content) -> str:
         environments=[json.dumps(one, indent=1) for one in content.made.environments],
         data=[json.dumps({k: v for k, v in one.items() if k != "id"}) for one in content.made.data],
         reading=[*reading(content.found), *([content.made.judge] if content.made.judge else [])],
-        show=_table,
+        show=shown_table,
     )
+
+
+def _count(things: Collection[str], what: str) -> str:
+    return f"{len(things)} {what}{'s' * (len(things) != 1)}"
 
 
 def _explored(shown: Sequence[plots.Panel], content: Content) -> Markup:
@@ -181,7 +194,7 @@ def _subtitle(records: Sequence[Record]) -> str:
     methods = {record.key.method for record in records}
     if not records:
         return "Costs only: no answers are stored here."
-    counts = f"{len(records):,} cells: {len(methods)} methods on {len(benchmarks)} tasks"
+    counts = f"{len(records):,} cells: {_count(methods, 'method')} on {_count(benchmarks, 'task')}"
     return f"{', '.join(models)}. {counts}."
 
 
@@ -228,7 +241,7 @@ def _anchor(title: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in title.lower()).strip("-")
 
 
-def _table(table: Table, level: int = 3, notes_stand: str = "before") -> Markup:
+def shown_table(table: Table, level: int = 3, notes_stand: str = "before") -> Markup:
     """Every text escaped; what a column is sorted by as `data-value`."""
     head = "".join(f'<th><button type="button">{escape(text)}</button></th>' for text in table.header)
     rows = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in table.rows)
@@ -256,7 +269,7 @@ def _data(path: Path) -> str:
 
 def simple_page(title: str, about: str, tables: Sequence[Table]) -> str:
     """Tables alone, in the same manner."""
-    shown = "".join(str(_table(table)) for table in tables)
+    shown = "".join(str(shown_table(table)) for table in tables)
     css, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f'<meta charset="utf-8">{view}<link rel="icon" href="data:,">'

@@ -78,7 +78,7 @@ def _ranking(at: FamilyKey, budget: str, families: Sequence[Family]) -> Ranking 
         for family, mine in zip(families, cells, strict=True)
         for values in values_of([mine[label] for label in labels], family)
     ]
-    found = places(tasks)
+    found = places(tasks, looks=max(family.looks for family in families))
     order = sorted(range(len(labels)), key=lambda number: (round(found[number].rank.mean, 9), order_of(labels[number])))
     first = order[0]
     return Ranking(

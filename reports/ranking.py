@@ -45,11 +45,12 @@ class Pairs:
         return bool(self.p[one, other] < LEVEL and self.differences[one, other] > 0)
 
 
-def all_pairs(tasks: Sequence[np.ndarray], seed: int = 0) -> Pairs:
+def all_pairs(tasks: Sequence[np.ndarray], seed: int = 0, looks: int = 1) -> Pairs:
     """Compares every method with every other.
 
     Args:
         tasks: [k, n] each: of k methods the values of a task's n examples, better is larger.
+        looks: how often somebody may have looked whether that is enough, see `statistics.level_of`.
     """
     weighted = np.concatenate([np.asarray(task, np.float64) / task.shape[1] for task in tasks], axis=1) / len(tasks)  # [k, n]
     k, n = weighted.shape
@@ -71,8 +72,9 @@ def all_pairs(tasks: Sequence[np.ndarray], seed: int = 0) -> Pairs:
     drawn = sum(map(len, patterns))
     extra = 0 if n <= EXACT else 1  # the pattern that was seen is one of those that were drawn from
     adjusted = np.maximum.accumulate(((reached + extra) / (drawn + extra))[::-1])[::-1]  # the farther apart, the smaller
+    adjusted = np.minimum(1.0, looks * adjusted)
     p, least = np.ones((k, k)), np.zeros((k, k))
-    critical = float(np.quantile(np.concatenate(largest), 1 - LEVEL))
+    critical = float(np.quantile(np.concatenate(largest), 1 - LEVEL / looks))
     for values, found in ((p, adjusted), (least, critical * spread[order])):
         values[one[order], other[order]] = values[other[order], one[order]] = found
     means = weighted.sum(1)
@@ -94,10 +96,10 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return ahead + (level + 1) / 2
 
 
-def places(tasks: Sequence[np.ndarray]) -> list[Place]:
+def places(tasks: Sequence[np.ndarray], looks: int = 1) -> list[Place]:
     """Of each method its mean rank, every task counting alike, and the places it may have. tasks: as in `all_pairs`."""
     ranked = [ranks(task) for task in tasks]
-    pairs = all_pairs([-one for one in ranked])
+    pairs = all_pairs([-one for one in ranked], looks=looks)
     found = []
     for mine in range(len(ranked[0])):
         better = frozenset(other for other in range(len(ranked[0])) if pairs.better(other, mine))

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from statistics import NormalDist
 from typing import TypeVar
 
 import numpy as np
@@ -38,13 +39,19 @@ class Estimate:
         return self.n >= LEAST and (self.low > 0 or self.high < 0)
 
 
-def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
+def level_of(looks: int) -> float:
+    """Of one look's intervals, where examples are added until they are narrow and somebody looked so often: all of them hold
+    together with 95 % (Bonferroni), so that the one at which it was stopped does."""
+    return 1 - (1 - LEVEL) / looks
+
+
+def estimate(values: np.ndarray, seed: int = 0, looks: int = 1) -> Estimate:
     """Mean of `values` [n], n >= 1, with a percentile bootstrap interval. One example has no interval: low = high = mean."""
     values = np.asarray(values, dtype=np.float64)
     mean = float(values.mean())
     if len(values) == 1 or bool((values == values[0]).all()):
         return Estimate(mean, mean, mean, len(values))
-    low, high = np.quantile(_resampled(values, seed), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(_resampled(values, seed), [(1 - level_of(looks)) / 2, (1 + level_of(looks)) / 2])
     return Estimate(mean, float(low), float(high), len(values))
 
 
@@ -92,7 +99,7 @@ def _chunks(size: int) -> list[int]:
     return [piece] * whole + ([rest] if rest else [])
 
 
-def proportion(values: np.ndarray) -> Estimate:
+def proportion(values: np.ndarray, looks: int = 1) -> Estimate:
     """Share of right answers with Wilson's interval: unlike a bootstrap's it has a width where all answers are alike.
 
     Args:
@@ -101,21 +108,23 @@ def proportion(values: np.ndarray) -> Estimate:
     count, mean = len(values), float(np.mean(values))
     if count == 1:
         return Estimate(mean, mean, mean, 1)
-    z = 1.959963984540054  # of 95 %
+    z = NormalDist().inv_cdf((1 + level_of(looks)) / 2)
     middle = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
     low, high = round(float(middle - half), 12), round(float(middle + half), 12)
     return Estimate(mean, max(0.0, low), min(1.0, high), count)
 
 
-def paired_difference(ours: Mapping[Example, float], baseline: Mapping[Example, float], seed: int = 0) -> Estimate | None:
+def paired_difference(
+    ours: Mapping[Example, float], baseline: Mapping[Example, float], seed: int = 0, looks: int = 1
+) -> Estimate | None:
     """Of the examples that both answered, with its `p`; None if there are none."""
     shared = sorted(set(ours) & set(baseline), key=str)
     if not shared:
         return None
     differences = np.array([ours[i] - baseline[i] for i in shared])
-    found = estimate(differences, seed)
-    return Estimate(found.mean, found.low, found.high, found.n, sign_flip_p(differences, seed))
+    found = estimate(differences, seed, looks)
+    return Estimate(found.mean, found.low, found.high, found.n, min(1.0, looks * sign_flip_p(differences, seed)))
 
 
 def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:

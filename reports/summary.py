@@ -42,6 +42,10 @@ class Family:
         return any(cell.path_only for cell in self.cells)
 
     @property
+    def looks(self) -> int:
+        return max(cell.looks for cell in self.cells)
+
+    @property
     def title(self) -> str:
         several = f"{len(self.tasks)} tasks" + (f" ({self.at.told})" if self.at.told else "")
         tasks = str(self.tasks[0]) if len(self.tasks) == 1 else several
@@ -61,6 +65,7 @@ class Overall:
     compressed: bool
     lower_is_better: bool = False
     kl: float | None = None  # to the full cache, mean over the tasks; None where a task has none
+    looks: int = 1  # see `Line`; the most of a task
 
     @property
     def is_full(self) -> bool:
@@ -153,4 +158,6 @@ def _overall(lines: Sequence[Line]) -> Overall:
     kl = float(np.mean(kls)) if len(kls) == len(lines) else None
     compressed = any(line.compressed for line in lines)
     path_only, lower = any(line.path_only for line in lines), lines[0].lower_is_better
-    return Overall(lines[0].label, lines[0].budget, share, score, path_only, values, compressed, lower, kl)
+    return Overall(
+        lines[0].label, lines[0].budget, share, score, path_only, values, compressed, lower, kl, max(line.looks for line in lines)
+    )

@@ -23,6 +23,7 @@ from reports.page import Content, Made, Pictures, page, reading
 from reports.places import ranking_tables, rankings
 from reports.plots import palette_of
 from reports.present import mean_tables, score_tables
+from reports.sequential import looks_of
 from reports.style import Palette
 from reports.summary import Family, families
 from reports.tables import Line, frame, lines
@@ -44,7 +45,7 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
     rows = read_costs(out)
     records = [] if rows and not (out / "rows").is_dir() else read_rows(out)
     ratings = read_ratings(out)
-    found = lines(records, next(iter(ratings.values()), None))
+    found = lines(records, next(iter(ratings.values()), None), looks_of(out))
     averaged, measured = families(found), costs(rows)
     timed = {Label(cost.method, variant=cost.panel.variant) for cost in measured}
     palette, ranked = palette_of(averaged, found, timed), rankings(averaged)

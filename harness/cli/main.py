@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
     from harness.evaluation import run
     from harness.evaluation.artifacts import record_command
 
-    failed = run.run_request(request, registry).failed
+    failed = _run_rows(options, request, registry)
     failed += run.run_behind(request, registry)
     cost = cost_behind(request)
     failed += run_cost(cost, registry) if cost else 0
@@ -107,6 +107,17 @@ def _run(options: argparse.Namespace) -> int:
         failed += run.judge_request(request, registry)
         _write_reports([request.out])
     return 1 if failed else 0
+
+
+def _run_rows(options: argparse.Namespace, request: Any, registry: Any) -> int:
+    """How many cells failed."""
+    if "precision" in vars(options):
+        from harness.cli.precision import run_until_narrow
+
+        return run_until_narrow(request, registry, options.precision).failed
+    from harness.evaluation.run import run_request
+
+    return run_request(request, registry).failed
 
 
 def _cost(request: Any, registry: Any, arguments: list[str]) -> int:
@@ -163,23 +174,32 @@ def _print_table(found: dict[str, Any], as_json: bool) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from harness.cli.requests import report_folders
+    from harness.cli.requests import picture_formats, report_folders
 
-    _write_reports(report_folders(options))
+    _write_reports(report_folders(options), picture_formats(options))
     return 0
 
 
-def _write_reports(folders: list[Path]) -> None:
-    """The report of each folder, and of two folders their comparison."""
+def _write_reports(folders: list[Path], formats: tuple[str, ...] = ()) -> None:
+    """The report of each folder, and of several the others beside the first."""
     from reports.compare import write_comparison
     from reports.write import write_report
 
     for folder in folders:
-        for path in write_report(folder):
+        for path in write_report(folder, formats) if formats else write_report(folder):
             print(path)
-    if len(folders) == 2:
-        for path in write_comparison(*folders):
+    if len(folders) > 1:
+        for path in write_comparison(folders[0], folders[1:]):
             print(path)
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from harness.cli.requests import report_folders
+    from reports.publish import publish
+
+    for path in publish(report_folders(options), options.to):
+        print(path)
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -323,6 +343,7 @@ COMMANDS = {
     "plan": _plan,
     "list": _list,
     "report": _report,
+    "publish": _publish,
     "train": _train,
     "importance": _importance,
     "beta": _beta,
