@@ -15,6 +15,7 @@ from results.record import budget_size
 
 AS_MANY = 0.03  # by how much the bytes of equal caches may differ
 FEW = 3  # methods that are named one by one
+ALL_OTHERS = {1: "the other", 2: "both others"}
 QUARTER = 0.25  # of the bytes: what the first screen answers
 
 
@@ -163,7 +164,7 @@ def how_sure(verdict: Verdict) -> str:
     if not others:
         return "nothing else was measured there"
     if not verdict.level:
-        return f"shown to be better than {'the other' if others == 1 else f'all {others} others'}"
+        return f"shown to be better than {ALL_OTHERS.get(others, f'all {others} others')}"
     if not verdict.beaten:
         return f"shown to be better than none of the others; {listed(verdict.level)} may be as good"
     return f"shown to be better than {len(verdict.beaten)} of the {others} others; {listed(verdict.level)} may be as good"

@@ -7,7 +7,7 @@
   const at = (name) => box.querySelector(`[data-choose=${name}]`);
   const chosen = new Set(data.labels.flatMap((label, number) => (label.marker || label.full ? [number] : [])));
   const FIELD = { score: 4, kl: 5, top1: 6 };
-  const MARKERS = { o: "circle", s: "square", "^": "triangle", D: "diamond", v: "inverted_triangle", P: "plus", X: "x", "*": "star" };
+  const MARKERS = { o: "circle", s: "square", "^": "triangle", D: "diamond", v: "inverted_triangle", P: "plus", h: "hex", "*": "star" };
   const INK = "#1b1f24";
   const LEAST = 1e-6; // on a log axis
   let shown = null;
@@ -80,7 +80,8 @@
 
   const curves = (found, what, field) => {
     const log = field === "kl";
-    const shares = found.map((row) => row.share);
+    const evicted = found.filter((row) => !row.label.full); // the full cache is a line across, wherever it ends
+    const shares = (evicted.length ? evicted : found).map((row) => row.share);
     const low = Math.min(...shares) / 1.18, high = Math.max(...shares) * 1.18;
     const plot = figure({ height: 430, x_axis_type: "log", y_axis_type: log ? "log" : "linear", x_range: [low, high] });
     const every = Math.max(1, Math.ceil(Math.log2(high / low) / (box.clientWidth < 600 ? 4 : 9)));
@@ -99,13 +100,14 @@
     for (const [label, mine] of ordered) {
       mine.sort((a, b) => a.share - b.share);
       const source = new Bokeh.ColumnDataSource({ data: columns(mine) });
+      const pointed = new Bokeh.ColumnDataSource({ data: columns(mine) }); // what is pointed at of a source leaves its lines undrawn
       const colour = label.full ? INK : label.colour;
       if (label.full) plot.line([low, high], [mine[0].mean, mine[0].mean], { line_color: INK, line_dash: "dashed" });
       else if (mine.length > 1) {
         if (label.marker) plot.varea({ x: { field: "share" }, y1: { field: "low" }, y2: { field: "high" }, source, fill_color: colour, fill_alpha: 0.08 });
         plot.line({ x: { field: "share" }, y: { field: "mean" }, source, line_color: colour, line_width: label.marker ? 2 : 1 });
       } else plot.segment({ x0: { field: "share" }, x1: { field: "share" }, y0: { field: "low" }, y1: { field: "high" }, source, line_color: colour, line_alpha: 0.4, line_width: 4 });
-      marks.push(plot.scatter({ x: { field: "share" }, y: { field: "mean" }, source, marker: MARKERS[label.marker] ?? "circle", size: label.marker ? 8 : 5,
+      marks.push(plot.scatter({ x: { field: "share" }, y: { field: "mean" }, source: pointed, marker: MARKERS[label.marker] ?? "circle", size: label.marker ? 8 : 5,
         fill_color: colour, line_color: colour }));
     }
     plot.add_tools(hover(plain(what), marks));
@@ -119,9 +121,9 @@
     const plot = figure({ height: 90 + 24 * found.length, y_range: new Bokeh.FactorRange({ factors: [...new Set(names)] }), x_axis_type: field === "kl" ? "log" : "linear" });
     const data = { ...columns(found), y: names, colour: found.map((row) => (row.label.full ? INK : row.label.colour)),
       marker: found.map((row) => MARKERS[row.label.marker] ?? "circle") };
-    const source = new Bokeh.ColumnDataSource({ data });
+    const source = new Bokeh.ColumnDataSource({ data }), pointed = new Bokeh.ColumnDataSource({ data });
     plot.segment({ x0: { field: "low" }, x1: { field: "high" }, y0: { field: "y" }, y1: { field: "y" }, source, line_color: { field: "colour" }, line_width: 4, line_alpha: 0.35 });
-    const marks = plot.scatter({ x: { field: "mean" }, y: { field: "y" }, source, marker: { field: "marker" }, size: 9, fill_color: { field: "colour" }, line_color: { field: "colour" } });
+    const marks = plot.scatter({ x: { field: "mean" }, y: { field: "y" }, source: pointed, marker: { field: "marker" }, size: 9, fill_color: { field: "colour" }, line_color: { field: "colour" } });
     plot.xaxis.axis_label = plain(what);
     plot.add_tools(hover(plain(what), [marks]));
     return plot;

@@ -12,11 +12,11 @@ from reports.formats import Table, TableCell, words
 from reports.front import Times
 from reports.keys import Label
 from reports.names import named
-from reports.present import estimated
+from reports.present import PATH_ONLY, estimated
 from reports.summary import Family
 from results.record import Record
 
-HEADER = ("tasks", "bytes kept", "place", "method", "score", "against full", "allocated", "ms a token", "n", "made with", "run")
+HEADER = ("bytes kept", "place", "method", "score", "against full", "allocated", "ms a token", "n", "made with", "run")
 ABOUT = (
     "Only methods at one budget are placed against each other, on the examples that all of them answered. A place is a range: "
     "between the methods that are shown to be better and those that are shown to be worse, over all pairs, at a level of 5%. "
@@ -58,11 +58,15 @@ class Board:
     behind: Mapping[Where, Behind]
     environments: Mapping[str, Mapping[str, Any]]  # by id
 
-    def table(self) -> Table:
-        rows = [
-            self._row(family, one, number) for family in self.families for one in self._verdicts(family) for number in _all(one)
-        ]
-        return Table("Leaderboard", HEADER, tuple(rows), (ABOUT,))
+    def tables(self) -> list[Table]:
+        """One a family, the most bytes first; places within a budget."""
+        return [table for family in self.families if (table := self._table(family)).rows]
+
+    def _table(self, family: Family) -> Table:
+        rows = [self._row(family, one, number) for one in self._verdicts(family) for number in _all(one)]
+        better = "less is better" if family.lower_is_better else "more is better"
+        notes = (f"Score: {family.at.metric}, {better}. {family.at.protocol}.", *([PATH_ONLY] if family.path_only else []))
+        return Table(f"{family.title}: {family.at.metric}", HEADER, tuple(rows), notes)
 
     def _verdicts(self, family: Family) -> list[Verdict]:
         return sorted(verdicts(family), key=lambda one: -one.byte_share)
@@ -75,7 +79,6 @@ class Board:
         time = Times(self.measured, family.at.model).of(cell.label, cell.byte_share)
         apart = difference(cell, verdict.full, family) if verdict.full else None
         return (
-            TableCell(f"{family.title}: {family.at.metric}"),
             TableCell(percent(cell.byte_share), cell.byte_share),
             TableCell(str(first) if first == last else f"{first} to {last}", first + last / 1000),
             TableCell(str(cell.label), best=not number),

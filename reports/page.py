@@ -37,7 +37,8 @@ READING = (
     "Bytes kept and allocated are measured in the cache right after compaction, as a share of the unconverted model's full cache "
     "of the same prompt: a variant's bytes and an evicting method's are on one scale. Allocated counts whole storages: "
     "positions, slack, and room for the tokens to come.",
-    "Intervals are of 95 %: bootstraps over examples, Wilson's for shares of right answers. `Against full` is the paired "
+    "Intervals are of 95 %: bootstraps over examples, Wilson's for shares of right answers; those of means over tasks are "
+    "recovered from the tasks' (Zou and Donner). `Against full` is the paired "
     "difference to the full cache on the same examples; a star marks one that is significant at 0.05 by Holm's correction over "
     "the methods at the same budget.",
     "{direction} KL and top token compare a cell with the full cache while both are fed the full cache's answer. `-`: nothing "

@@ -136,7 +136,7 @@ def save(picture: Picture, title: str, name: tuple[str, str], palette: Palette, 
     Args:
         name: of the files, and a mark that comes behind it in any case; to: folder and formats.
     """
-    if not picture.curves and picture.full is None:
+    if not to[1] or (not picture.curves and picture.full is None):
         return []
     kinds = picture.kinds or [""]
     across = min(ACROSS, len(kinds))

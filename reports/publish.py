@@ -17,9 +17,8 @@ from markupsafe import Markup
 
 from reports.answers import at_share, sentence, verdicts
 from reports.cost import costs
-from reports.formats import Table
 from reports.front import first_shown
-from reports.leaderboard import Board, behind
+from reports.leaderboard import ABOUT, Board, behind
 from reports.page import HERE, shown_table
 from reports.sequential import read_watched, write_watched
 from reports.summary import Family, families
@@ -87,9 +86,11 @@ def _looks(runs: Sequence[Run]) -> dict[tuple[str, str], int]:
 
 def _copy(run: Run, to: Path) -> None:
     """The run's report, and what belongs to its rows. Files of one name are the same in every run: they are named by content."""
-    write_report(run.out)
+    report = run.out / "report" / "scores.html"
+    if not report.is_file() or report.stat().st_mtime < max(_changed(run.out), default=0.0):
+        write_report(run.out)
     (to / "runs" / run.name).mkdir(exist_ok=True)
-    shutil.copy2(run.out / "report" / "scores.html", to / "runs" / run.name / "scores.html")
+    shutil.copy2(report, to / "runs" / run.name / "scores.html")
     for part in ("env", "data"):
         for path in sorted((run.out / part).glob("*.json")):
             (to / part).mkdir(exist_ok=True)
@@ -104,11 +105,20 @@ def _copy(run: Run, to: Path) -> None:
             handle.writelines(f"{line}\n" for line in new)
 
 
+def _changed(out: Path) -> list[float]:
+    """When what a report is made of was written."""
+    return [
+        path.stat().st_mtime
+        for path in (*(out / "rows").glob("*.jsonl"), out / "cost" / "rows.jsonl", out / PARQUET)
+        if path.is_file()
+    ]
+
+
 def _index(runs: Sequence[Run], found: Sequence[Family]) -> str:
     measured = costs([row for run in runs for row in read_costs(run.out)])
     environments = {one["id"]: one for run in runs for one in read_folder(run.out, "env")}
-    board = Board(found, measured, behind({run.name: run.records for run in runs}), environments).table()
-    if not board.rows:
+    board = Board(found, measured, behind({run.name: run.records for run in runs}), environments).tables()
+    if not board:
         tell("no two methods were measured at one budget: the leaderboard is empty")
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.get_template("leaderboard.html.j2").render(
@@ -116,8 +126,8 @@ def _index(runs: Sequence[Run], found: Sequence[Family]) -> str:
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         said=[(family.title, sentence(one)) for family in found if (one := at_share(verdicts(family)))],
         runs=[(run.name, f"runs/{run.name}/scores.html", len(run.records)) for run in runs],
-        about=board.notes[0],
-        table=shown_table(Table("", board.header, board.rows)),
+        about=ABOUT,
+        tables=[shown_table(table, 2) for table in board],
         parquet=PARQUET,
         card=CARD,
     )

@@ -12,7 +12,7 @@ from reports.keys import Label
 
 # Okabe and Ito's colours, less their yellow, which paper does not hold.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7B52AB")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "h", "*")
 GREY = "#B4BAC1"
 MOST = len(COLOURS)  # lines in colour
 FOR_OTHERS = 2  # of those for variants, and for storages, where there are some

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code of a command. `arguments`: None for those of the process."""
     try:
         _stop_alike()
+        _quiet()
         given = sys.argv[1:] if arguments is None else arguments
         options = parser(program()).parse_args(given or ["run"])
         if options.command is None:
@@ -44,6 +47,14 @@ def program() -> str:
     """What the command is called: the script of the checkout, or the installed command."""
     name = Path(sys.argv[0]).name
     return name if name == "kv-cache-scale" else "run_all.py"
+
+
+def _quiet() -> None:
+    """What libraries warn of is no news for users, here and in processes started from here. `python -W default` tells it."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    logging.getLogger().addHandler(logging.NullHandler())  # else records without a handler are printed
 
 
 def _stop_alike() -> None:
