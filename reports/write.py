@@ -103,7 +103,7 @@ def _pictures(
     heads = [one for one in read_folder(out, "heads") if not _broken("heads", one, HEAD_SCORES)]
     routing = [one for one in read_folder(out, "routing") if not _broken("routing", one, ROUTED)]
     folder = drawn.folder
-    needles = [path for path in needle_maps(records, folder) if path.suffix == ".png"]
+    needles = [path for path in needle_maps(records, folder, drawn.formats) if path.suffix == ".png"]
     return [
         Pictures("Cost", "milliseconds and memory", COST, cost_pictures(measured, folder, drawn.palette), said=said),
         Pictures("Needles", "by length and depth", NEEDLES, needles),
