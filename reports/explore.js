@@ -30,7 +30,7 @@
     options(at("field"), view.fields, at("field").value);
     const shares = new Map();
     for (const point of view.points) if (point[1]) shares.set(point[1], point[2]);
-    const budgets = [...shares].sort((a, b) => a[1] - b[1]).map(([budget, share]) => [budget, `${budget} (${percent(share)})`]);
+    const budgets = [...shares].sort((a, b) => a[1] - b[1]).map(([budget, share]) => [budget, budget.endsWith("%") ? budget : `${budget} (${percent(share)})`]);
     options(at("budget"), [["", "all, against bytes"], ...budgets], at("budget").value);
     return view;
   };

@@ -66,7 +66,7 @@ def _view(panel: Panel, numbers: dict[Any, int]) -> dict[str, Any]:
 
 def _mean_view(family: Family, numbers: dict[Any, int]) -> dict[str, Any]:
     told = f" ({family.at.told})" if family.at.told else ""
-    task = f"mean of {len(family.tasks)} tasks by {family.at.metric}{told}"
+    task = f"mean of {len(family.tasks)} tasks ({family.at.metric}){told}"
     asked = {"model": family.at.model, "task": task, "protocol": _protocol(family.at.protocol)}
     points = [_mean_point(cell, numbers) for cell in family.cells]
     return asked | {"fields": [["score", family.at.metric]], "lower": family.lower_is_better, "points": points}

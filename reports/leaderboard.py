@@ -16,7 +16,19 @@ from reports.present import PATH_ONLY, estimated
 from reports.summary import Family
 from results.record import Record
 
-HEADER = ("bytes kept", "place", "method", "score", "against full", "allocated", "ms a token", "n", "made with", "run")
+HEADER = (
+    "bytes kept",
+    "place",
+    "method",
+    "score",
+    "against full",
+    "allocated",
+    "ms a token",
+    "n",
+    "timed on",
+    "made with",
+    "run",
+)
 ABOUT = (
     "Only methods at one budget are placed against each other, on the examples that all of them answered. A place is a range: "
     "between the methods that are shown to be better and those that are shown to be worse, over all pairs, at a level of 5%. "
@@ -78,6 +90,7 @@ class Board:
         allocated = sum(about.allocated) / len(about.allocated) if about.allocated else None
         time = Times(self.measured, family.at.model).of(cell.label, cell.byte_share)
         apart = difference(cell, verdict.full, family) if verdict.full else None
+        made = "; ".join(sorted({self._made(one) for one in about.environments}))
         return (
             TableCell(percent(cell.byte_share), cell.byte_share),
             TableCell(str(first) if first == last else f"{first} to {last}", first + last / 1000),
@@ -85,11 +98,9 @@ class Board:
             estimated(cell.score),
             estimated(apart),
             TableCell("-", -1.0) if allocated is None else TableCell(f"{allocated:.1%}", allocated),
-            TableCell(f"{time.ms:.3g} ({time.where})", time.ms) if time else TableCell("-", float("-inf")),
+            TableCell(f"{time.ms:.3g}", time.ms) if time else TableCell("-", float("-inf")),
             TableCell(str(cell.score.n), cell.score.n),
-            *words(
-                "; ".join(sorted({self._made(one) for one in about.environments})) or "-", ", ".join(sorted(about.runs)) or "-"
-            ),
+            *words(time.where if time else "-", made or "-", ", ".join(sorted(about.runs)) or "-"),
         )
 
     def _made(self, env: str) -> str:

@@ -116,9 +116,9 @@ def _table(ranking: Ranking) -> Table:
 def ranking_figure(ranking: Ranking, palette: Palette) -> Figure:
     """Mean ranks with intervals, first to last; behind the names the places that each may have."""
     count = len(ranking.labels)
-    wide, high = 4.9, ROW * count + 0.75
+    wide, high = 4.3, ROW * count + 0.75
     figure = Figure(figsize=(wide, high))
-    axis = figure.add_axes((1.75 / wide, 0.45 / high, 2.3 / wide, ROW * count / high))
+    axis = figure.add_axes((1.7 / wide, 0.45 / high, 1.8 / wide, ROW * count / high))
     for number, (label, place) in enumerate(zip(ranking.labels, ranking.places, strict=True)):
         style, behind = palette.of_label(label), ranking.worse[number]
         colour = style.colour if not style.grey else SOFT
@@ -128,16 +128,16 @@ def ranking_figure(ranking: Ranking, palette: Palette) -> Figure:
         face = "white" if behind else colour
         axis.plot([place.rank.mean], [number], marker=style.marker or "o", markersize=4.5, color=colour, markerfacecolor=face)
         stands = str(place.first) if place.first == place.last else f"{place.first} to {place.last}"
-        axis.text(1.04, number, stands, fontsize=7, va="center_baseline", color=INK, transform=axis.get_yaxis_transform())
-    axis.set_yticks(range(count), [literal(shortened(str(label), 28)) for label in ranking.labels], fontsize=7)
+        axis.text(1.04, number, stands, fontsize=7.5, va="center_baseline", color=INK, transform=axis.get_yaxis_transform())
+    axis.set_yticks(range(count), [literal(shortened(str(label), 26)) for label in ranking.labels], fontsize=7.5)
     axis.set_ylim(count - 0.4, -0.6)
     lows, highs = [place.rank.low for place in ranking.places], [place.rank.high for place in ranking.places]
     axis.set_xlim(min(lows) - 0.3, max(highs) + 0.3)
-    axis.text(1.04, 1 + 0.06 / (ROW * count), "places", fontsize=7, color=SOFT, transform=axis.transAxes)
+    axis.text(1.04, 1 + 0.06 / (ROW * count), "places", fontsize=7.5, color=SOFT, transform=axis.transAxes)
     axis.set_xlabel("mean rank, 1 is best; hollow: shown to be worse than the first", fontsize=7.5)
     axis.tick_params(labelsize=7, width=0.6, length=2.5)
     axis.grid(axis="x", alpha=0.22, linewidth=0.5)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    figure.suptitle(literal(shortened(ranking.title, 72)), fontsize=8, y=1 - 0.05 / high)
+    figure.suptitle(literal(shortened(ranking.title, 62)), fontsize=8, y=1 - 0.05 / high)
     return figure

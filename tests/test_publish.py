@@ -48,6 +48,9 @@ def test_rows_come_back_from_a_published_folder_and_merge_with_others(tmp_path: 
     page = (site / "index.html").read_text()
     assert 'href="runs/second/scores.html"' in page and (site / "runs" / "second" / "scores.html").is_file()
     assert "&lt;b&gt;chip, torch 2.13.0" in page and "<b>chip" not in page and 'src="http' not in page
+    header = page[page.index("<thead>") : page.index("</thead>")]
+    body = page[page.index("<tbody>") : page.index("</tr>", page.index("<tbody>"))]
+    assert header.count("<th>") == body.count("<td"), "a cell a column"
     headkv = next(row for row in page.split("<tr>") if ">headkv_r2<" in row and "6.25%" in row)
     assert ">1<" in headkv and "1 [0.771, 1]" in headkv and ">16<" in headkv, "first place, the score, the answers"
     assert {path.name for path in (site / "env").iterdir()} == {"env.json", "other.json"}

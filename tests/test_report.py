@@ -163,7 +163,7 @@ def test_reports_are_made_of_stored_rows_alone() -> None:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_tables_are_as_they_were(name: str, out: Path) -> None:
-    write_report(out)
+    write_report(out, formats=())
     assert (out / "report" / name).read_text() == (GOLDEN / name).read_text(), "see the docstring of this file"
 
 
@@ -271,16 +271,16 @@ def test_broken_folders_get_one_line_or_a_report_that_says_so(tmp_path: Path) ->
     with pytest.raises(StoreError, match="no rows"):
         write_report(tmp_path / "empty")
     failed = stored(tmp_path / "failed", [row for row in made_rows() if row.status != "ok"])
-    write_report(failed)
+    write_report(failed, formats=())
     assert "nothing to choose from" in (failed / "report" / "scores.html").read_text()
     assert "out of memory" in (failed / "report" / "scores.md").read_text()
     one = stored(tmp_path / "one", made_rows(examples=1))
-    write_report(one)
+    write_report(one, formats=())
     assert "| snapkv | 32 | 6.2% | 6.9% | 1 | 1 [1, 1] |" in (one / "report" / "scores.md").read_text()
     rows = [replace(row, metrics={"exact": math.nan}) if row.key.method == "h2o@1" else row for row in made_rows()]
     found = lines(rows)
     assert all(line.score is None for line in found if line.label.method == "h2o"), "what is not a number is not a score"
-    write_report(stored(tmp_path / "nan", rows))
+    write_report(stored(tmp_path / "nan", rows), formats=())
     path = next((tmp_path / "one" / "rows").glob("*snapkv*"))
     path.write_text(as_stored(made_rows(1)[0], 1) + '{"torn')
     with pytest.raises(StoreError, match="schema 1"):
@@ -320,7 +320,7 @@ def test_a_row_that_is_wrong_is_told_with_file_and_line_and_the_others_are_repor
     (tmp_path / "rows" / "a.jsonl").write_text("\n".join([*wrong, '{"key": {"torn']) + "\n")
     (tmp_path / "rows" / "folder.jsonl").mkdir()
     (tmp_path / "rows" / "link.jsonl").symlink_to(tmp_path / "nowhere")
-    write_report(tmp_path)
+    write_report(tmp_path, formats=())
     assert len(read_rows(tmp_path)) == good
     said = capsys.readouterr().err
     assert len(said.splitlines()) == len(wrong) + 2 and "torn" not in said
@@ -524,7 +524,7 @@ def test_the_direction_of_a_metric_is_its_own(tmp_path: Path) -> None:
 
 
 def _said(out: Path) -> str:
-    write_report(out)
+    write_report(out, formats=())
     return (out / "report" / "scores.md").read_text()
 
 
