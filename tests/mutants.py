@@ -211,7 +211,7 @@ FAULTS = (
         "largest = max(0.0, min",
         "tests/test_statistics.py",
     ),
-    Fault("answers not escaped", "reports/page.py", "{escape(cell.text)}</td>", "{cell.text}</td>", "tests/test_report.py"),
+    Fault("answers not escaped", "reports/page.py", "escape(cell.text)", "cell.text", "tests/test_page.py"),
     Fault(
         "observation left in the prefill", "benchmarks/latency.py", 'phases["prefill"] -= seconds', "pass", "tests/test_cost.py"
     ),
@@ -554,6 +554,36 @@ FAULTS = (
         'stored = dict.fromkeys(("sliding_attention", "full_attention"), writers)',
         "tests/test_families.py",
     ),
+    Fault(
+        "pairs not corrected", "reports/ranking.py", "np.maximum.accumulate(flipped, axis=1)", "flipped", "tests/test_ranking.py"
+    ),
+    Fault("ranks reversed", "reports/ranking.py", "(values > mine)", "(values < mine)", "tests/test_ranking.py"),
+    Fault("many examples weigh more", "reports/ranking.py", " / task.shape[1] for task", " for task", "tests/test_answers.py"),
+    Fault(
+        "looks not counted", "reports/statistics.py", "return 1 - (1 - LEVEL) / looks", "return LEVEL", "tests/test_ranking.py"
+    ),
+    Fault(
+        "more bytes at one budget",
+        "reports/answers.py",
+        "if cell.byte_share <= share * (1 + AS_MANY)]",
+        "]",
+        "tests/test_answers.py",
+    ),
+    Fault(
+        "frontier of the worst",
+        "reports/drawing.py",
+        "sign = -1.0 if self.lower_is_better else 1.0",
+        "sign = 1.0",
+        "tests/test_answers.py",
+    ),
+    Fault(
+        "a failed row takes the place of a done one",
+        "results/published.py",
+        'if held is None or held.status != "ok":',
+        "if True:",
+        "tests/test_publish.py",
+    ),
+    Fault("times of the farthest budget", "reports/front.py", "cost = min(mine,", "cost = max(mine,", "tests/test_answers.py"),
 )
 HELPER = """
 
