@@ -19,6 +19,7 @@ from reports.front import fronts
 from reports.keys import Label
 from reports.more_tables import length_tables, lm_eval_table, missing_table
 from reports.needles import needle_maps
+from reports.over_answer import over_answer_table
 from reports.page import Content, Made, Pictures, page, reading
 from reports.places import ranking_tables, rankings
 from reports.plots import palette_of
@@ -51,7 +52,12 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
     palette, ranked = palette_of(averaged, found, timed), rankings(averaged)
     several = mean_tables([family for family in averaged if len(family.tasks) > 1])
     cost, said = cost_tables(measured, rows), cost_sentences(measured)
-    rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval"), records), *missing_table(records)]
+    rest = [
+        *over_answer_table(records),
+        *length_tables(records),
+        *lm_eval_table(read_folder(out, "lm_eval"), records),
+        *missing_table(records),
+    ]
     judged = _judged_by(ratings, read_verdicts(out))
     made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"), judged)
     files = ("scores.html", "scores.md", "scores.csv", "scores.tex", "plots")
