@@ -138,6 +138,9 @@ def budget_size(budget: str) -> BudgetSize:
     return BudgetSize(budget.endswith("%"), float(budget.removesuffix("%") or 0))
 
 
+WHILE_DECODING = ("entries_peak", "bytes_kept_peak", "entries_mean", "bytes_kept_mean")  # told where a cell has them
+
+
 @dataclass(frozen=True)
 class Record:
     """What came out. Counts are None where nothing ran."""
@@ -186,7 +189,8 @@ class Record:
         return (self.bytes_kept + self.bytes_kept_end) / 2, float(max(self.bytes_kept, self.bytes_kept_end))
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
+        said = {name: value for name, value in asdict(self).items() if value is not None or name not in WHILE_DECODING}
+        return json.dumps(said, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, row: dict[str, Any], lower: Collection[str] = ()) -> Record:
