@@ -100,6 +100,17 @@ class Registry:
         found = choose("method", f"{label}{bracket}{settings}", {label: composed}, colon_sets_first=False, named=scorers)
         return _protecting(*found, ends)
 
+    def protected(self, label: str, ends: str) -> tuple[str, Method]:
+        """The same method with first and last positions protected instead of its own; as it is where it already says which.
+
+        Raises:
+            UnknownChoice: ends that are none.
+        """
+        name, bracket, inside = label.partition("(")
+        if _without_protect(label)[1]:
+            return self.method(label)
+        return self.method(f"{name}({inside[:-1]},protect={ends})" if bracket else f"{name}(protect={ends})")
+
     def benchmark(self, text: str) -> tuple[str, Task]:
         """A benchmark by name, with other settings: `recall(length=512)`, `perplexity:wikitext2`; and its label."""
         return choose("benchmark", text, self.benchmarks)

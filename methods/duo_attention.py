@@ -12,16 +12,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from methods.base import Rows, UsesHeadScores
-from methods.headkv import HeadScores
+from methods.headkv import BadScores, HeadScores
 from methods.sharing import share_out
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def read_pattern(path: Path, model: str, shape: tuple[int, int, int]) -> HeadScores:
+    """A published pattern, a line a layer and a number a KV head, as scores of the query heads.
+
+    Args:
+        shape: layers, KV heads and query heads of the model.
+
+    Raises:
+        BadScores: the file cannot be read, or lies under another model's name, or is of another shape.
+    """
+    layers, heads, query_heads = shape
+    owner, name = path.parent.parent.name.removeprefix("Meta-"), model.rsplit("/", 1)[-1].removeprefix("Meta-")
+    if owner != name:
+        raise BadScores(
+            f"the pattern {path.name} lies in a folder of {owner or 'no model'}, the model is {name}: it is not inherited"
+        )
+    try:
+        values = np.loadtxt(path, delimiter="\t", ndmin=2)
+    except (OSError, ValueError) as error:
+        raise BadScores(f"the pattern {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if values.shape != (layers, heads):
+        found = "{} layers x {} KV heads".format(*values.shape)
+        raise BadScores(f"the pattern {path.name} of {owner} is of {found}, the model has {layers} x {heads}")
+    spread = np.clip(values, 0, 1).repeat(query_heads // heads, 1)
+    return HeadScores(model, "", "duo", spread[None], 1, {"source": "published"})
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,10 @@ class Protecting:
         return self.over.needs
 
     @property
+    def blind(self) -> bool:
+        return bool(getattr(self.over, "blind", False))
+
+    @property
     def protected(self) -> Protected:
         return self.ends
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class SinksAndRecent:
     sinks: int = 4
     needs = Needs()
+    blind = True  # looks at positions alone
 
     def __post_init__(self) -> None:
         if self.sinks < 0:

@@ -149,10 +149,16 @@ def _cost_line(plan: dict[str, Any]) -> str:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from harness.cli.listing import listing
+    from harness.cli.listing import listing, methods_by_sight
     from harness.registry import registry_of
 
-    found = listing(options.what, registry_of(vars(options).get("plugin") or ()), vars(options).get("data_dir"))
+    registry = registry_of(vars(options).get("plugin") or ())
+    if options.what == "methods" and "json" not in vars(options):
+        for sight, methods in methods_by_sight(registry).items():
+            print(f"{sight}:")
+            _print_table({f"  {name}": about for name, about in methods.items()}, as_json=False)
+        return 0
+    found = listing(options.what, registry, vars(options).get("data_dir"))
     _print_table(found, "json" in vars(options))
     return 0
 
