@@ -7,12 +7,13 @@ members of `Method` runs, from a plugin too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from harness.cache import Budget, Granularity, ModelShape, Needs, Prefill, Selection, keep_all
+from harness.cache import Budget, Granularity, Keeper, ModelShape, Needs, Prefill, Selection, keep_all
+from methods.again import Again
 from methods.declared import (
     Allocator,
     CannotRun,
@@ -105,6 +106,14 @@ class Method(Protocol):
         """
         ...
 
+    def while_decoding(self, cap: Callable[[int], int]) -> Keeper | None:
+        """What it does while an answer is decoded; None: nothing, and the cache grows with every token.
+
+        Args:
+            cap: how many entries the cache may hold once so many tokens were read, as `total` is for the prompt's.
+        """
+        ...
+
     def compress(self, prefill: Prefill, total: int, scores: Scores | None) -> Selection:
         """The rows of a cache of at most `total` entries. A row names the entries that it keeps, or brings merged ones.
 
@@ -124,13 +133,23 @@ def scores_for(method: Method, prefill: Prefill) -> Scores | None:
 
 @dataclass(frozen=True)
 class Eviction:
-    """Keeps the best-scored entries, as many a row as its allocator says."""
+    """Keeps the best-scored entries, as many a row as its allocator says; once, after the prefill, or again and again."""
 
     scorer: Scorer
     allocator: Allocator | LooksAtPrefill
     version: int = 1  # raised when the same settings keep other entries
+    every: int = field(default=0, repr=False)  # tokens of an answer after which entries are chosen again; 0: never
     takes_budget = True
     is_reference = False
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every {self.every} must be 0, never, or a number of tokens")
+
+    def __repr__(self) -> str:
+        """The parameters of a row: as they were before methods could evict while decoding, for those that do not."""
+        again = f", every={self.every}" if self.every else ""
+        return f"Eviction(scorer={self.scorer!r}, allocator={self.allocator!r}, version={self.version!r}{again})"
 
     @property
     def needs(self) -> Needs:
@@ -155,10 +174,16 @@ class Eviction:
         """A layer whose tokens lie in rows of several widths can do with less than is asked for: `compress` has the last word."""
         heads = shape.query_heads if granularity == "query" else shape.kv_heads
         sizes = [shape.candidates(layer, tokens) for layer in range(shape.layers)]
+        seen = replace(self.needs, window=0, column_sums=False) != Needs() or isinstance(self.allocator, LooksAtPrefill)
+        if self.every and seen:
+            return "what it looks at is seen in a prefill alone, so it cannot choose again while decoding"
         if self.head_scores and self.given_head_scores is None:
             return f"it needs {self.head_scores} head scores of this model: see `run_all.py importance` and --head-scores"
         floor = heads * sum(self.scorer.protected.count(size, tokens) for size in sizes)
         return too_small(budget.entries(parent or shape, tokens, granularity), floor, heads * shape.layers)
+
+    def while_decoding(self, cap: Callable[[int], int]) -> Keeper | None:
+        return Again(self.scorer, self.allocator, self.every, cap) if self.every else None
 
     def compress(self, prefill: Prefill, total: int, scores: Scores | None) -> Selection:
         """The rows of a cache of min(total, everything) entries."""
@@ -214,6 +239,9 @@ class Full:
     def cannot_run(
         self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity, parent: ModelShape | None = None
     ) -> str | None:
+        return None
+
+    def while_decoding(self, cap: Callable[[int], int]) -> Keeper | None:
         return None
 
     def compress(self, prefill: Prefill, total: int, scores: Scores | None) -> Selection:

@@ -47,9 +47,7 @@ class Scores:
             for group in layer:
                 mine = torch.as_tensor(counts[done : done + len(group)], device=group.device)
                 done += len(group)
-                newest = group.shape[1] - (mine * share).long()
-                later = torch.arange(group.shape[1], device=group.device) >= newest[:, None]
-                of_layer.append(group.masked_fill(later, float("inf")))
+                of_layer.append(keep_recent(group, mine, share))
             values.append(of_layer)
         return Scores(values)
 
@@ -98,11 +96,11 @@ def score_prefill(scorer: Scorer, prefill: Prefill) -> Scores:
             seen = _as_stored(layer, group.width)
             if isinstance(scorer, Staged):
                 found = scorer.stages(seen)
-                score, first, rest = (mine(_checked(scorer, seen, part)) for part in (found.score, found.first, found.rest))
+                score, first, rest = (mine(checked(scorer, seen, part)) for part in (found.score, found.first, found.rest))
                 staged.append(Stages(score, first, rest, found.most))
                 of_layer.append(score)
             else:
-                of_layer.append(mine(_checked(scorer, seen, scorer.score(seen))))
+                of_layer.append(mine(checked(scorer, seen, scorer.score(seen))))
         values.append(of_layer)
         stages.append(staged)
     return Scores(values, stages if isinstance(scorer, Staged) else None)
@@ -114,7 +112,7 @@ def _as_stored(layer: LayerKV, width: int) -> LayerKV:
     return layer if layer.width == of_all else layer.read_by(of_all)
 
 
-def _checked(scorer: Scorer, seen: LayerKV, scores: Tensor) -> Tensor:
+def checked(scorer: Scorer, seen: LayerKV, scores: Tensor) -> Tensor:
     scores = scores.float()
     expected = (seen.query_heads // seen.width, seen.keys.shape[1])
     if scores.shape != expected:
@@ -162,3 +160,11 @@ def select(prefill: Prefill, scores: Scores, counts: np.ndarray) -> Selection:
                 rows.append(Row(head * group.width, group.width, number, members))
         layers.append(tuple(rows))
     return tuple(layers)
+
+
+def keep_recent(values: Tensor, counts: Tensor, share: float) -> Tensor:
+    """The newest entries of each row [R, n], that share of its count, as protected."""
+    import torch
+
+    newest = values.shape[1] - (counts * share).long()
+    return values.masked_fill(torch.arange(values.shape[1], device=values.device) >= newest[:, None], float("inf"))

@@ -28,8 +28,8 @@ class Fault:
 
 
 FAULTS = (
-    Fault("ranking reversed", "methods/base.py", "descending=True, stable=True", "descending=False, stable=True"),
-    Fault("ties to the earlier", "methods/base.py", "values.flip(1).argsort", "values.argsort"),
+    Fault("ranking reversed", "methods/ranking.py", "descending=True, stable=True", "descending=False, stable=True"),
+    Fault("ties to the earlier", "methods/ranking.py", "values.flip(1).argsort", "values.argsort"),
     Fault("positions renumbered", "harness/engine/rows.py", "[prefill.tokens] * len(selections)", "_mean_lengths(layers)"),
     Fault("causal mask dropped", "harness/engine/attention.py", "if tokens > 1:", "if tokens > 10**9:"),
     Fault("window dropped", "harness/engine/attention.py", "hidden(held, asking, layer.window)", "hidden(held, asking, None)"),

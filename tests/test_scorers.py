@@ -95,19 +95,18 @@ def test_queries_ahead_against_queries_caught_before_rope(family: str) -> None:
     """The model's own rotation, of position 0, catches queries as they were; of the next positions, one after the other."""
     asked, ids = Ahead(positions=9, skipped=2), tokens(30)
     prefill = tiny(family).prefill(ids, Needs(ahead=frozenset({asked})))[0]
-    net, still, turns = network(family), [], []
+    net, still = network(family), []
     modules = [module for module in net.modules() if hasattr(module, "layer_idx") and output_weight(module, 64) is not None]
     net.set_attn_implementation("eager")
     rotary = getattr(net.base_model, "rotary_emb", None)
 
-    def catch(module, args, kwargs, output):
-        turns.append(module)
-
     inputs: list[torch.Tensor] = []
+
+    def catch(module: torch.nn.Module, plain: tuple, named: dict) -> None:
+        inputs.append(named["hidden_states"] if "hidden_states" in named else plain[0])
+
     for module in modules:
-        module.register_forward_pre_hook(
-            lambda m, a, k: inputs.append(k.get("hidden_states", a[0] if a else None)), with_kwargs=True
-        )
+        module.register_forward_pre_hook(catch, with_kwargs=True)
     with torch.no_grad():
         net(ids[None], use_cache=False)
     for module, hidden in zip(modules, inputs, strict=True):
@@ -165,7 +164,8 @@ def test_output_norms_are_those_of_the_projection(family: str) -> None:
     prefill = tiny(family).prefill(tokens(20), Needs(output_norms=True))[0]
     modules = [m for m in tiny(family).network.modules() if hasattr(m, "layer_idx") and output_weight(m, 64) is not None]
     for layer, module in zip(prefill.layers, modules, strict=True):
-        weight = output_weight(module, 64)
+        found = output_weight(module, 64)
+        weight = None if found is None else found.detach()
         assert weight is not None and layer.output_norms is not None
         for head in range(4):
             value = layer.values[head * layer.keys.shape[0] // 4, 3]
