@@ -178,8 +178,8 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "what",
-        choices=("sweep", "attention", "evict", "kernel"),
-        help="31 cells beside their prefills; decode attention; eviction while decoding; the Triton kernel",
+        choices=("sweep", "methods", "attention", "evict", "kernel"),
+        help="31 cells beside their prefills; what each method adds; decode attention; eviction while decoding; Triton",
     )
     add("--verify", action="store_true", help="sweep: decode every cell alone too, and count the answers that differ")
     _add_device(command)

@@ -292,7 +292,11 @@ def _bench(options: argparse.Namespace) -> int:
     from methods import METHODS
 
     given = vars(options)
-    if options.what == "sweep":
+    if options.what == "methods":
+        from harness.cost.method_costs import method_costs
+
+        line = method_costs(METHODS)
+    elif options.what == "sweep":
         line = sweep_speed(METHODS, "verify" in given)
     elif options.what == "attention":
         line = attention_speed()
