@@ -17,6 +17,7 @@ from reports.more_tables import length_tables, lm_eval_table, missing_table
 from reports.needles import needle_maps
 from reports.page import Made, Pictures, page, reading
 from reports.present import mean_tables, score_tables
+from reports.protection import protection_tables
 from reports.summary import Family, families, sentence, verdicts
 from reports.tables import Line, frame, lines
 from results.drafts import report_draft
@@ -38,7 +39,12 @@ def write_report(out: Path) -> list[Path]:
     averaged, measured = families(found), costs(rows)
     several = mean_tables([family for family in averaged if len(family.tasks) > 1])
     cost, said = cost_tables(measured, rows), cost_sentences(measured)
-    rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval"), records), *missing_table(records)]
+    rest = [
+        *protection_tables(records),
+        *length_tables(records),
+        *lm_eval_table(read_folder(out, "lm_eval"), records),
+        *missing_table(records),
+    ]
     judged = _judged_by(ratings, read_verdicts(out))
     made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"), judged)
     files = ("scores.html", "scores.md", "scores.csv", "scores.tex", "plots")
