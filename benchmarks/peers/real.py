@@ -4,7 +4,7 @@
     python -m benchmarks.peers.real --python peers/bin/python --out results/peers-real
 
 Settings are made equal where both have them: SnapKV under CriticalKV and ChunkKV with a window of 8 and mean-pooling over 7, no
-chat template. 600 tokens, shares of two and three fifths: there LagKV's parts and ChunkKV's chunks come out evenly; elsewhere
+chat template. 400 tokens, shares of two and three fifths: there LagKV's parts and ChunkKV's chunks come out evenly; elsewhere
 kvpress keeps fewer whole chunks, and breaks ties between LagKV's parts in another order.
 """
 
@@ -32,9 +32,9 @@ from harness.registry import BUILTIN
 from methods.base import Eviction, score_prefill
 from methods.criticalkv import Critical
 
-CONTEXT = 600
+CONTEXT = 400
 NAMES = ("keydiff", "lagkv", "cur", "expected_attention", "criticalkv", "chunkkv", "kvzip")
-TASK = "needle(haystack=python,shortest=700,longest=1000,lengths=2,depths=2)"
+TASK = "needle(haystack=python,shortest=500,longest=800,lengths=2,depths=2)"
 
 
 def cells_of(budgets: list[str]) -> list[Cell]:
@@ -46,10 +46,10 @@ def cells_of(budgets: list[str]) -> list[Cell]:
     return found
 
 
-def prompts_of(model: Model, task: Task, count: int) -> list[Prompt]:
+def prompts_of(model: Model, task: Task, numbers: range) -> list[Prompt]:
     """The newest tokens of each context, and its question."""
     found = []
-    for number in range(count):
+    for number in numbers:
         example = task.example(number, 0, token_counter(model))
         prompt = tokenize(model.tokenizer, example, Protocol(prompt="question_after"), model.max_tokens)
         cut = prompt.context - CONTEXT
@@ -117,12 +117,11 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     model = load("smollm2", torch.float32, torch.device("cpu"), registry=BUILTIN)
-    prompts = prompts_of(model, BUILTIN.benchmark(TASK)[1], options.prompts)
+    prompts = prompts_of(model, BUILTIN.benchmark(TASK)[1], range(options.first, options.first + options.prompts))
     cells = cells_of(options.budgets.split(","))
     options.out.mkdir(parents=True, exist_ok=True)
     assert model.tokenizer is not None
     model.tokenizer.chat_template = None  # kvpress's KVzip looks for one, and skips what it would have put before the prompt
-    mine = ours(model, prompts, cells, options.new_tokens)
     asked = {
         "prompts": [prompt.ids for prompt in prompts],
         "context": CONTEXT,
@@ -134,11 +133,16 @@ def main(arguments: list[str]) -> int:
         "kept_of_every_prompt": True,
     }
     (options.out / "task.json").write_text(json.dumps(asked))
+    attention = model.network.config._attn_implementation
     model.network.set_attn_implementation("sdpa")
     model.network.save_pretrained(options.out / "model")
     model.tokenizer.save_pretrained(options.out / "model")
     side = Path(__file__).with_name("kvpress_side.py")
-    if subprocess.run([options.python, str(side), str(options.out)], check=False).returncode:
+    peer = subprocess.Popen([options.python, str(side), str(options.out)])  # while ours runs
+    model.network.set_attn_implementation(attention)
+    mine = ours(model, prompts, cells, options.new_tokens)
+    (options.out / "ours.json").write_text(json.dumps(mine))
+    if peer.wait():
         print(f"{options.python} could not run kvpress", file=sys.stderr)
         return 1
     theirs = json.loads((options.out / "kvpress.json").read_text())
@@ -153,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks.peers.real", description="kvpress beside this suite on real prompts")
     parser.add_argument("--python", required=True, help="of an environment that has kvpress")
     parser.add_argument("--prompts", type=int, default=4, help="(default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first prompt (default: %(default)s)")
     parser.add_argument("--budgets", default="40%,60%", help="with commas (default: 40%%,60%%)")
     parser.add_argument("--new-tokens", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
