@@ -26,7 +26,8 @@ from methods.base import Method, scores_for
 
 TOKENS, NEW_TOKENS = 4000, 32
 BUDGET = Budget.parse("25%")
-SHAPE = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 4096}
+SHAPE: dict[str, Any] = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 576, "intermediate_size": 1536}
+SHAPE |= {"vocab_size": 4096}
 SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
 
 
