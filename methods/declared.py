@@ -52,7 +52,11 @@ class CannotRun(UserError):
 
 
 class Scorer(Protocol):
-    """Which entries matter."""
+    """Which entries matter.
+
+    One that scores each entry by itself, whatever its neighbours, may say `ordered = False`: while decoding it is then shown
+    entries as they lie in the cache, with positions [n] or [S, n], which saves a copy at every eviction.
+    """
 
     @property
     def needs(self) -> Needs: ...

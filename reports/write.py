@@ -15,6 +15,7 @@ from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
 from reports.more_tables import length_tables, lm_eval_table, missing_table
 from reports.needles import needle_maps
+from reports.over_answer import over_answer_table
 from reports.page import Made, Pictures, page, reading
 from reports.present import mean_tables, score_tables
 from reports.protection import protection_tables
@@ -41,6 +42,7 @@ def write_report(out: Path) -> list[Path]:
     cost, said = cost_tables(measured, rows), cost_sentences(measured)
     rest = [
         *protection_tables(records),
+        *over_answer_table(records),
         *length_tables(records),
         *lm_eval_table(read_folder(out, "lm_eval"), records),
         *missing_table(records),

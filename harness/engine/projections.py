@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from harness.cache import Ahead, ModelShape, Needs
 
+PLAIN = (torch.float32, torch.float16, torch.bfloat16)  # weights of other types need their layer's own arithmetic
 OUTPUT = ("o_proj", "out_proj", "dense", "wo")  # names of an output projection, by family
+# Families whose every layer turns its queries by `apply_rotary_pos_emb` with what it is given, and families that turn none: each
+# is tested. Others (layers without positions, complex numbers, norms behind the rotation) are not known to.
+TURNED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox")
+STILL = ("opt",)
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # queries, keys, cos, sin: transformers' own
 
 
@@ -32,7 +37,7 @@ def output_weight(attention: nn.Module, width: int) -> Tensor | None:
     """The output projection of an attention layer, [hidden, Hq * D]; None where none of that width is found."""
     for name in OUTPUT:
         weight = getattr(getattr(attention, name, None), "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width and weight.is_floating_point():
+        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width and weight.dtype in PLAIN:
             return weight
     return None
 
@@ -40,8 +45,8 @@ def output_weight(attention: nn.Module, width: int) -> Tensor | None:
 class Around:
     """Finds what stands around the attention of the layers of one forward pass."""
 
-    def __init__(self, needs: Needs, width: int) -> None:
-        self.needs, self.width = needs, width
+    def __init__(self, needs: Needs) -> None:
+        self.needs = needs
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
@@ -59,10 +64,16 @@ class Around:
         if isinstance(turns, tuple) and len(turns) == 2:
             self._turns = {id(attention): turns}  # of the layer that runs, and no longer
 
-    def of(self, attention: nn.Module) -> Projections:
-        output = output_weight(attention, self.width) if self.needs.output_norms else None
-        if id(attention) not in self._turns:
+    def of(self, attention: nn.Module, width: int) -> Projections:
+        """Args:
+        width: of what the attention gives, Hq * D.
+        """
+        output = output_weight(attention, width) if self.needs.output_norms else None
+        family = type(attention).__module__.rpartition(".")[2].removeprefix("modeling_")
+        if family in STILL:
             return Projections(output)
+        if family not in TURNED or id(attention) not in self._turns:
+            return Projections(output, rotated=True)
         rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         return Projections(output, True, *self._turns[id(attention)], rotate)
 

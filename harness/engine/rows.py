@@ -124,6 +124,7 @@ class RowLayer:
     ) -> None:
         self.keys, self.values, self.positions = pool
         self.shape, self.window, self.table, self.expert_groups = shape, window, table, expert_groups
+        self.entry_bytes = self.keys[:1].nbytes + self.values[:1].nbytes  # heads of layers may differ in size
         # the expert group of each token since compaction, by cell, if there are several
         self.taken: list[list[int]] = [[] for _ in range(cells)]
         self._plans: dict[bytes, DevicePlan] = {}
@@ -272,17 +273,29 @@ class RowCache:
         Kept: keys and values, and the bits that name each token's expert where a layer has several. Rows do not need them; they
         are counted as mixSGA's paper counts them, for the tokens seen or as many as a layer has entries.
         """
-        entries, allocated = np.zeros(self.cells, np.int64), np.zeros(self.cells, np.int64)
-        bits = np.zeros(self.cells, np.int64)
+        entries, kept, allocated, bits = (np.zeros(self.cells, np.int64) for _ in range(4))
         for layer in self.layers:
             table = layer.table
             mine = np.bincount(table.cell, table.length, minlength=self.cells).astype(np.int64)
             entries += mine
+            kept += mine * layer.entry_bytes
             bits += (layer.expert_groups - 1).bit_length() * np.minimum(mine, self.seen)
-            size = self.shape.entry_bytes() + layer.positions.element_size()
+            size = layer.entry_bytes + layer.positions.element_size()
             np.add.at(allocated, table.cell, table.capacity * size)
-        kept = entries * self.shape.entry_bytes() + -(-bits // 8)
+        kept += -(-bits // 8)
         return [Counts(int(e), int(k), int(a)) for e, k, a in zip(entries, kept, allocated, strict=True)]
+
+    def grown(self, tokens: int) -> list[Counts] | None:
+        """What each cell would hold with so many more tokens; None where it depends on which rows take them."""
+        if any(layer.routed for layer in self.layers):
+            return None
+        size = self.shape.entry_bytes()
+        rows = sum(np.bincount(layer.table.cell, minlength=self.cells) for layer in self.layers)
+        more = (np.asarray(rows) * tokens).tolist()
+        return [
+            Counts(now.entries + added, now.bytes_kept + added * size, now.bytes_allocated)
+            for now, added in zip(self.counts(), more, strict=True)
+        ]
 
 
 def slack_for(tokens: int) -> int:
@@ -298,16 +311,30 @@ def compact(
     slack = [slack_for(tokens)] * len(selections) if isinstance(tokens, int) else [slack_for(some) for some in tokens]
     plans = [_plan(kv, [s[kv.index] for s in selections], slack) for kv in prefill.layers]
     sizes = [int(table.capacity.sum()) for table, _ in plans]
-    like = prefill.layers[0].keys[0]
-    keys, values = arena.take("keys", sum(sizes), like), arena.take("values", sum(sizes), like)
-    positions = arena.take("positions", sum(sizes), torch.zeros(0, dtype=torch.int32, device=like.device))
-    layers, offset = [], 0
-    for kv, (table, rows), size in zip(prefill.layers, plans, sizes, strict=True):
-        pool = (keys[offset : offset + size], values[offset : offset + size], positions[offset : offset + size])
+    layers = []
+    for kv, (table, rows), pool in zip(prefill.layers, plans, _pools(prefill.layers, sizes, arena), strict=True):
         groups = len(prefill.expert_groups[kv.index])
         layers.append(_filled(kv, rows, RowLayer(pool, prefill.shape, kv.window, table, groups, len(selections))))
-        offset += size
     return RowCache(layers, prefill.shape, [prefill.tokens] * len(selections))
+
+
+def _pools(layers: Sequence[LayerKV], sizes: Sequence[int], arena: Arena) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Keys, values and positions of each layer: parts of one pool for each head size and device."""
+    kinds = [(kv.keys.shape[2], str(kv.keys.device)) for kv in layers]
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for kind in dict.fromkeys(kinds):
+        mine = [number for number, its in enumerate(kinds) if its == kind]
+        like, name = layers[mine[0]].keys[0], "" if kind == kinds[0] else f" {kind}"
+        all_of = sum(sizes[number] for number in mine)
+        index = torch.zeros(0, dtype=torch.int32, device=like.device)
+        wanted = (("keys", like), ("values", like), ("positions", index))
+        keys, values, positions = (arena.take(part + name, all_of, its) for part, its in wanted)
+        offset = 0
+        for number in mine:
+            part = slice(offset, offset + sizes[number])
+            found[number] = (keys[part], values[part], positions[part])
+            offset = part.stop
+    return [found[number] for number in range(len(layers))]
 
 
 def compact_and_free(
@@ -326,7 +353,7 @@ def compact_and_free(
         assert kv is not None
         table, rows = _plan(kv, [selection[index] for selection in selections], [slack_for(tokens)] * len(selections))
         size, seen = int(table.capacity.sum()), kv.tokens
-        keys, values = (kv.keys.new_empty(size, shape.head_dim) for _ in range(2))
+        keys, values = (kv.keys.new_empty(size, kv.keys.shape[2]) for _ in range(2))
         pool = (keys, values, torch.empty(size, dtype=torch.int32, device=keys.device))
         groups = len(expert_groups[index])
         layers.append(_filled(kv, rows, RowLayer(pool, shape, kv.window, table, groups, len(selections))))
@@ -358,10 +385,11 @@ def _fill(layer: RowLayer, where: slice, kv: LayerKV, row: Row) -> None:
         layer.keys[where].copy_(kv.keys[head])
         layer.values[where].copy_(kv.values[head])
     else:
-        positions = positions[row.kept]
+        kept = row.kept.to(positions.device)  # layers may lie on devices of their own
+        positions = positions[kept]
         if row.merged is None:
-            torch.index_select(kv.keys[head], 0, row.kept, out=layer.keys[where])
-            torch.index_select(kv.values[head], 0, row.kept, out=layer.values[where])
+            torch.index_select(kv.keys[head], 0, kept, out=layer.keys[where])
+            torch.index_select(kv.values[head], 0, kept, out=layer.values[where])
         else:
             for part, into in zip(row.merged, (layer.keys, layer.values), strict=True):
                 into[where].copy_(part)

@@ -18,7 +18,7 @@ from harness.cache import LayerKV, Prefill, Replay
 from harness.engine import flash
 from harness.engine.observe import AttentionSettings, beside, block_numbers, softcapped_attention
 from harness.layer_sharing import Place
-from harness.logits import softcapped
+from harness.logits import hidden, softcapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,16 +78,12 @@ class ReplayPass:
         if place.layer == self.depth - 1:  # nobody reads what the last layer makes of it
             return torch.zeros_like(query)
         keys, values = torch.cat([layer.keys, key], 1), torch.cat([layer.values, value], 1)
-        if self.by_flash:
+        if self.by_flash and settings.plain:
             return flash.causal_attention(query, keys, values, settings)
-        if settings.softcap is not None:
+        if settings.softcap is not None or settings.sinks is not None:
             return softcapped_attention(query, keys, values, settings)
-        before, news = layer.keys.shape[1], query.shape[1]
-        place_of_key = torch.arange(before + news, device=query.device)
-        place_of_query = place_of_key[before:, None]
-        seen = place_of_key <= place_of_query
-        if settings.window is not None:
-            seen &= place_of_key > place_of_query - settings.window
+        positions = torch.arange(layer.tokens - layer.keys.shape[1], layer.tokens + query.shape[1], device=query.device)
+        seen = ~hidden(positions, positions[-query.shape[1] :, None], settings.window)
         grouped = query.shape[0] != key.shape[0]
         parts = (query[None], keys[None], values[None])
         return scaled_dot_product_attention(*parts, seen, scale=settings.scaling, enable_gqa=grouped)[0]
@@ -110,7 +106,10 @@ class ReplayPass:
             logits = (asking @ keys[..., : old + last]).unflatten(1, (-1, last - first)).flatten(0, 1)  # [Hq, q, old + last]
             later = torch.ones(last - first, last - first, dtype=torch.bool, device=query.device).triu(1)
             softcapped(logits, settings.softcap)[..., old + first :].masked_fill_(later, float("-inf"))
-            share = logits[..., : stop - start] - logits.logsumexp(-1, keepdim=True)
+            total = logits.logsumexp(-1, keepdim=True)
+            if settings.sinks is not None:
+                total = total.logaddexp(settings.sinks.float()[:, None, None])
+            share = logits[..., : stop - start] - total
             torch.maximum(most, share.amax(1), out=most)
         return most.exp()
 
