@@ -47,12 +47,14 @@ $(VENV)/smollm2: $(VENV)/ready
 reference: $(VENV)/ready $(VENV)/smollm2
 	rm -rf results/reference reports/reference
 	$(RUN) run_all.py run --out results/reference
+	$(RUN) run_all.py report --out results/reference --pictures png   # one format, so that the repository grows little
 	mv results/reference/report reports/reference
 
 # The whole study of the real small model: hours on two cores. Started again it goes on; several may share the folder.
 #   make real DATA=folder-of-data-sets [SHARD=1/2]
 real: $(VENV)/ready $(VENV)/smollm2
 	$(RUN) run_all.py run --suite real --out results/smollm2 $(if $(DATA),--data-dir $(DATA)) $(if $(SHARD),--shard $(SHARD))
+	$(RUN) run_all.py report --out results/smollm2 --pictures png
 	rm -rf reports/smollm2 && mv results/smollm2/report reports/smollm2
 
 clean:

@@ -11,9 +11,11 @@ from reports.formats import Table, TableCell, latex, markdown
 from reports.keys import Label, LineKey
 from reports.page import simple_page
 from reports.present import estimated
+from reports.sequential import looks_of
 from reports.statistics import Estimate, holm, paired_difference
 from reports.tables import SIGNIFICANT, Line, lines
 from results.drafts import report_draft
+from results.lines import tell
 from results.store import StoreError, read_rows
 
 
@@ -44,18 +46,26 @@ class Pair:
     difference: Estimate | None  # of the examples that both answered
 
 
-def write_comparison(first: Path, second: Path) -> list[Path]:
-    """Writes `<first>/report/side_by_side.{html,md,tex}`.
+def write_comparison(first: Path, others: Sequence[Path]) -> list[Path]:
+    """Writes `<first>/report/side_by_side.{html,md,tex}`: each of the others against the first.
 
     Raises:
-        StoreError: nothing that both runs measured alike, or a folder that cannot be read or written to.
+        StoreError: nothing that the first and any other measured alike, or a folder that cannot be read or written to.
     """
-    ours, theirs = lines(read_rows(first)), lines(read_rows(second))
-    runs = (first.name, second.name) if first.name != second.name else (str(first), str(second))
-    tables = comparison(ours, theirs, runs)
+    ours = lines(read_rows(first), looks=looks_of(first))
+    several = len({folder.name for folder in (first, *others)}) <= len(others)
+    named = {folder: str(folder) if several else folder.name for folder in (first, *others)}
+    tables: list[Table] = []
+    for other in others:
+        found = comparison(ours, lines(read_rows(other), looks=looks_of(other)), (named[first], named[other]))
+        against = f"{named[other]} against {named[first]}: " if len(others) > 1 else ""
+        tables += [replace(table, title=f"{against}{table.title}") for table in found]
+        if not found and len(others) > 1:
+            tell(f"{other} shares no task, protocol, method and budget with {first}")
     if not tables:
-        raise StoreError(f"{first} and {second} share no task, protocol, method and budget: there is nothing to put side by side")
-    title = f"{runs[1]} against {runs[0]}"
+        whom = " and ".join(map(str, (first, *others)))
+        raise StoreError(f"{whom} share no task, protocol, method and budget: there is nothing to put side by side")
+    title = f"{', '.join(named[other] for other in others)} against {named[first]}"
     names = [f"side_by_side.{ending}" for ending in ("html", "md", "tex")]
     texts = (simple_page(title, NOTE, tables), f"# {title}\n\n{NOTE}\n\n{markdown(tables)}", latex(tables))
     with report_draft(first) as draft:
@@ -81,7 +91,11 @@ def comparison(ours: Sequence[Line], theirs: Sequence[Line], names: tuple[str, s
         where = PairKey.of(line, single, several)
         other = known.get(where)
         if other is not None and line.score and other.score:
-            difference = paired_difference(other.values, line.values) if line.metric == other.metric else None
+            difference = (
+                paired_difference(other.values, line.values, looks=max(line.looks, other.looks))
+                if line.metric == other.metric
+                else None
+            )
             panels.setdefault(where.question, []).append(Pair(line, other, difference))
     return [_table(pairs, names) for pairs in panels.values()]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,8 +43,8 @@ class MapKey:
         return f"{self.method} {self.budget}".strip()
 
 
-def needle_maps(records: Sequence[Record], folder: Path) -> list[Path]:
-    """One figure a model, benchmark and protocol, a map for each method and budget; as PNG and SVG."""
+def needle_maps(records: Sequence[Record], folder: Path, formats: Collection[str] = ("png", "svg")) -> list[Path]:
+    """One figure a model, benchmark and protocol, a map for each method and budget; as PNG in any case, for the page."""
     found: dict[PanelKey, dict[MapKey, dict[Spot, list[float]]]] = {}
     for record, at in zip(records, named(records), strict=True):
         length, depth = (number(record.columns.get(name)) for name in ("context", "depth"))
@@ -53,10 +53,14 @@ def needle_maps(records: Sequence[Record], folder: Path) -> list[Path]:
             spot = (int(length), int(depth))
             spots = found.setdefault(where, {}).setdefault(MapKey.of(at), {})
             spots.setdefault(spot, []).append(next(iter(record.metrics.values())))
-    return [path for where in sorted(found, key=lambda where: where.order) for path in _figure(where, found[where], folder)]
+    wanted = ("png", *(one for one in formats if one != "png"))
+    ordered = sorted(found, key=lambda where: where.order)
+    return [path for where in ordered for path in _figure(where, found[where], folder, wanted)]
 
 
-def _figure(where: PanelKey, maps: Mapping[MapKey, Mapping[Spot, Sequence[float]]], folder: Path) -> list[Path]:
+def _figure(
+    where: PanelKey, maps: Mapping[MapKey, Mapping[Spot, Sequence[float]]], folder: Path, formats: Sequence[str]
+) -> list[Path]:
     spots = {spot for one in maps.values() for spot in one}
     lengths, depths = sorted({spot[0] for spot in spots}), sorted({spot[1] for spot in spots})
     ordered = sorted(maps, key=lambda key: key.order)
@@ -75,7 +79,7 @@ def _figure(where: PanelKey, maps: Mapping[MapKey, Mapping[Spot, Sequence[float]
     figure.suptitle(literal(f"{', '.join(asked)}\n{where.protocol}"), fontsize=9)
     figure.colorbar(shown, ax=axes, label="words of the answer found, %", shrink=0.8)
     name, mark = f"needle_{'_'.join(asked)}", f"_{where.protocol.short}"
-    paths = [place(folder, name, ending, mark) for ending in (".png", ".svg")]
+    paths = [place(folder, name, f".{ending}", mark) for ending in formats]
     for path in paths:
         figure.savefig(path, dpi=150)
     plt.close(figure)

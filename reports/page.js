@@ -31,7 +31,39 @@
     const rows = [...body.rows].sort((a, b) => turn * before(key(a, head.cellIndex), key(b, head.cellIndex)));
     body.append(...rows);
   });
+
+  // A long table gets a field: only rows that hold all of its words stay.
+  const LONG = 8;
+  for (const box of document.querySelectorAll(".scroll")) {
+    const rows = [...box.querySelectorAll("tbody tr")];
+    if (rows.length <= LONG || box.closest(".budgets")) continue;
+    const field = Object.assign(document.createElement("input"), { type: "search", placeholder: `filter ${rows.length} rows`, className: "filter" });
+    field.setAttribute("aria-label", "filter the rows of this table");
+    field.addEventListener("input", () => {
+      const wanted = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+      for (const row of rows) {
+        const text = row.textContent.toLowerCase();
+        row.hidden = !wanted.every((word) => text.includes(word));
+      }
+    });
+    box.before(field);
+  }
+
+  const fronts = document.getElementById("fronts");
+  fronts?.addEventListener("change", () => {
+    document.querySelectorAll(".front").forEach((front, number) => { front.hidden = number !== Number(fronts.value); });
+  });
+
+  const unfold = () => {
+    const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!target) return;
+    for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+    target.scrollIntoView();
+  };
+  window.addEventListener("hashchange", unfold);
+  document.addEventListener("click", (event) => { if (event.target.closest("nav a")?.hash === location.hash) unfold(); });
+  unfold();
   window.addEventListener("beforeprint", () => {
-    for (const hidden of document.querySelectorAll("details")) hidden.open = true;
+    for (const hidden of document.querySelectorAll("details:not(#explore)")) hidden.open = true;
   });
 })();

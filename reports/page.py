@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from reports import plots
+from reports.explore import explored, library
 from reports.formats import Table, TableCell, words
+from reports.front import Front, first_shown
 from reports.keys import PanelKey
 from reports.names import named
+from reports.places import ABOUT as ABOUT_RANKS
+from reports.places import Ranking, ranking_figure, ranking_tables
 from reports.present import PATH_ONLY, byte_table, mean_tables, score_tables
-from reports.style import order_of
-from reports.summary import Family, sentence, verdicts
+from reports.statistics import level_of
+from reports.style import Palette
+from reports.summary import Family
 from reports.tables import Line
 from results.record import Record
 
@@ -27,23 +32,29 @@ HERE = Path(__file__).parent
 ANSWERED = 3  # examples of a benchmark whose answers are shown side by side
 SHOWN = 240  # characters of an answer
 
-HOW_CHOSEN = (
-    "The best is chosen on the examples on which it is then compared, which favours it a little. Comparisons are paired over "
-    "examples (sign flips) and corrected by Holm's method over the methods of a line; the level is 0.05. Not shown to differ "
-    "does not mean equal: with few examples little can be shown."
-)
-NOTHING = "No task was measured for two methods or more at one budget, so there is nothing to compare in words."
+NOTHING = "No score was measured, so there is nothing to choose from: what was skipped or failed is told below with its reason."
 READING = (
     "Bytes kept and allocated are measured in the cache right after compaction, as a share of the unconverted model's full cache "
     "of the same prompt: a variant's bytes and an evicting method's are on one scale. Allocated counts whole storages: "
     "positions, slack, and room for the tokens to come.",
-    "Intervals are of 95 %: bootstraps over examples, Wilson's for shares of right answers. `Against full` is the paired "
+    "Intervals are of 95 %: bootstraps over examples, Wilson's for shares of right answers; those of means over tasks are "
+    "recovered from the tasks' (Zou and Donner). `Against full` is the paired "
     "difference to the full cache on the same examples; a star marks one that is significant at 0.05 by Holm's correction over "
     "the methods at the same budget.",
     "{direction} KL and top token compare a cell with the full cache while both are fed the full cache's answer. `-`: nothing "
     "was measured; it is never 0.",
+    "Which method is told apart from which is decided for all pairs at a budget at once: by differences on the same examples, "
+    "whose signs are flipped example by example, and by the largest of all pairs (Westfall and Young's step-down). Equal methods "
+    "are told apart with a chance of at most 5%, whichever is looked at, the best one included. Not shown to be worse does not "
+    "mean equal.",
     "question_in: the prompt is read with its question, then compressed. question_after: the context alone is read and "
     "compressed, then the question is asked. Protocols are never ranked together.",
+)
+
+
+STOPPED = (
+    "Examples of some tasks were added until their intervals were narrow enough, with up to {looks} looks at them. Whichever "
+    "look ended that, 95 % hold: intervals are of {level:.2%} at each look, and tests are corrected for looks too (Bonferroni)."
 )
 
 
@@ -53,7 +64,9 @@ def reading(found: Sequence[Line]) -> list[str]:
     direction = (
         f"For {' and '.join(lower)} lower is better, for every other score higher." if lower else "Higher scores are better."
     )
-    return [text.format(direction=direction) for text in READING]
+    looks = max((line.looks for line in found), default=1)
+    stopped = [STOPPED.format(looks=looks, level=level_of(looks))] if looks > 1 else []
+    return [*(text.format(direction=direction) for text in READING), *stopped]
 
 
 @dataclass(frozen=True)
@@ -61,9 +74,11 @@ class Pictures:
     """A section of images, and texts whose tokens are marked by their expert."""
 
     title: str
+    hint: str  # in a few words
     about: str
     paths: Sequence[Path]
     texts: Sequence[Mapping[str, Any]] = field(default=())
+    said: Sequence[tuple[str, Sequence[str]]] = field(default=())  # what it comes to: a title and lines
 
     @property
     def anchor(self) -> str:
@@ -84,53 +99,90 @@ class Made:
     judge: str = ""  # who judged, in words
 
 
-def page(
-    title: str,
-    found: Sequence[Line],
-    families: Sequence[Family],
-    records: Sequence[Record],
-    pictures: Sequence[Pictures],
-    tables: Sequence[Table],
-    made: Made,
-    costs: Sequence[tuple[str, list[str]]] = (),
-) -> str:
-    """The whole page as text. costs: what they come to, in words, with a title each."""
+@dataclass(frozen=True)
+class Content:
+    """What a page is made of."""
+
+    title: str
+    found: Sequence[Line]
+    families: Sequence[Family]
+    records: Sequence[Record]
+    fronts: Sequence[Front]
+    ranks: Sequence[Ranking]
+    palette: Palette
+    pictures: Sequence[Pictures]
+    tables: Sequence[Table]
+    made: Made
+
+
+def page(content: Content) -> str:
+    """The whole page as text."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    shown = plots.panels(found)
-    several = [family for family in families if len(family.tasks) > 1]
-    sections = [
-        *([_section("Bytes", [byte_table(_of_first_panel(found))], BYTES)] if found else []),
-        *(_section(title, [t for t in tables if _section_of(t) == title]) for title in dict.fromkeys(map(_section_of, tables))),
-        *([_section("Answers", answers, ANSWERS)] if (answers := answer_tables(records)) else []),
-    ]
-    pictured = [one for one in pictures if one.paths]
-    chosen = [summary for family in families if (summary := _summary(family))]
-    contents = [("In short", "short"), *([("Means", "means")] if several else []), *([("Tasks", "tasks")] if shown else [])]
-    contents += [(one.title, one.anchor) for one in pictured]
-    contents += [(one["title"], one["anchor"]) for one in sections] + [("How it was made", "made")]
+    shown = plots.panels(content.found)
+    several = [family for family in content.families if len(family.tasks) > 1]
+    tables = [*([_bytes(content.found)] if content.found else []), *content.tables]
+    titles = dict.fromkeys(map(_section_of, tables))
+    sections = [_section(title, [table for table in tables if _section_of(table) == title]) for title in titles]
+    if answers := answer_tables(content.records):
+        sections.append(_section("Answers", answers, ANSWERS))
+    pictured = [one for one in content.pictures if one.paths]
+    drawn = any(line.byte_share and (line.score or line.kl) for line in content.found)
+    contents = [("Explore", "explore")] * drawn + [("Ranks", "ranks")] * bool(content.ranks)
+    contents += [("Means", "means")] * bool(several) + [("Tasks", "tasks")] * bool(shown)
+    contents += [(one.title, one.anchor) for one in pictured] + [(one["title"], one["anchor"]) for one in sections]
     return environment.get_template("page.html.j2").render(
-        title=title,
-        subtitle=_subtitle(records),
-        contents=contents,
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
-        summary=[
-            *chosen,
-            *({"title": title, "lines": lines, "note": ""} for title, lines in costs),
-        ],
-        nothing=NOTHING,
-        how_chosen=HOW_CHOSEN if chosen else "",
+        title=content.title,
+        subtitle=_subtitle(content.records),
+        contents=[*contents, ("How to read it", "reading"), ("How it was made", "made")],
+        css=_own("page.css"),
+        script=_own("page.js") + (_own("explore.js") if drawn else ""),
+        fronts=[_front(front, content.palette, number) for number, front in enumerate(content.fronts)],
+        nothing=NOTHING if content.records else "Costs only: no answers are stored here.",
+        explored=_explored(shown, content) if drawn else "",
+        library=library() if drawn else "",
+        about_ranks=ABOUT_RANKS,
+        ranks=_ranks(content.ranks, content.palette),
         means=mean_tables(several),
-        panels=[_panel(panel, number) for number, panel in enumerate(shown)],
-        legend=_legend(shown),
+        panels=[_panel(panel) for panel in shown],
         pictures=pictured,
         sections=sections,
-        commands=made.commands,
-        environments=[json.dumps(one, indent=1) for one in made.environments],
-        data=[json.dumps({k: v for k, v in one.items() if k != "id"}) for one in made.data],
-        reading=[*reading(found), *([made.judge] if made.judge else [])],
-        show=_table,
+        commands=content.made.commands,
+        environments=[json.dumps(one, indent=1) for one in content.made.environments],
+        data=[json.dumps({k: v for k, v in one.items() if k != "id"}) for one in content.made.data],
+        reading=[*reading(content.found), *([content.made.judge] if content.made.judge else [])],
+        show=shown_table,
     )
+
+
+def _count(things: Collection[str], what: str) -> str:
+    return f"{len(things)} {what}{'s' * (len(things) != 1)}"
+
+
+def _explored(shown: Sequence[plots.Panel], content: Content) -> Markup:
+    """In the order of the first screen."""
+    panels = sorted((panel for panel in shown if panel.fields), key=lambda panel: panel.at.protocol.prompt != "question_in")
+    return explored(panels, sorted(content.families, key=first_shown), content.palette)
+
+
+def _own(name: str) -> Markup:
+    return Markup((HERE / name).read_text(encoding="utf-8"))
+
+
+def _front(front: Front, palette: Palette, number: int) -> dict[str, Any]:
+    parts = {name: getattr(front, name) for name in ("title", "metric", "sentences", "table", "caption", "note")}
+    return parts | {"svg": Markup(plots.inline(front.picture, palette, number))}
+
+
+def _ranks(found: Sequence[Ranking], palette: Palette) -> list[tuple[str, Markup, Table]]:
+    figures = (ranking_figure(ranking, palette) for ranking in found)
+    drawn = [Markup(plots.as_svg(figure, {}, 1000 + number)) for number, figure in enumerate(figures)]
+    return [
+        (one.title, svg, replace(table, title="")) for one, svg, table in zip(found, drawn, ranking_tables(found), strict=True)
+    ]
+
+
+def _bytes(found: Sequence[Line]) -> Table:
+    return replace(byte_table(_of_first_panel(found)), section="Bytes", notes=(BYTES,))
 
 
 BYTES = "What each budget meant on the first task: whole entries asked for and kept, and what their memory took."
@@ -143,32 +195,13 @@ def _subtitle(records: Sequence[Record]) -> str:
     methods = {record.key.method for record in records}
     if not records:
         return "Costs only: no answers are stored here."
-    counts = f"{len(records):,} cells: {len(methods)} methods on {len(benchmarks)} tasks"
+    counts = f"{len(records):,} cells: {_count(methods, 'method')} on {_count(benchmarks, 'task')}"
     return f"{', '.join(models)}. {counts}."
 
 
-def _summary(family: Family) -> dict[str, Any] | None:
-    found = verdicts(family)
-    if not found:
-        return None
-    note = PATH_ONLY if family.path_only else ""
-    return {"title": f"{family.title}: {family.at.metric}", "lines": [sentence(verdict) for verdict in found], "note": note}
-
-
-def _panel(panel: plots.Panel, number: int) -> dict[str, Any]:
-    return {
-        "anchor": f"task-{number}",
-        "title": panel.at.title,
-        "protocol": str(panel.at.protocol),
-        "note": PATH_ONLY if panel.lines[0].path_only else "",
-        "plots": [Markup(plots.inline(panel, field, what, 10 * number + n)) for n, (field, what) in enumerate(panel.fields)],
-        "tables": [Table(table.title, table.header, table.rows) for table in score_tables(panel.lines)],
-    }
-
-
-def _legend(shown: Sequence[plots.Panel]) -> list[tuple[str, Markup]]:
-    labels = sorted({label for panel in shown for label in panel.labels}, key=order_of)
-    return [(str(label), Markup(plots.swatch(label))) for label in labels]
+def _panel(panel: plots.Panel) -> dict[str, Any]:
+    tables = [replace(table, title="") for table in score_tables(panel.lines)]
+    return {"title": panel.at.title, "note": PATH_ONLY if panel.lines[0].path_only else "", "tables": tables}
 
 
 def _of_first_panel(found: Sequence[Line]) -> list[Line]:
@@ -209,20 +242,22 @@ def _anchor(title: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in title.lower()).strip("-")
 
 
-def _table(table: Table, level: int = 3) -> Markup:
+def shown_table(table: Table, level: int = 3, notes_stand: str = "before") -> Markup:
     """Every text escaped; what a column is sorted by as `data-value`."""
     head = "".join(f'<th><button type="button">{escape(text)}</button></th>' for text in table.header)
     rows = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in table.rows)
     notes = "".join(f'<p class="fine">{escape(note)}</p>' for note in table.notes)
-    title = f"<h{level}>{escape(table.title)}</h{level}>"
-    return Markup(f'{title}{notes}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
+    title = f"<h{level}>{escape(table.title)}</h{level}>" if table.title else ""
+    body = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return Markup(f"{title}{body}{notes}" if notes_stand == "after" else f"{title}{notes}{body}")
 
 
 def _cell(cell: TableCell) -> str:
     kinds = [kind for kind, holds in (("best", cell.best), ("words", cell.value is None), ("long", len(cell.text) > 60)) if holds]
     marks = f' class="{" ".join(kinds)}"' if kinds else ""
     value = "" if cell.value is None else f' data-value="{_number(cell.value)}"'
-    return f"<td{marks}{value}>{escape(cell.text)}</td>"
+    text = str(escape(cell.text)).replace("(", "<wbr>(") if cell.value is None else escape(cell.text)
+    return f"<td{marks}{value}>{text}</td>"
 
 
 def _number(value: float) -> str:
@@ -235,7 +270,7 @@ def _data(path: Path) -> str:
 
 def simple_page(title: str, about: str, tables: Sequence[Table]) -> str:
     """Tables alone, in the same manner."""
-    shown = "".join(str(_table(table)) for table in tables)
+    shown = "".join(str(shown_table(table)) for table in tables)
     css, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f'<meta charset="utf-8">{view}<link rel="icon" href="data:,">'

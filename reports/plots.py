@@ -1,34 +1,37 @@
-"""Score and fidelity against the measured share of bytes: a panel a benchmark, a line a method."""
+"""Pictures of scores and fidelity against the measured bytes: one idea each, panels for methods, variants and storages."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reports.drawing import Curve, Picture, Point, Room, draw, shortened
 from reports.formats import literal
 from reports.keys import Label, PanelKey
 from reports.pictures import place
 from reports.statistics import Estimate
-from reports.style import order_of, style_of
+from reports.style import Palette, in_order
+from reports.summary import Family, Overall
 from reports.tables import Line
 
-LEGEND_COLUMNS = 6
-FULL = Label("full")  # the unconverted model's: a line across
-HIGH = 3.6  # inches of the axes with their labels
-LEAST_KL = 1e-6  # below this two caches predict the same in float32
+FULL = Label("full")
+FORMATS = ("png", "svg", "pdf")
+WIDE, HIGH = 3.5, 2.6  # inches of a panel with its names: a column of a paper
+LEFT, RIGHT, BELOW, ABOVE = 0.5, 1.45, 0.42, 0.2  # inches around the axes
+ACROSS = 2  # panels side by side: the width of a page
+LETTERS_AN_INCH = 15  # of a title
 FIELDS = (("score", "score"), ("kl", "KL to the full cache, nats"), ("top1", "same top token as full"))
+LATER = 0.2  # by how much other settings of a method, and single points, come later where colours are given
+DRAWN = ("score", "kl")  # as files; the page tells all three
 UNUSED_IDS = r'id="(figure_1|axes_1|matplotlib\.axis_\d+|(patch|text|[xy]tick|line2d|LineCollection)_\d+)"'
 
 
@@ -41,7 +44,7 @@ class Panel:
 
     @property
     def labels(self) -> list[Label]:
-        return sorted({line.label for line in self.lines if line.byte_share is not None}, key=order_of)
+        return in_order(line.label for line in self.lines if line.byte_share is not None)
 
     @property
     def fields(self) -> list[tuple[str, str]]:
@@ -50,6 +53,17 @@ class Panel:
         drawn = [line for line in self.lines if not line.is_full] or self.lines
         shown = [(field, metric if field == "score" else what) for field, what in FIELDS]
         return [(field, what) for field, what in shown if any(getattr(line, field) for line in drawn)]
+
+    def picture(self, field: str, what: str) -> Picture:
+        curves = []
+        for label in self.labels:
+            mine = [line for line in self.lines if line.label == label and getattr(line, field) and line.byte_share]
+            points = [Point(line.byte_share or 0.0, getattr(line, field), tip(line, getattr(line, field))) for line in mine]
+            if points and label != FULL and not (label.is_full and field != "score"):  # which is compared with itself
+                curves.append(Curve(label, tuple(sorted(points, key=lambda point: point.share))))
+        full = next((line.score for line in self.lines if line.label == FULL), None) if field == "score" else None
+        lower = field == "kl" or (field == "score" and any(line.lower_is_better for line in self.lines))
+        return Picture(what, tuple(curves), full, log=field == "kl", lower_is_better=lower)
 
 
 def panels(found: Sequence[Line]) -> list[Panel]:
@@ -61,45 +75,129 @@ def panels(found: Sequence[Line]) -> list[Panel]:
     return sorted(made, key=lambda panel: any(line.lower_is_better for line in panel.lines))  # what is answered comes first
 
 
-def save(panel: Panel, folder: Path) -> list[Path]:
-    """One figure of everything that can be drawn, with its legend; as PNG and SVG."""
-    shown = panel.fields
-    if not shown:
+def family_picture(family: Family) -> Picture:
+    """Means over tasks."""
+    grouped: dict[Label, list[Overall]] = {}
+    for cell in family.cells:
+        grouped.setdefault(cell.label, []).append(cell)
+    curves = [
+        Curve(label, tuple(sorted((Point(cell.byte_share, cell.score, tip(cell, cell.score)) for cell in mine), key=_share)))
+        for label, mine in grouped.items()
+        if label != FULL
+    ]
+    full = next((cell.score for cell in family.cells if cell.is_full), None)
+    tasks = f", mean of {len(family.tasks)} tasks" if len(family.tasks) > 1 else ""
+    return Picture(f"{family.at.metric}{tasks}", tuple(curves), full, lower_is_better=family.lower_is_better)
+
+
+def _share(point: Point) -> float:
+    return point.share
+
+
+def tip(line: Line | Overall, value: Estimate) -> str:
+    budget = f" at {line.budget}" if line.budget else ""
+    shown = f"{value.mean:.3g} [{value.low:.3g}, {value.high:.3g}]"
+    return f"{line.label}{budget}: {shown}, {line.byte_share:.1%} of the bytes, n = {value.n}"
+
+
+def palette_of(families: Sequence[Family], found: Sequence[Line], timed: Collection[Label] = ()) -> Palette:
+    """Eight lines in colour for a whole report: those that usually come first, of each kind some.
+
+    Args:
+        timed: what only costs are known of; they have what colours are left.
+    """
+    behind: dict[Label, list[float]] = {}
+    for family in families:
+        for budget in {cell.budget for cell in family.cells}:
+            cells = [cell for cell in family.cells if cell.budget == budget and cell.label != FULL]
+            sign = 1.0 if family.lower_is_better else -1.0
+            ordered = sorted(cells, key=lambda cell: sign * cell.score.mean)
+            for number, cell in enumerate(ordered):
+                behind.setdefault(cell.label, []).append(number / len(ordered))
+    rest = {line.label: 1.0 for line in found if line.byte_share is not None and line.label != FULL}
+    placed = (
+        {label: 2.0 for label in timed if label != FULL}
+        | rest
+        | {label: sum(places) / len(places) for label, places in behind.items()}
+    )
+    return Palette.of({label: place + LATER * (label.has_settings + 3 * label.is_full) for label, place in placed.items()})
+
+
+@contextmanager
+def quiet_svg(salt: str) -> Iterator[None]:
+    """Text stays text, and the same figure has the same bytes."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "pdf.fonttype": 42}):
+        yield
+
+
+def save(picture: Picture, title: str, name: tuple[str, str], palette: Palette, to: tuple[Path, Collection[str]]) -> list[Path]:
+    """One figure, a panel a kind; its files.
+
+    Args:
+        name: of the files, and a mark that comes behind it in any case; to: folder and formats.
+    """
+    if not to[1] or (not picture.curves and picture.full is None):
         return []
-    legend = 0.2 * -(-len(panel.labels) // LEGEND_COLUMNS) + 0.1  # inches; laid out by hand, which is three times faster
-    wide, high = 4.6 * len(shown), HIGH + legend + 0.3
+    kinds = picture.kinds or [""]
+    across = min(ACROSS, len(kinds))
+    wide, high = WIDE * across, HIGH * -(-len(kinds) // across) + 0.25
     figure = Figure(figsize=(wide, high))
-    labelled: dict[str, Any] = {}
-    for number, (field, what) in enumerate(shown):
-        box = ((4.6 * number + 0.7) / wide, (legend + 0.5) / high, 3.65 / wide, (HIGH - 0.6) / high)
+    for number, kind in enumerate(kinds):
+        left, top = WIDE * (number % across), 0.25 + HIGH * (number // across)
+        room = Room(WIDE - LEFT - RIGHT, HIGH - BELOW - ABOVE)
+        box = (left + LEFT) / wide, 1 - (top + HIGH - BELOW) / high, room.wide / wide, room.high / high
         axis = figure.add_axes(box)
-        _draw(axis, panel, field, what)
-        handles, labels = axis.get_legend_handles_labels()
-        labelled |= dict(zip(labels, handles, strict=True))
-    figure.suptitle(literal(panel.at.title), fontsize=10, y=1 - 0.08 / high)
-    entries = (list(labelled.values()), list(labelled))
-    below: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.0)}
-    figure.legend(*entries, ncols=LEGEND_COLUMNS, fontsize=8, frameon=False, **below)
-    name, mark = f"{panel.at.model}_{panel.at.task}_{panel.at.protocol.prompt}", f"_{panel.at.protocol.short}"
-    paths = [place(folder, name, ending, mark) for ending in (".png", ".svg")]
-    with plt.rc_context({"svg.hashsalt": "bytes", "svg.fonttype": "none"}):  # the same bytes for the same figure
-        figure.savefig(paths[0], dpi=150)
-        figure.savefig(paths[1], metadata={"Date": None})
+        draw(axis, picture, [kind], palette, room)
+        if len(kinds) > 1:
+            axis.set_title(kind, fontsize=7.5, loc="left", pad=3)
+    figure.suptitle(literal(shortened(title, int(LETTERS_AN_INCH * wide))), fontsize=8, y=1 - 0.05 / high)
+    paths = []
+    for ending in to[1]:
+        path = place(to[0], name[0], f".{ending}", name[1])
+        about = {"svg": {"Date": None}, "pdf": {"CreationDate": None, "ModDate": None}}.get(ending)
+        with quiet_svg("bytes"):
+            figure.savefig(path, dpi=200, metadata=about)
+        paths.append(path)
     return paths
 
 
-def inline(panel: Panel, field: str, what: str, number: int) -> str:
-    """One axis as SVG for a page: text stays text, and every point says what it is in `data-tip`."""
-    figure = Figure(figsize=(4.6, 3.1))
-    axis = figure.add_axes((0.15, 0.17, 0.79, 0.79))
-    tips = _draw(axis, panel, field, what)
+def save_panel(panel: Panel, palette: Palette, folder: Path, formats: Collection[str]) -> list[Path]:
+    """A panel's pictures, one each for the score and KL."""
+    paths = []
+    for field, what in panel.fields:
+        if field in DRAWN:
+            name = f"{field}_{panel.at.model}_{panel.at.task}_{panel.at.protocol.prompt}"
+            mark = f"_{panel.at.protocol.short}"
+            paths += save(panel.picture(field, what), panel.at.title, (name, mark), palette, (folder, formats))
+    return paths
+
+
+def save_family(family: Family, palette: Palette, folder: Path, formats: Collection[str]) -> list[Path]:
+    """The picture of the means over tasks."""
+    name = f"mean_{family.at.metric}_{family.at.model}_{family.at.protocol.prompt}_{family.at.told}".rstrip("_")
+    mark = f"_{family.at.protocol.short}"
+    return save(family_picture(family), family.title, (name, mark), palette, (folder, formats))
+
+
+def inline(picture: Picture, palette: Palette, number: int) -> str:
+    """All kinds on one axis as SVG for a page, with letters for a phone: every point says what it is in `data-tip`."""
+    wide, high = 4.7, 3.4
+    figure = Figure(figsize=(wide, high))
+    room = Room(wide - 0.62 - 1.85, high - 0.5 - 0.12, size=8.5)
+    axis = figure.add_axes((0.62 / wide, 0.5 / high, room.wide / wide, room.high / high))
+    tips = draw(axis, picture, picture.kinds, palette, room)
+    return as_svg(figure, tips, number)
+
+
+def as_svg(figure: Figure, tips: Mapping[str, Sequence[str]], number: int) -> str:
+    """For a page, whose other pictures have other numbers."""
     held = io.StringIO()
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"page {number}"}):
+    with quiet_svg(f"page {number}"):
         figure.savefig(held, format="svg", metadata={"Date": None})
     return _with_tips(held.getvalue(), tips, number)
 
 
-def _with_tips(svg: str, tips: dict[str, list[str]], number: int) -> str:
+def _with_tips(svg: str, tips: Mapping[str, Sequence[str]], number: int) -> str:
     """Without what only a file of its own needs; the k-th mark of a group gets the k-th text."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -116,92 +214,3 @@ def _with_tips(svg: str, tips: dict[str, list[str]], number: int) -> str:
 
 def _attribute(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def swatch(label: Label) -> str:
-    """A method's line and mark as SVG, for a legend outside of a figure."""
-    figure = Figure(figsize=(0.42, 0.16))
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.set_axis_off()
-    if label == FULL:
-        axis.plot([0, 2], [0, 0], color="black", linewidth=1)
-    else:
-        style = style_of(label)
-        fill = "full" if style.filled else "none"
-        axis.plot([0, 1, 2], [0, 0, 0], color=style.colour, linestyle=style.dash, linewidth=1.2)
-        axis.plot([1], [0], color=style.colour, marker=style.marker, markersize=4, fillstyle=fill)
-    axis.set(xlim=(-0.1, 2.1), ylim=(-1, 1))
-    held = io.StringIO()
-    with plt.rc_context({"svg.hashsalt": str(label)}):
-        figure.savefig(held, format="svg", metadata={"Date": None}, transparent=True)
-    return _with_tips(held.getvalue(), {}, 0)
-
-
-def _draw(axis: Axes, panel: Panel, field: str, what: str) -> dict[str, list[str]]:
-    """Gives, by the identifier of each group of marks, what they say."""
-    tips: dict[str, list[str]] = {}
-    if field == "kl":
-        axis.set_yscale("log")
-    for label in panel.labels:
-        points = [
-            (line.byte_share, value, line)
-            for line in panel.lines
-            if line.label == label and line.byte_share is not None and (value := getattr(line, field))
-        ]
-        if label.is_full and field != "score":
-            continue  # compared with itself
-        if label == FULL:
-            for _, value, _ in points:
-                axis.axhline(value.mean, color="black", linewidth=1, label="full")
-        elif points:
-            points.sort(key=lambda point: point[0])
-            _line(axis, [(share, value) for share, value, _ in points], label)
-            group = f"tips{len(tips)}"
-            heights = [max(value.mean, LEAST_KL) if field == "kl" else value.mean for _, value, _ in points]
-            axis.scatter([share for share, _, _ in points], heights, s=90, alpha=0.0, gid=group, zorder=9)
-            tips[group] = [_tip(label, share, value, line) for share, value, line in points]
-    axis.set(xscale="log", xlabel="bytes kept, share of the full cache (measured)", ylabel=literal(what))
-    for text in (axis.xaxis.label, axis.yaxis.label):
-        text.set_fontsize(8)
-    axis.set_xticks(*_ticks(panel.lines))
-    axis.minorticks_off()
-    axis.grid(alpha=0.25, linewidth=0.5)
-    axis.tick_params(labelsize=8)
-    return tips
-
-
-def _tip(label: Label, share: float, value: Estimate, line: Line) -> str:
-    budget = f" at {line.budget}" if line.budget else ""
-    return f"{label}{budget}: {value.mean:.3g} [{value.low:.3g}, {value.high:.3g}], {share:.1%} of the bytes, n = {value.n}"
-
-
-def _ticks(found: Sequence[Line]) -> tuple[list[float], list[str]]:
-    """A tick at every share that was measured, but for those too close to another to be read."""
-    shares: list[float] = []
-    for share in sorted({line.byte_share for line in found if line.byte_share}):
-        if not shares or share > 1.35 * shares[-1]:
-            shares.append(share)
-    return shares, [f"{share:.1%}" if share < 0.1 else f"{share:.0%}" for share in shares]
-
-
-def _line(axis: Axes, points: Sequence[tuple[float, Estimate]], label: Label) -> None:
-    style = style_of(label)
-    least = LEAST_KL if axis.get_yscale() == "log" else -np.inf
-    means = [max(value.mean, least) for _, value in points]
-    spread = [[max(0.0, v.mean - max(v.low, least)) for _, v in points], [max(0.0, v.high - v.mean) for _, v in points]]
-    drawn = axis.errorbar(
-        [share for share, _ in points],
-        means,
-        yerr=spread,
-        label=literal(str(label)),
-        color=style.colour,
-        marker=style.marker,
-        fillstyle="full" if style.filled else "none",
-        linestyle=style.dash,
-        linewidth=1.2,
-        markersize=4,
-        capsize=1.5,
-        elinewidth=0.6,
-    )
-    for part in (*drawn.lines[1], *drawn.lines[2]):
-        part.set_alpha(0.45)  # intervals stand behind what they are of

@@ -43,6 +43,7 @@ class Line:
     p: float | None = None  # of the difference to full, by Holm over the panel's methods at this budget
     values: Mapping[Example, float] = field(default_factory=dict)  # the main metric by example
     lower_is_better: bool = False
+    looks: int = 1  # at the examples so far, before it was decided that they are enough
 
     @property
     def model(self) -> str:
@@ -79,7 +80,9 @@ class Line:
         return self.p is not None and self.p < SIGNIFICANT
 
 
-def lines(records: Iterable[Record], ratings: Mapping[str, float] | None = None) -> list[Line]:
+def lines(
+    records: Iterable[Record], ratings: Mapping[str, float] | None = None, looks: Mapping[tuple[str, str], int] | None = None
+) -> list[Line]:
     """One line a cell of the suite, in the order: model, benchmark, protocol, method, budget.
 
     What would bear the same name but is not the same (another version, other records, other weights) is told apart, see
@@ -87,6 +90,7 @@ def lines(records: Iterable[Record], ratings: Mapping[str, float] | None = None)
 
     Args:
         ratings: a judge's, by row id.
+        looks: by model and benchmark of the keys, where examples were added until intervals were narrow.
     """
     groups: dict[LineKey, list[Record]] = {}
     every = list(records)
@@ -97,7 +101,8 @@ def lines(records: Iterable[Record], ratings: Mapping[str, float] | None = None)
     for at in ordered:
         if at.label.is_full:
             full.setdefault(at.question, groups[at])
-    return _corrected([_line(at, groups[at], full.get(at.question, ()), ratings or {}) for at in ordered])
+    looked = {at: (looks or {}).get((at.asked.model, at.asked.benchmark), 1) for at in ordered}
+    return _corrected([_line(at, groups[at], full.get(at.question, ()), ratings or {}, looked[at]) for at in ordered])
 
 
 def _corrected(found: Sequence[Line]) -> list[Line]:
@@ -112,7 +117,7 @@ def _corrected(found: Sequence[Line]) -> list[Line]:
     return [replace(line, p=corrected.get(number)) for number, line in enumerate(found)]
 
 
-def _line(at: LineKey, records: Sequence[Record], full: Sequence[Record], ratings: Mapping[str, float]) -> Line:
+def _line(at: LineKey, records: Sequence[Record], full: Sequence[Record], ratings: Mapping[str, float], looks: int) -> Line:
     done = [record for record in records if record.status == "ok"]
     asked = {_example(record): bool(record.compressed) for record in done}
     scores, baseline = _by_example(done), _by_example(record for record in full if record.status == "ok")
@@ -128,16 +133,17 @@ def _line(at: LineKey, records: Sequence[Record], full: Sequence[Record], rating
         allocated_share=_share(done, "bytes_allocated"),
         entries=_mean(record.entries for record in done),
         metric=metric,
-        score=_score(scores.values(), any(metric in record.right_or_wrong for record in done)),
-        score_difference=paired_difference(scores, baseline),
-        kl=_estimate(record.fidelity["kl"] for record in done if "kl" in record.fidelity),
-        top1=_estimate(record.fidelity["top1"] for record in done if "top1" in record.fidelity),
-        loss=_estimate(record.fidelity["loss"] for record in done if "loss" in record.fidelity),
+        score=_score(scores.values(), any(metric in record.right_or_wrong for record in done), looks),
+        score_difference=paired_difference(scores, baseline, looks=looks),
+        kl=_estimate((record.fidelity["kl"] for record in done if "kl" in record.fidelity), looks),
+        top1=_estimate((record.fidelity["top1"] for record in done if "top1" in record.fidelity), looks),
+        loss=_estimate((record.fidelity["loss"] for record in done if "loss" in record.fidelity), looks),
         asked=_mean(record.entries_asked for record in done),
-        judge=_estimate(ratings[record.key.id] for record in done if record.key.id in ratings),
+        judge=_estimate((ratings[record.key.id] for record in done if record.key.id in ratings), looks),
         own=any(record.embedded_can for record in records),
         values=scores,
         lower_is_better=any(metric in record.lower_is_better for record in done),
+        looks=looks,
     )
 
 
@@ -157,17 +163,17 @@ def _example(record: Record) -> Example:
     return (0 if record.key.data else record.key.seed, record.key.example)
 
 
-def _estimate(values: Iterable[float]) -> Estimate | None:
+def _estimate(values: Iterable[float], looks: int) -> Estimate | None:
     found = np.array(list(values), dtype=np.float64)
     found = found[np.isfinite(found)]
-    return estimate(found) if len(found) else None
+    return estimate(found, looks=looks) if len(found) else None
 
 
-def _score(values: Iterable[float], right_or_wrong: bool) -> Estimate | None:
+def _score(values: Iterable[float], right_or_wrong: bool, looks: int) -> Estimate | None:
     """As `_estimate`; of answers that are right or wrong, a proportion. A mean over draws of one answer may be neither."""
     found = np.array(list(values), dtype=np.float64)
     whole = right_or_wrong and len(found) and bool(np.isin(found, (0.0, 1.0)).all())
-    return proportion(found) if whole else _estimate(found)
+    return proportion(found, looks) if whole else _estimate(found, looks)
 
 
 def _share(records: Sequence[Record], count: str) -> float | None:
@@ -180,7 +186,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 ESTIMATES = ("score", "score_difference", "kl", "top1", "loss", "judge")
-NO_COLUMNS = ("at", "label", "values", "lower_is_better")
+NO_COLUMNS = ("at", "label", "values", "lower_is_better", "looks")
 
 
 def frame(found: Sequence[Line]) -> pd.DataFrame:

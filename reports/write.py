@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reports import plots
+from reports.answers import sentence, verdicts
 from reports.cost import Cost, costs
 from reports.cost_plots import cost_pictures
 from reports.cost_tables import cost_sentences, cost_tables
 from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
+from reports.front import fronts
+from reports.keys import Label
 from reports.more_tables import length_tables, lm_eval_table, missing_table
 from reports.needles import needle_maps
 from reports.over_answer import over_answer_table
-from reports.page import Made, Pictures, page, reading
+from reports.page import Content, Made, Pictures, page, reading
+from reports.places import ranking_tables, rankings
+from reports.plots import palette_of
 from reports.present import mean_tables, score_tables
 from reports.protection import protection_tables
-from reports.summary import Family, families, sentence, verdicts
+from reports.sequential import looks_of
+from reports.style import Palette
+from reports.summary import Family, families
 from reports.tables import Line, frame, lines
 from results.drafts import report_draft
 from results.lines import Check, dict_of, is_count, is_number, is_text, list_of, tell, wrong_field
@@ -27,8 +35,11 @@ from results.record import Record
 from results.store import read_commands, read_costs, read_folder, read_ratings, read_rows, read_verdicts
 
 
-def write_report(out: Path) -> list[Path]:
+def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Path]:
     """Rebuilds every table, plot and page of `out` under `<out>/report`, and gives the paths of the first to be looked at.
+
+    Args:
+        formats: of the pictures of scores; those that the page holds are PNG in any case.
 
     Raises:
         StoreError: no rows, rows of another schema, or a folder that cannot be written to.
@@ -36,8 +47,10 @@ def write_report(out: Path) -> list[Path]:
     rows = read_costs(out)
     records = [] if rows and not (out / "rows").is_dir() else read_rows(out)
     ratings = read_ratings(out)
-    found = lines(records, next(iter(ratings.values()), None))
+    found = lines(records, next(iter(ratings.values()), None), looks_of(out))
     averaged, measured = families(found), costs(rows)
+    timed = {Label(cost.method, variant=cost.panel.variant) for cost in measured}
+    palette, ranked = palette_of(averaged, found, timed), rankings(averaged)
     several = mean_tables([family for family in averaged if len(family.tasks) > 1])
     cost, said = cost_tables(measured, rows), cost_sentences(measured)
     rest = [
@@ -54,33 +67,56 @@ def write_report(out: Path) -> list[Path]:
         html, text, table, paper, plotted = (draft / name for name in files)
         plotted.mkdir()
         frame(found).to_csv(table, index=False)
-        text.write_text(_head(found, averaged, said, judged) + markdown([*several, *score_tables(found), *cost, *rest]))
-        paper.write_text(latex([*several, *score_tables(found), *cost]))
-        pictures = _pictures(out, records, plotted, measured)
-        for panel in plots.panels(found):
-            plots.save(panel, plotted)
-        title = f"KV-cache methods: {out.name}"
-        html.write_text(page(title, found, averaged, records, pictures, [*cost, *rest], made, said), encoding="utf-8")
+        ranks = ranking_tables(ranked)
+        text.write_text(_head(found, averaged, said, judged) + markdown([*several, *ranks, *score_tables(found), *cost, *rest]))
+        paper.write_text(latex([*several, *ranks, *score_tables(found), *cost]))
+        drawn = Drawn(plotted, palette, formats)
+        _save(found, averaged, drawn)
+        pictures = _pictures(out, records, drawn, measured, said)
+        title, tables = f"KV-cache methods: {out.name}", [*cost, *rest]
+        shown = (fronts(averaged, measured), ranked, palette, pictures, tables, made)
+        html.write_text(page(Content(title, found, averaged, records, *shown)), encoding="utf-8")
     return [out / "report" / name for name in files]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Where pictures go, and how they look."""
+
+    folder: Path
+    palette: Palette
+    formats: Collection[str]
+
+
+def _save(found: Sequence[Line], averaged: Sequence[Family], drawn: Drawn) -> None:
+    """The pictures of scores as files: a mean over tasks, and each task."""
+    for family in averaged:
+        if len(family.tasks) > 1:
+            plots.save_family(family, drawn.palette, drawn.folder, drawn.formats)
+    for panel in plots.panels(found):
+        plots.save_panel(panel, drawn.palette, drawn.folder, drawn.formats)
 
 
 def _head(found: Sequence[Line], averaged: Sequence[Family], said: Sequence[tuple[str, list[str]]], judged: str) -> str:
     """How to read it, and in short what came out."""
-    short = [f"- {family.title}, {family.at.metric}: {sentence(one)}" for family in averaged for one in verdicts(family)]
+    short = [f"- {family.title}, {family.at.metric}. {sentence(one)}" for family in averaged for one in verdicts(family)]
     short += [f"- {title}, {line}" for title, lines in said for line in lines]
     paragraphs = [*([judged] if judged else []), *reading(found)]
-    return "\n".join(["# Scores against bytes", "", "\n\n".join(paragraphs), "", *short, "", ""])
+    return "\n".join(["# Scores against bytes", "", *short, "", "\n\n".join(paragraphs), "", ""])
 
 
-def _pictures(out: Path, records: Sequence[Record], folder: Path, measured: Sequence[Cost]) -> list[Pictures]:
+def _pictures(
+    out: Path, records: Sequence[Record], drawn: Drawn, measured: Sequence[Cost], said: Sequence[tuple[str, Sequence[str]]]
+) -> list[Pictures]:
     heads = [one for one in read_folder(out, "heads") if not _broken("heads", one, HEAD_SCORES)]
     routing = [one for one in read_folder(out, "routing") if not _broken("routing", one, ROUTED)]
-    needles = [path for path in needle_maps(records, folder) if path.suffix == ".png"]
+    folder = drawn.folder
+    needles = [path for path in needle_maps(records, folder, drawn.formats) if path.suffix == ".png"]
     return [
-        Pictures("Needles", NEEDLES, needles),
-        Pictures("Heads", HEADS, [*importance_maps(heads, folder), *kept_maps(records, folder)]),
-        Pictures("Routing", ROUTING, routing_pictures(routing, folder), [_text(one) for one in routing]),
-        Pictures("Cost", COST, cost_pictures(measured, folder)),
+        Pictures("Cost", "milliseconds and memory", COST, cost_pictures(measured, folder, drawn.palette), said=said),
+        Pictures("Needles", "by length and depth", NEEDLES, needles),
+        Pictures("Heads", "which heads matter", HEADS, [*importance_maps(heads, folder), *kept_maps(records, folder)]),
+        Pictures("Routing", "of mixSGA's tokens", ROUTING, routing_pictures(routing, folder), [_text(one) for one in routing]),
     ]
 
 

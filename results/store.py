@@ -37,6 +37,7 @@ from results.lines import (
     tell,
     wrong_field,
 )
+from results.published import PARQUET, parquet_rows
 from results.record import Key, OtherSchema, Record
 
 
@@ -337,17 +338,20 @@ def _lower_is_better(out: Path) -> set[str]:
 
 def read_rows(out: Path) -> list[Record]:
     """Every cell's row, in the order of the files: the first `ok` one, else the newest. A row that is wrong is told and left out.
+    Where there are no rows as lines, those of a published folder.
 
     Raises:
         StoreError: no rows there, none that can be read, or rows of another version.
     """
     files = sorted((out / "rows").glob("*.jsonl"))
+    if not files and (out / PARQUET).is_file():
+        files = [out / PARQUET]
     if not files:
         raise StoreError(f"no rows in {out / 'rows'}: run something first, or name another folder with --out")
     records: dict[str, Record] = {}
     lower = _lower_is_better(out)
     for path in files:
-        for where, row in json_lines(path):
+        for where, row in parquet_rows(path) if path.name == PARQUET else json_lines(path):
             record = _record(where, row, lower)
             held = None if record is None else records.get(record.key.id)
             if record is not None and (held is None or held.status != "ok"):

@@ -318,7 +318,7 @@ def test_a_saved_variant_of_a_model_with_chunks_comes_back(tmp_path: Path) -> No
     BUILTIN.conversion("gqa-2").apply(net)
     save(net, None, About("parent", "rev", parent, "gqa-2"), tmp_path)
     model = load(str(tmp_path), torch.float32, CPU)
-    assert model.parent_shape == parent and all(isinstance(size, Chunk) for size in model.parent_shape.windows[:3])
+    assert model.parent_shape == parent and all(isinstance(size, Chunk) for size in model.parent_shape.windows[::2])
 
 
 def saved(folder: Path, family: str = "llama") -> Path:

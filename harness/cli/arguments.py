@@ -30,6 +30,8 @@ def _path(text: str) -> Path:
 def _add_run(command: argparse.ArgumentParser) -> None:
     _add_request(command)
     add = command.add_argument
+    about = "add examples until half of every interval is at most this, of a metric's range (0.05), up to --limit"
+    add("--precision", type=float, help=about)
     add("--judge-url", help="an OpenAI-compatible endpoint that rates answers to instructions, such as http://host/v1")
     add("--judge-model", help="its model; the key is read from JUDGE_API_KEY or OPENAI_API_KEY")
     add("--judge-workers", type=int, help="questions to the judge under way at once (default: 8)")
@@ -82,8 +84,15 @@ def _add_list(command: argparse.ArgumentParser) -> None:
 
 
 def _add_report(command: argparse.ArgumentParser) -> None:
-    about = "folder of the rows (default: results/default); given twice, the two are also put side by side"
+    about = "folder of the rows (default: results/default); of several, the others are also put beside the first"
     command.add_argument("--out", type=_path, action="append", help=about)
+    command.add_argument("--pictures", help="formats of the pictures of scores, with commas (default: png,svg,pdf)")
+
+
+def _add_publish(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--out", type=_path, action="append", help="folder of rows, or one published before; may be given several times")
+    add("--to", type=_path, required=True, help="the folder to write: index.html, the runs' reports, rows.parquet, a data card")
 
 
 def _add_importance(command: argparse.ArgumentParser) -> None:
@@ -222,6 +231,7 @@ COMMANDS = {
     "plan": ("what `run` would do; runs nothing", _add_plan),
     "list": ("what there is", _add_list),
     "report": ("tables and plots from stored rows; no model is needed", _add_report),
+    "publish": ("several runs as a web page: a leaderboard, their reports, all rows as one parquet file", _add_publish),
     "train": ("convert a model to GQA, MQA, mixSGA or CLA, heal it, save it as a variant", _add_train),
     "importance": ("estimate head scores for HeadKV, and draw them", _add_importance),
     "beta": ("choose HeadKV's beta on held-out examples, for `run --examples test`", _add_beta),

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code of a command. `arguments`: None for those of the process."""
     try:
         _stop_alike()
+        _quiet()
         given = sys.argv[1:] if arguments is None else arguments
         options = parser(program()).parse_args(given or ["run"])
         if options.command is None:
@@ -44,6 +47,14 @@ def program() -> str:
     """What the command is called: the script of the checkout, or the installed command."""
     name = Path(sys.argv[0]).name
     return name if name == "kv-cache-scale" else "run_all.py"
+
+
+def _quiet() -> None:
+    """What libraries warn of is no news for users, here and in processes started from here. `python -W default` tells it."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    logging.getLogger().addHandler(logging.NullHandler())  # else records without a handler are printed
 
 
 def _stop_alike() -> None:
@@ -97,7 +108,7 @@ def _run(options: argparse.Namespace) -> int:
     from harness.evaluation import run
     from harness.evaluation.artifacts import record_command
 
-    failed = run.run_request(request, registry).failed
+    failed = _run_rows(options, request, registry)
     failed += run.run_behind(request, registry)
     cost = cost_behind(request)
     failed += run_cost(cost, registry) if cost else 0
@@ -107,6 +118,17 @@ def _run(options: argparse.Namespace) -> int:
         failed += run.judge_request(request, registry)
         _write_reports([request.out])
     return 1 if failed else 0
+
+
+def _run_rows(options: argparse.Namespace, request: Any, registry: Any) -> int:
+    """How many cells failed."""
+    if "precision" in vars(options):
+        from harness.cli.precision import run_until_narrow
+
+        return run_until_narrow(request, registry, options.precision).failed
+    from harness.evaluation.run import run_request
+
+    return run_request(request, registry).failed
 
 
 def _cost(request: Any, registry: Any, arguments: list[str]) -> int:
@@ -169,23 +191,32 @@ def _print_table(found: dict[str, Any], as_json: bool) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from harness.cli.requests import report_folders
+    from harness.cli.requests import picture_formats, report_folders
 
-    _write_reports(report_folders(options))
+    _write_reports(report_folders(options), picture_formats(options))
     return 0
 
 
-def _write_reports(folders: list[Path]) -> None:
-    """The report of each folder, and of two folders their comparison."""
+def _write_reports(folders: list[Path], formats: tuple[str, ...] = ()) -> None:
+    """The report of each folder, and of several the others beside the first."""
     from reports.compare import write_comparison
     from reports.write import write_report
 
     for folder in folders:
-        for path in write_report(folder):
+        for path in write_report(folder, formats) if formats else write_report(folder):
             print(path)
-    if len(folders) == 2:
-        for path in write_comparison(*folders):
+    if len(folders) > 1:
+        for path in write_comparison(folders[0], folders[1:]):
             print(path)
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from harness.cli.requests import report_folders
+    from reports.publish import publish
+
+    for path in publish(report_folders(options), options.to):
+        print(path)
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -336,6 +367,7 @@ COMMANDS = {
     "plan": _plan,
     "list": _list,
     "report": _report,
+    "publish": _publish,
     "train": _train,
     "importance": _importance,
     "beta": _beta,

@@ -120,9 +120,21 @@ def betas_of(options: argparse.Namespace) -> Sequence[float] | None:
 
 def report_folders(options: argparse.Namespace) -> list[Path]:
     folders: list[Path] = vars(options).get("out") or [OUT]
-    if len(folders) > 2:
-        raise BadRequest(f"--out is given {len(folders)} times: one run, or two side by side")
+    if twice := [folder for number, folder in enumerate(folders) if folder in folders[:number]]:
+        raise BadRequest(f"--out names {twice[0]} twice")
     return folders
+
+
+def picture_formats(options: argparse.Namespace) -> tuple[str, ...]:
+    """Empty: the report's own choice."""
+    from reports.plots import FORMATS
+
+    if "pictures" not in vars(options):
+        return ()
+    found = _texts("pictures", options.pictures)
+    if unknown := [name for name in found if name not in FORMATS]:
+        raise BadRequest(f"--pictures {unknown[0]!r} is no format; known: {', '.join(FORMATS)}")
+    return found
 
 
 def _plain(kind: Callable[..., T], given: dict[str, Any]) -> dict[str, Any]:

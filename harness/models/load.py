@@ -23,6 +23,7 @@ from harness.models.variants import convert, is_variant, open_variant
 from harness.registry import BUILTIN, Registry
 
 transformers_logging.disable_progress_bar()  # a bar a checkpoint, amid our own
+transformers_logging.set_verbosity_error()  # its handler is its own: what it warns of is no news for users
 REFERENCE = Path(__file__).parents[1] / "reference"
 
 

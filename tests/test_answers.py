@@ -1,0 +1,120 @@
+"""Which method at a budget, who is a rival, what is drawn in colour, and where names stand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from test_report import KEY, _row, made_rows
+
+from reports.answers import at_share, verdicts
+from reports.cost import Cost, CostPanel, Way
+from reports.drawing import Curve, Picture, Point, shortened, spread
+from reports.front import fronts
+from reports.keys import Label
+from reports.places import rankings
+from reports.plots import family_picture, palette_of, panels
+from reports.ranking import all_pairs
+from reports.statistics import Estimate
+from reports.style import COLOURS, GREY, STORAGES, VARIANTS, Palette, kind_of
+from reports.summary import families
+from reports.tables import lines
+from results.record import Record
+
+
+def rows_of(right: dict[str, int], share: float = 0.25, budget: str = "25%", **others: float) -> list[Record]:
+    """right: of 20 examples how many each method gets right; others: shares of the bytes of those that differ in it."""
+    rows = [_row(replace(KEY, example=n), 1.0, 1.0) for n in range(20)]
+    for method, count in right.items():
+        key = replace(KEY, method=f"{method}@1", budget=budget)
+        rows += [_row(replace(key, example=n), float(n < count), others.get(method, share)) for n in range(20)]
+    return rows
+
+
+def test_a_method_with_more_bytes_is_no_rival() -> None:
+    rows = rows_of({"a": 12, "b": 10, "c": 8, "paper": 20}, paper=0.4)
+    (family,) = families(lines(rows))
+    (verdict,) = verdicts(family)
+    assert [str(cell.label) for cell in verdict.cells] == ["a", "b", "c"] and verdict.byte_share == 0.25
+    (ranking,) = rankings([family])
+    assert [str(label) for label in ranking.labels] == ["a", "b", "c"], "nor is it ranked"
+
+
+def test_of_equal_means_the_one_closest_to_the_full_cache_is_first() -> None:
+    rows = rows_of({"near": 20, "far": 20, "none": 0})
+    rows = [replace(row, fidelity={"kl": 0.1 + (row.key.method == "far@1")}) if row.key.budget else row for row in rows]
+    (verdict,) = verdicts(families(lines(rows))[0])
+    assert [str(cell.label) for cell in verdict.cells] == ["near", "far", "none"]
+    assert [verdict.place(number) for number in range(3)] == [(1, 2), (1, 2), (3, 3)]
+    assert [str(cell.label) for cell in verdict.beaten] == ["none"] and not verdict.differs_from_full
+
+
+def test_every_task_counts_alike_in_a_comparison() -> None:
+    rng = np.random.default_rng(0)
+    tasks = [rng.normal(size=(2, 5)), rng.normal(size=(2, 400))]
+    expected = np.mean([task[0].mean() - task[1].mean() for task in tasks])
+    assert all_pairs(tasks).differences[0, 1] == pytest.approx(expected)
+
+
+def test_the_budget_nearest_to_a_quarter_is_spoken_of_and_its_times_are_told() -> None:
+    rows = rows_of({"a": 20, "b": 3}) + rows_of({"a": 9, "b": 1}, 0.05, "5%")
+    (family,) = families(lines(rows))
+    found = verdicts(family)
+    assert [one.budget for one in found] == ["5%", "25%"] and at_share(found).budget == "25%"  # type: ignore[union-attr]
+    panel = CostPanel("other", "float32", "cpu", 1, "env")
+    timed = [Cost(panel, name, budget, 4096, 1, Way(), ({"token": ms / 1000, "bytes_kept": kept},), None)
+             for name, budget, ms, kept in (("full", "", 20, 100), ("a", "10%", 11, 10), ("a", "25%", 12.5, 25))]  # fmt: skip
+    (front,) = fronts([family], timed)
+    assert front.table is not None
+    said = [one.before + one.strong + one.after for one in front.sentences]
+    assert said[0].startswith(
+        "At a quarter of the cache's bytes, take a. It scores 1.00 (exact, 95% interval 0.84 to 1.00, 20 answers)"
+    )
+    assert said[1] == "How sure? Shown to be better than the other."
+    assert said[2] == "A token takes 12.5 ms with a, 20 ms with the full cache (other at 25% of 4,096 tokens, cpu)."
+    assert [[cell.text for cell in row] for row in front.table.rows] == [
+        ["25%", "a", "1.00 [0.84, 1.00]", "none", "1 of 1", "12.5"],
+        ["5%", "a", "0.45 [0.26, 0.66]", "none", "1 of 1", "11"],
+    ]
+
+
+def _picture(*curves: tuple[str, list[tuple[float, float]]], lower: bool = False) -> Picture:
+    made = [Curve(Label(name), tuple(Point(share, Estimate(y, y, y, 9)) for share, y in points)) for name, points in curves]
+    return Picture("score", tuple(made), lower_is_better=lower)
+
+
+def test_the_frontier_is_the_best_at_as_many_bytes_or_fewer() -> None:
+    curves = (("a", [(0.1, 0.5), (0.4, 0.6)]), ("b", [(0.2, 0.7), (0.4, 0.9)]), ("c", [(0.1, 0.1)]))
+    assert _picture(*curves).frontier == [(0.1, 0.5), (0.2, 0.7), (0.4, 0.9)]
+    assert _picture(*curves, lower=True).frontier == [(0.1, 0.1)]
+    picture = _picture(*curves)
+    assert picture.leading(picture.frontier) == [Label("b"), Label("a")]
+
+
+def test_names_are_apart_inside_the_axes_and_near_their_lines() -> None:
+    for seed in range(40):
+        wanted = sorted(np.random.default_rng(seed).random(8) ** 3)
+        found = spread(wanted, 0.08)
+        assert all(later - before >= 0.08 - 1e-9 for before, later in pairwise(found))
+        assert found[0] >= -1e-9 and found[-1] <= 1 + 1e-9
+    assert spread([0.1, 0.5, 0.9], 0.08) == pytest.approx([0.1, 0.5, 0.9]), "what has room stays"
+    assert spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+    assert shortened("snapkv") == "snapkv" and len(shortened("x" * 80)) == 21
+
+
+def test_eight_lines_have_a_colour_and_a_marker_of_their_own_everywhere() -> None:
+    names = [Label(f"m{number}") for number in range(20)] + [Label("snapkv", variant=f"gqa-{n}") for n in (2, 4, 8)]
+    palette = Palette.of({label: number / 30 for number, label in enumerate([*names, Label("snapkv+int4")])})
+    styles = list(palette.styles.values())
+    assert len(styles) == len({style.colour for style in styles}) == len({style.marker for style in styles}) == len(COLOURS) == 8
+    assert {kind_of(label) for label in palette.styles} >= {VARIANTS, STORAGES}, "of each kind some"
+    assert palette.of_label(names[19]).colour == GREY and not palette.of_label(names[0]).grey
+    found = lines(made_rows())
+    report = palette_of(families(found), found)
+    drawn = [curve.label for panel in panels(found) for field in panel.fields for curve in panel.picture(*field).curves]
+    drawn += [curve.label for family in families(found) for curve in family_picture(family).curves]
+    assert {str(label): report.of_label(label) for label in drawn} == {
+        str(label): style for label, style in report.styles.items() if label in drawn
+    }, "few lines have all of them a colour, the same in every picture"
