@@ -8,11 +8,12 @@ torch is imported where tensors are made: methods are listed and requests are ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from math import floor
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from harness.logits import Chunk, hidden, softcapped, with_sinks
 
@@ -46,14 +47,39 @@ class Arena:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Queries as they are to be expected behind the prompt: their statistics before RoPE, turned to the positions to come."""
+
+    positions: int = 512  # that follow the prompt, averaged over
+    skipped: int = 4  # first positions of the prompt, whose queries are no part of the statistics
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A second pass: the prompt is repeated behind itself, a chunk at a time, over the keys and values that are there."""
+
+    chunk: int = 2048  # tokens repeated at once
+    sinks: int = 4  # first positions that later chunks are weighed against, too
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a method wants to see of the prefill, beside keys and values. `a | b` serves both."""
 
     window: int = 0  # the last queries, after RoPE
     column_sums: bool = False  # attention that each key received, summed over all queries
+    output_norms: bool = False  # of each value as the output projection writes it into the stream
+    ahead: frozenset[Ahead] = frozenset()  # mean and covariance of the queries to come
+    replays: frozenset[Replay] = frozenset()  # attention received in a second pass
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(max(self.window, other.window), self.column_sums or other.column_sums)
+        return Needs(
+            max(self.window, other.window),
+            self.column_sums or other.column_sums,
+            self.output_norms or other.output_norms,
+            self.ahead | other.ahead,
+            self.replays | other.replays,
+        )
 
 
 @dataclass(frozen=True)
@@ -170,6 +196,9 @@ class LayerKV:
     width: int  # query heads that read one stored head: G at granularity "kv", 1 at "query"
     queries: Tensor | None = None  # [Hq, W, D], the last ones, after RoPE
     column_sums: Tensor | None = None  # [Hq, n], float32
+    output_norms: Tensor | None = None  # [Hq, n], float32: L1 norm of each value behind its query head's output projection
+    ahead: Mapping[Ahead, tuple[Tensor, Tensor]] = field(default_factory=dict)  # mean [Hq, D], covariance [Hq, D, D], float32
+    replayed: Mapping[Replay, Tensor] = field(default_factory=dict)  # [Hq, n], float32: the most attention in a second pass
     softcap: float | None = None
     window: int | None = None
     query_heads: int = 0
@@ -195,6 +224,11 @@ class LayerKV:
         group = self.query_heads // self.keys.shape[0]
         first = torch.arange(0, self.query_heads, self.width, device=self.keys.device)
         return self.keys if self.width == group else self.keys[first // group]
+
+    @property
+    def stored_values(self) -> Tensor:
+        """The values of the stored heads, [S, n, D]."""
+        return replace(self, keys=self.values).stored_keys
 
     def read_by(self, width: int) -> LayerKV:
         """The same layer, stored with one head for every `width` query heads."""
@@ -269,6 +303,7 @@ class Prefill:
     expert_groups: tuple[tuple[ExpertGroup, ...], ...]  # of each layer
     shape: ModelShape
     tail: Tensor | None = None  # [S, V], logits of the last S tokens, if what follows each is scored
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # found out from it once, by who found it
 
     @property
     def tokens(self) -> int:

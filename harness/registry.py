@@ -25,7 +25,8 @@ from benchmarks import BENCHMARKS, GROUPS
 from benchmarks.base import Task
 from harness.errors import UserError
 from methods import ALLOCATORS, CONVERSIONS, METHODS
-from methods.base import Allocator, Conversion, Converter, Eviction, Method
+from methods.base import Allocator, Conversion, Converter, Eviction, LooksAtPrefill, Method
+from methods.protect import ends_of, protecting
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ SCORER = ("needs", "protected", "score")
 DEFINED_IN = {"METHODS": "methods/base.py", "ALLOCATORS": "methods/base.py", "BENCHMARKS": "benchmarks/base.py"}
 DEFINED_IN["CONVERSIONS"] = "methods/base.py"
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+OVER = "over"  # the field of a scorer that stands over another one
 NOT_SETTINGS = ("version", "scores")  # fields of an entry that say what the code is, and what a model brings
 
 
@@ -69,7 +71,7 @@ class Registry:
     """Everything that can be named in a request."""
 
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
-    allocators: Mapping[str, Allocator] = field(default_factory=lambda: ALLOCATORS)
+    allocators: Mapping[str, Allocator | LooksAtPrefill] = field(default_factory=lambda: ALLOCATORS)
     benchmarks: Mapping[str, Task] = field(default_factory=lambda: BENCHMARKS)
     conversions: Mapping[str, Conversion] = field(default_factory=lambda: CONVERSIONS)
     plugins: tuple[Plugin, ...] = ()
@@ -81,19 +83,36 @@ class Registry:
     def method(self, text: str) -> tuple[str, Method]:
         """A method by name, with other settings (`snapkv(kernel=5)`) or another allocator (`snapkv:pyramid`), and its label.
 
+        Scorers that stand over another one are told which (`criticalkv(over=h2o)`), and any method which ends of the prompt it
+        protects instead of its own (`snapkv(protect=4:8)`).
+
         Raises:
             UnknownChoice: no such method, allocator or setting.
         """
+        text, ends = _without_protect(text)
         name, bracket, settings = text.partition("(")
         name, colon, allocator = (part.strip() for part in name.partition(":"))
+        scorers = {known: method.scorer for known, method in self.methods.items() if isinstance(method, Eviction)}
         if not colon:
-            return choose("method", text, self.methods)
+            return _protecting(*choose("method", text, self.methods, named=scorers), ends)
         method = choose("method", name, self.methods)[1]
         if not isinstance(method, Eviction):
             raise UnknownChoice(f"method {name!r} has no allocator that could be changed for {allocator!r}")
         composed = replace(method, allocator=choose("allocator", allocator, self.allocators)[1])
         label = f"{name}:{allocator}"
-        return choose("method", f"{label}{bracket}{settings}", {label: composed}, colon_sets_first=False)
+        found = choose("method", f"{label}{bracket}{settings}", {label: composed}, colon_sets_first=False, named=scorers)
+        return _protecting(*found, ends)
+
+    def protected(self, label: str, ends: str) -> tuple[str, Method]:
+        """The same method with first and last positions protected instead of its own; as it is where it already says which.
+
+        Raises:
+            UnknownChoice: ends that are none.
+        """
+        name, bracket, inside = label.partition("(")
+        if _without_protect(label)[1]:
+            return self.method(label)
+        return self.method(f"{name}({inside[:-1]},protect={ends})" if bracket else f"{name}(protect={ends})")
 
     def benchmark(self, text: str) -> tuple[str, Task]:
         """A benchmark by name, with other settings: `recall(length=512)`, `perplexity:wikitext2`; and its label."""
@@ -227,7 +246,7 @@ def _check(path: Path, table: str, entries: Any, taken: set[str]) -> None:
 
 def _wrong(table: str, entry: Any) -> str | None:
     missing = [part for part in MEMBERS[table] if not hasattr(entry, part)]
-    if missing:
+    if missing and not (table == "ALLOCATORS" and isinstance(entry, LooksAtPrefill)):
         return f"is {type(entry).__name__}, which lacks {missing[0]!r}: see {DEFINED_IN[table]}"
     if table == "BENCHMARKS" and "@" not in entry.name:
         return f"has the name {entry.name!r}, without a version such as {entry.name}@1"
@@ -257,10 +276,38 @@ def expand(names: Sequence[str], known: Mapping[str, Any], groups: Mapping[str, 
     return list(dict.fromkeys(found))
 
 
-def choose(kind: str, text: str, table: Mapping[str, T], colon_sets_first: bool = True) -> tuple[str, T]:
+def _without_protect(text: str) -> tuple[str, str]:
+    """`"snapkv(kernel=5,protect=4:8)"` -> `"snapkv(kernel=5)"` and `"4:8"`."""
+    name, bracket, inside = text.partition("(")
+    settings = [part.strip() for part in inside.rstrip().removesuffix(")").split(",")]
+    ends = [part.partition("=")[2].strip() for part in settings if part.partition("=")[0].strip() == "protect"]
+    if not bracket or not ends:
+        return text, ""
+    others = ",".join(part for part in settings if part.partition("=")[0].strip() != "protect")
+    return f"{name}({others})" if others else name, ends[-1]
+
+
+def _protecting(label: str, method: Method, ends: str) -> tuple[str, Method]:
+    if not ends:
+        return label, method
+    if not isinstance(method, Eviction):
+        raise UnknownChoice(f"method {label!r} evicts nothing that could be protected")
+    try:
+        changed = replace(method, scorer=protecting(method.scorer, ends_of(ends)))
+    except ValueError as error:
+        raise UnknownChoice(f"method {label!r}: protect={error}") from None
+    return f"{label[:-1]},protect={ends})" if label.endswith(")") else f"{label}(protect={ends})", changed
+
+
+def choose(
+    kind: str, text: str, table: Mapping[str, T], colon_sets_first: bool = True, named: Mapping[str, Any] | None = None
+) -> tuple[str, T]:
     """The entry that `text` names, with its settings changed as asked, and its label: the name with those settings in order.
 
     `name:value` sets the first setting of an entry (`perplexity:wikitext2`), unless colons are part of names.
+
+    Args:
+        named: what a part of an entry may be exchanged for, by name.
 
     Raises:
         UnknownChoice: `kind` (method, benchmark) has no such entry or setting, or the setting cannot have that value.
@@ -276,7 +323,7 @@ def choose(kind: str, text: str, table: Mapping[str, T], colon_sets_first: bool 
     if not settings:
         return name, table[name]
     try:
-        changed = _with(table[name], dict(settings))
+        changed = _with(table[name], dict(settings), named or {})
     except (TypeError, ValueError) as error:
         raise UnknownChoice(f"{kind} {text!r}: {error}") from None
     if colon:
@@ -298,15 +345,22 @@ def _settings(kind: str, text: str, inside: str) -> dict[str, Any]:
     return settings
 
 
-def _with(entry: Any, settings: dict[str, Any]) -> Any:
-    """A frozen dataclass with settings changed, its own or those of the dataclasses it is made of."""
+def _with(entry: Any, settings: dict[str, Any], named: Mapping[str, Any]) -> Any:
+    """A frozen dataclass with settings changed, its own or those of the dataclasses it is made of.
+
+    The scorer that another one stands over is exchanged by name.
+    """
     mine = {field.name for field in fields(entry)} - set(NOT_SETTINGS)
-    parts = {name: getattr(entry, name) for name in mine if is_dataclass(getattr(entry, name))}
+    parts = {one.name: part for one in fields(entry) if one.name in mine and is_dataclass(part := getattr(entry, one.name))}
     changes: dict[str, Any] = {}
-    for key, value in settings.items():
-        owner = next((name for name, part in parts.items() if key in {f.name for f in fields(part)}), None)
-        if owner is not None:
-            changes[owner] = _with(changes.get(owner, parts[owner]), {key: value})
+    for key, value in sorted(settings.items(), key=lambda item: item[0] != OVER):  # what is exchanged before its settings
+        owners = [name for name, part in parts.items() if key in _known(changes.get(name, part))]
+        if key == OVER and OVER in parts:
+            if value not in named:
+                raise TypeError(f"{OVER} is a scorer by its method's name, one of {', '.join(named)}; {value!r} is not")
+            changes[OVER] = named[value]
+        elif owners:  # a setting that scorer and allocator share, such as a window, is set in both
+            changes |= {name: _with(changes.get(name, parts[name]), {key: value}, named) for name in owners}
         elif key in mine - set(parts):
             kind = type(getattr(entry, key))
             value = float(value) if kind is float and type(value) is int else value
@@ -314,6 +368,14 @@ def _with(entry: Any, settings: dict[str, Any]) -> Any:
                 raise TypeError(f"{key} is of type {kind.__name__}, {value!r} is not")
             changes[key] = value
         else:
-            known = sorted((mine - set(parts)) | {f.name for part in parts.values() for f in fields(part)})
-            raise TypeError(f"no setting {key!r}; it has: {', '.join(known)}")
+            raise TypeError(f"no setting {key!r}; it has: {', '.join(sorted(_known(entry)))}")
     return replace(entry, **changes)
+
+
+def _known(entry: Any) -> set[str]:
+    """The settings of an entry and of its parts."""
+    found: set[str] = set()
+    for name in {one.name for one in fields(entry)} - set(NOT_SETTINGS):
+        part = getattr(entry, name)
+        found |= (_known(part) | ({name} & {OVER})) if is_dataclass(part) else {name}
+    return found

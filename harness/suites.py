@@ -24,6 +24,7 @@ class Suite:
     seeds: tuple[int, ...] = (0,)  # of generated examples and sampled answers
     temperature: float = 0.0
     fidelity: bool = True
+    protect: str = ""  # "4:8": each method a second time, with these first and last positions protected instead of its own
     chat: Chat = "raw"  # is a chat template put around the prompts?
     truncation: int | None = None  # tokens of a prompt; None: what the model has positions for
     cost: str = ""  # the cost suite that is run behind it, unless the request is narrowed
@@ -46,6 +47,8 @@ class CostSuite:
 
 
 EVICTING = ("random", "streaming_llm", "h2o", "tova", "knorm", "snapkv", "pyramidkv", "ada_snapkv")
+AGNOSTIC = ("keydiff", "lagkv", "cur", "expected_attention", "expected_adakv", "kvzip", "kvzip_uniform")  # see no question
+NEWER = ("chunkkv", "adakv", "cake", "criticalkv", "critical_adakv", "defensivekv", "layer_defensivekv", "duo_attention")
 BY_HEAD = ("headkv_r", "headkv_er", "headkv_r2")
 VARIANTS = ("reference+gqa-2", "reference+mqa", "reference+mixsga-3:1:6", "reference+none")
 RULER = ("ruler_single", "ruler_multi_key", "ruler_variables")
@@ -75,6 +78,8 @@ def instruct(about: str, seeds: tuple[int, ...] = (0,), temperature: float = 0.0
 REAL_METHODS = (
     "full",
     *EVICTING,
+    *AGNOSTIC,
+    *NEWER,
     *BY_HEAD,
     *(f"headkv_r2(shuffle={seed})" for seed in (1, 2)),
     *(f"{method}(window=32)" for method in ("snapkv", "ada_snapkv", "headkv_r2")),
@@ -193,6 +198,29 @@ SUITES: dict[str, Suite] = {
     "instruct": instruct("Dolly, Self-Instruct, Vicuna, Super-Natural and Unnatural Instructions, greedy, by ROUGE-L"),
     "instruct-sampled": instruct(
         "the same, sampled at temperature 1 with five seeds, as MiniLLM does", (10, 20, 30, 40, 50), temperature=1.0
+    ),
+    "query-agnostic": Suite(
+        about="kvpress's board on a real small model: RULER-style tasks at 4k, compressed before the question is known",
+        models=("smollm2",),
+        methods=("full", "random", "streaming_llm", "knorm", "snapkv", "adakv", "criticalkv", "chunkkv", *AGNOSTIC),
+        budgets=("75%", "50%", "25%", "12.5%"),
+        benchmarks=tuple(f"{task}(haystack=python,length=4096)" for task in RULER),
+        prompts=("question_after",),
+        chat="template",
+        limit=20,
+    ),
+    "ladder": Suite(
+        about="every method at a half, a quarter, an eighth and a sixteenth of the bytes, on a real small model",
+        models=("smollm2",),
+        methods=("full", *EVICTING, *AGNOSTIC, *NEWER, *BY_HEAD),
+        budgets=("50%", "25%", "12.5%", "6.25%"),
+        benchmarks=(
+            "needle(haystack=python,shortest=512,longest=2048,lengths=3,depths=5)",
+            *(f"{task}(haystack=python,length=2048)" for task in RULER),
+            "perplexity(text=python)",
+        ),
+        chat="template",
+        limit=15,
     ),
     "needle": Suite(
         about="a needle in a haystack, lengths x depths, in the words of the embedded model: heat maps",

@@ -1,13 +1,23 @@
 """The methods, allocators and conversions, by name. These tables are the only lists; they have no logic."""
 
 from methods.ada_snapkv import AdaptiveHeads
-from methods.allocators import Uniform
-from methods.base import Allocator, Conversion, Eviction, Full, Method
+from methods.allocators import Ranked, Uniform
+from methods.base import Allocator, Conversion, Eviction, Full, LooksAtPrefill, Method
+from methods.cake import LayerPreference, MeanAndVariance
+from methods.chunkkv import Chunks
 from methods.cla import SharedLayers
+from methods.criticalkv import Critical
+from methods.cur import Leverage
+from methods.defensivekv import WorstCase
+from methods.duo_attention import RetrievalHeads
+from methods.expected_attention import ExpectedAttention
 from methods.gqa import GroupedHeads, Untouched
 from methods.h2o import HeavyHitters
 from methods.headkv import HeadShares, PaperHeadShares
+from methods.keydiff import DistinctKeys
 from methods.knorm import SmallKeys
+from methods.kvzip import Reconstruction
+from methods.lagkv import LagRelative
 from methods.mixsga import MixSGA
 from methods.pyramidkv import Pyramid
 from methods.random import ByLot
@@ -31,16 +41,35 @@ METHODS: dict[str, Method] = {
     "headkv_er": Eviction(WindowAttention(), HeadShares("er")),
     "headkv_r2": Eviction(WindowAttention(), HeadShares("r2")),
     "headkv_paper": Eviction(WindowAttention(), PaperHeadShares("r2")),
+    "keydiff": Eviction(DistinctKeys(), Uniform()),
+    "lagkv": Eviction(LagRelative(), Uniform()),
+    "cur": Eviction(Leverage(), Uniform()),
+    "chunkkv": Eviction(Chunks(), Uniform()),
+    "adakv": Eviction(WindowAttention(), Ranked()),
+    "cake": Eviction(MeanAndVariance(), LayerPreference()),
+    "criticalkv": Eviction(Critical(), Uniform()),
+    "critical_adakv": Eviction(Critical(), Ranked()),
+    "defensivekv": Eviction(WorstCase(), Ranked(safeguard=0.0)),
+    "layer_defensivekv": Eviction(WorstCase(), Ranked("cache", safeguard=0.0)),
+    "expected_attention": Eviction(ExpectedAttention(), Uniform()),
+    "expected_adakv": Eviction(ExpectedAttention(epsilon=0.01), Ranked()),  # as on kvpress's board
+    "duo_attention": Eviction(SinksAndRecent(sinks=64), RetrievalHeads()),
+    "kvzip": Eviction(Reconstruction(), Ranked("cache", safeguard=0.0)),
+    "kvzip_uniform": Eviction(Reconstruction(), Ranked(safeguard=0.0)),  # the same bytes for every layer
 }
 
 # Any allocator may stand behind any scorer: `h2o:pyramid` is H2O's ranking with PyramidKV's shares.
-ALLOCATORS: dict[str, Allocator] = {
+ALLOCATORS: dict[str, Allocator | LooksAtPrefill] = {
     "uniform": Uniform(),
     "pyramid": Pyramid(),
     "adaptive": AdaptiveHeads(),
     "headkv_r": HeadShares("r", beta=1.5),
     "headkv_er": HeadShares("er"),
     "headkv_r2": HeadShares("r2"),
+    "ranked": Ranked(),
+    "ranked_cache": Ranked("cache", safeguard=0.0),
+    "cake": LayerPreference(),
+    "duo": RetrievalHeads(),
 }
 
 CONVERSIONS: dict[str, Conversion] = {

@@ -30,7 +30,7 @@ from methods.sharing import share_out
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["r", "er", "r2"]
+Kind = Literal["r", "er", "r2", "duo"]
 FORMAT = "head-scores/1"
 PUBLISHED = {"_retrieval_heads": "r", "_retrieval_reasoning_heads": "r2"}  # endings of the authors' files
 

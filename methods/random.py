@@ -17,6 +17,7 @@ class ByLot:
     seed: int = 0
     window: int = 8  # newest positions, kept as SnapKV keeps them
     needs = Needs()
+    blind = True  # looks at positions alone
 
     @property
     def protected(self) -> Protected:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class SinksAndRecent:
     sinks: int = 4
     needs = Needs()
+    blind = True  # looks at positions alone
     ordered = False  # each entry is scored by itself: neighbours do not matter
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from reports.page import Content, Made, Pictures, page, reading
 from reports.places import ranking_tables, rankings
 from reports.plots import palette_of
 from reports.present import mean_tables, score_tables
+from reports.protection import protection_tables
 from reports.sequential import looks_of
 from reports.style import Palette
 from reports.summary import Family, families
@@ -53,6 +54,7 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
     several = mean_tables([family for family in averaged if len(family.tasks) > 1])
     cost, said = cost_tables(measured, rows), cost_sentences(measured)
     rest = [
+        *protection_tables(records),
         *over_answer_table(records),
         *length_tables(records),
         *lm_eval_table(read_folder(out, "lm_eval"), records),

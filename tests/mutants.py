@@ -28,8 +28,72 @@ class Fault:
 
 
 FAULTS = (
-    Fault("ranking reversed", "methods/base.py", "descending=True, stable=True", "descending=False, stable=True"),
-    Fault("ties to the earlier", "methods/base.py", "values.flip(1).argsort", "values.argsort"),
+    Fault(
+        "a second stage without values",
+        "methods/criticalkv.py",
+        "* output_norms(layer), scores",
+        ", scores",
+        "tests/test_scorers.py",
+    ),
+    Fault(
+        "norms of the next head",
+        "harness/engine/projections.py",
+        "values[head // shape.group]",
+        "values[0]",
+        "tests/test_scorers.py",
+    ),
+    Fault("queries not turned back", "harness/engine/projections.py", "-sin / size", "sin / size", "tests/test_scorers.py"),
+    Fault(
+        "the prompt's own positions ahead",
+        "harness/engine/projections.py",
+        "angles[-1:] + ahead",
+        "ahead",
+        "tests/test_scorers.py",
+    ),
+    Fault(
+        "half a turn of the covariance",
+        "harness/engine/projections.py",
+        "_turned(around.rotate, half.transpose(1, 2), *ahead)",
+        "half.transpose(1, 2)",
+        "tests/test_scorers.py",
+    ),
+    Fault("the repetition sees the future", "harness/engine/second_pass.py", ".triu(1)", ".triu(9)", "tests/test_scorers.py"),
+    Fault(
+        "the mean of a second pass", "harness/engine/second_pass.py", "share.amax(1)", "share.mean(1)", "tests/test_scorers.py"
+    ),
+    Fault(
+        "chunks at the prompt's start",
+        "harness/engine/second_pass.py",
+        "into[:, stop - scores.shape[1] : stop] = scores",
+        "into[:, : scores.shape[1]] = scores",
+        "tests/test_scorers.py",
+    ),
+    Fault(
+        "ranked in the whole prompt",
+        "methods/lagkv.py",
+        "spread.argsort(-1).argsort(-1) / self.lag",
+        "spread",
+        "tests/test_scorers.py",
+    ),
+    Fault("the mean case", "methods/defensivekv.py", ".amax(1).unflatten(0", ".mean(1).unflatten(0", "tests/test_scorers.py"),
+    Fault("no safeguard", "methods/allocators.py", "(self.safeguard * even)", "(0 * even)", "tests/test_scorers.py"),
+    Fault(
+        "streaming heads first",
+        "methods/duo_attention.py",
+        "np.argsort(-np.round",
+        "np.argsort(np.round",
+        "tests/test_scorers.py",
+    ),
+    Fault(
+        "its own ends stay protected",
+        "methods/protect.py",
+        "return self.ends\n",
+        "return self.over.protected\n",
+        "tests/test_scorers.py",
+    ),
+    Fault("a pattern of another model", "methods/duo_attention.py", "if owner != name:", "if False:", "tests/test_scorers.py"),
+    Fault("ranking reversed", "methods/ranking.py", "descending=True, stable=True", "descending=False, stable=True"),
+    Fault("ties to the earlier", "methods/ranking.py", "values.flip(1).argsort", "values.argsort"),
     Fault("positions renumbered", "harness/engine/rows.py", "[prefill.tokens] * len(selections)", "_mean_lengths(layers)"),
     Fault("causal mask dropped", "harness/engine/attention.py", "if tokens > 1:", "if tokens > 10**9:"),
     Fault("window dropped", "harness/engine/attention.py", "hidden(held, asking, layer.window)", "hidden(held, asking, None)"),
@@ -247,7 +311,7 @@ FAULTS = (
     Fault(
         "only the first reader's scores",
         "harness/engine/observe.py",
-        "= _read_again(self.layers[stored], last, sums, settings.sinks)",
+        "= _read_again(self.layers[stored], last, sums, settings.sinks, norms, ahead)",
         "= self.layers[stored]",
         "tests/test_cla.py",
     ),

@@ -29,6 +29,7 @@ from reports.names import named
 from reports.needles import needle_maps
 from reports.plots import panels
 from reports.present import score_tables
+from reports.protection import protection_tables
 from reports.summary import families
 from reports.tables import frame, lines
 from reports.write import write_report
@@ -580,3 +581,17 @@ if __name__ == "__main__":
         for wanted in TEXTS:
             shutil.copy(folder / "report" / wanted, GOLDEN / wanted)
     sys.exit()
+
+
+def test_methods_in_order_at_their_own_ends_and_at_equal_ones() -> None:
+    scores = {("snapkv", ""): (1.0, 0.0), ("h2o", ""): (0.0, 0.0), ("snapkv", "4:8"): (0.5, 0.5), ("h2o", "4:8"): (1.0, 1.0)}
+    records = []
+    for (name, ends), values in scores.items():
+        label = f"{name}(protect={ends})" if ends else name
+        for example, value in enumerate(values):
+            key = replace(KEY, method=f"{label}@1", params=label, budget="25%", example=example)
+            records.append(Record(key, "ok", "e", metrics={"exact": value}))
+    records.append(replace(records[0], key=replace(records[0].key, example=9)))  # one that the others did not answer
+    (table,) = protection_tables(records)
+    assert [cell.text for cell in table.rows[0]][-4:] == ["2", "4, 8", "snapkv 0.5 > h2o 0", "h2o 1 > snapkv 0.5"]
+    assert protection_tables(records[:4]) == []

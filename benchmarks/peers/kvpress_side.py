@@ -14,12 +14,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress import AdaKVPress, KnormPress, PyramidKVPress, SnapKVPress, StreamingLLMPress, TOVAPress
+from kvpress import (
+    AdaKVPress,
+    ChunkKVPress,
+    CriticalKVPress,
+    CURPress,
+    ExpectedAttentionPress,
+    KeyDiffPress,
+    KnormPress,
+    KVzipPress,
+    LagKVPress,
+    PyramidKVPress,
+    SnapKVPress,
+    StreamingLLMPress,
+    TOVAPress,
+)
 from kvpress.presses.scorer_press import ScorerPress
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 logging.disable_progress_bar()
+
+
+OVER_SNAPKV = {"criticalkv": CriticalKVPress, "chunkkv": ChunkKVPress}
+ALONE = {
+    "streaming_llm": StreamingLLMPress,
+    "tova": TOVAPress,
+    "knorm": KnormPress,
+    "keydiff": KeyDiffPress,
+    "lagkv": LagKVPress,
+    "cur": CURPress,
+    "expected_attention": ExpectedAttentionPress,
+    "kvzip": KVzipPress,
+}
 
 
 def press_of(method: str, share: float, window: int, kernel: int) -> Any:
@@ -30,12 +57,14 @@ def press_of(method: str, share: float, window: int, kernel: int) -> Any:
         return PyramidKVPress(ratio, window_size=window, kernel_size=kernel)
     if method == "ada_snapkv":
         return AdaKVPress(SnapKVPress(ratio, window_size=window, kernel_size=kernel))
-    return {"streaming_llm": StreamingLLMPress, "tova": TOVAPress, "knorm": KnormPress}[method](ratio)
+    if method in OVER_SNAPKV:
+        return OVER_SNAPKV[method](SnapKVPress(ratio, window_size=window, kernel_size=kernel))
+    return ALONE[method](ratio)
 
 
 def watched(press: Any, kept: list[list[list[int]]]) -> Any:
     """Has a press note which positions it keeps, layer by layer: those that its own `compress` takes of its own scores."""
-    if not isinstance(press, ScorerPress) or isinstance(press, PyramidKVPress):
+    if not isinstance(press, ScorerPress | ChunkKVPress) or isinstance(press, PyramidKVPress):
         return press
     plain = press.compress
 
@@ -53,6 +82,24 @@ def watched(press: Any, kept: list[list[list[int]]]) -> Any:
 
     press.compress = compress
     return press
+
+
+def unmasked(model: Any, tokens: int) -> list[list[list[int]]]:
+    """[L][H] positions that a press which masks leaves; empty where it masks nothing."""
+    found = []
+    for layer in model.model.layers:
+        masked = getattr(layer.self_attn, "masked_key_indices", None)
+        if masked is None:
+            return []
+        heads = torch.ones(model.config.num_key_value_heads, tokens, dtype=torch.bool)
+        heads[masked[1].cpu(), masked[2].cpu()] = False
+        found.append([row.nonzero()[:, 0].tolist() for row in heads])
+    return found
+
+
+def forget(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.masked_key_indices = None
 
 
 @torch.inference_mode()
@@ -84,16 +131,23 @@ def main(folder: Path) -> None:
     model.set_attn_implementation("sdpa")
     run(model, None, task["prompts"][0], task["context"], 2)  # warms up
     rows = []
+    of_every_prompt = task.get("kept_of_every_prompt", False)
     for number, prompt in enumerate(task["prompts"]):
         for method, share in task["cells"]:
             row = {"prompt": number, "method": method, "share": share}
+            forget(model)
+            places: list[list[list[int]]] = []
             try:
                 press = None if method == "full" else press_of(method, share, task["window"], task["kernel"])
-                rows.append(row | run(model, press, prompt, task["context"], task["new_tokens"]))
+                press = watched(press, places) if of_every_prompt else press
+                found = run(model, press, prompt, task["context"], task["new_tokens"])
+                if of_every_prompt and press is not None:
+                    found["kept"] = places or unmasked(model, task["context"])
+                rows.append(row | found)
             except Exception as error:  # whatever another package raises is a finding, not a crash
                 rows.append(row | {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
     kept = []
-    for method, share in task["cells"]:
+    for method, share in () if of_every_prompt else task["cells"]:
         positions: list[list[list[int]]] = []
         if method != "full":
             press = watched(press_of(method, share, task["window"], task["kernel"]), positions)

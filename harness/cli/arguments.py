@@ -54,6 +54,7 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add("--prompt", help="question_in, question_after, or both with a comma")
     add("--chat", choices=("raw", "template"), help="(default: raw)")
     add("--granularity", choices=("kv", "query"), help="rows a KV head or a query head (default: kv)")
+    add("--protect", help="first,last positions that every method protects, beside each at its own: 4,8 or 10%%,10%%")
     add("--routing", help="of a mixSGA prefill: expert_choice, argmax, or both (default: expert_choice)")
     add("--truncation", type=int, help="tokens of a prompt; longer ones keep their two ends (default: the model's positions)")
     add("--max-new-tokens", type=int, help="of an answer (default: the benchmark's)")
@@ -186,8 +187,8 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "what",
-        choices=("sweep", "attention", "evict", "kernel"),
-        help="31 cells beside their prefills; decode attention; eviction while decoding; the Triton kernel",
+        choices=("sweep", "methods", "attention", "evict", "kernel"),
+        help="31 cells beside their prefills; what each method adds; decode attention; eviction while decoding; Triton",
     )
     add("--verify", action="store_true", help="sweep: decode every cell alone too, and count the answers that differ")
     _add_device(command)

@@ -7,6 +7,45 @@ from pathlib import Path
 from typing import Any
 
 from harness.registry import Registry
+from methods.base import Method
+
+ABOUT = 44  # letters of the column before the settings
+
+
+SIGHTS = (  # what a method looks at, from the least
+    "everything is kept",
+    "looks at nothing",
+    "looks at keys and values",
+    "looks at the last queries: under question_in, the question",
+    "looks at all queries",
+    "looks at a second pass over the prompt",
+    "a method of another kind",
+)
+
+
+def sight_of(method: Method) -> str:
+    """Which of `SIGHTS` a method has."""
+    if method.is_reference:
+        return SIGHTS[0]
+    if method.scorer is None:
+        return SIGHTS[-1]
+    needs = method.needs
+    for number, seen in ((5, needs.replays), (4, needs.column_sums or needs.ahead), (3, needs.window)):
+        if seen:
+            return SIGHTS[number]
+    return SIGHTS[1] if getattr(method.scorer, "blind", False) else SIGHTS[2]
+
+
+def methods_by_sight(registry: Registry) -> dict[str, dict[str, str]]:
+    """The methods by what they look at: name -> what they protect, what they need besides, and their settings."""
+    found: dict[str, dict[str, str]] = {sight: {} for sight in SIGHTS}
+    for name, method in registry.methods.items():
+        protects = "" if method.scorer is None else f"protects {method.scorer.protected}"
+        wants = [f"{method.head_scores} head scores"] if method.head_scores else []
+        wants += ["output projection"] if method.needs.output_norms else []
+        about = "; ".join(filter(None, (protects, f"needs {', '.join(wants)}" if wants else "")))
+        found[sight_of(method)][name] = f"{about:{ABOUT}}  {method!r}".strip()
+    return {sight: methods for sight, methods in found.items() if methods}
 
 
 def _families() -> dict[str, str]:

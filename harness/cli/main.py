@@ -171,10 +171,16 @@ def _cost_line(plan: dict[str, Any]) -> str:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from harness.cli.listing import listing
+    from harness.cli.listing import listing, methods_by_sight
     from harness.registry import registry_of
 
-    found = listing(options.what, registry_of(vars(options).get("plugin") or ()), vars(options).get("data_dir"))
+    registry = registry_of(vars(options).get("plugin") or ())
+    if options.what == "methods" and "json" not in vars(options):
+        for sight, methods in methods_by_sight(registry).items():
+            print(f"{sight}:")
+            _print_table({f"  {name}": about for name, about in methods.items()}, as_json=False)
+        return 0
+    found = listing(options.what, registry, vars(options).get("data_dir"))
     _print_table(found, "json" in vars(options))
     return 0
 
@@ -317,7 +323,11 @@ def _bench(options: argparse.Namespace) -> int:
     from methods import METHODS
 
     given = vars(options)
-    if options.what == "sweep":
+    if options.what == "methods":
+        from harness.cost.method_costs import method_costs
+
+        line = method_costs(METHODS)
+    elif options.what == "sweep":
         line = sweep_speed(METHODS, "verify" in given)
     elif options.what == "attention":
         line = attention_speed()

@@ -40,6 +40,8 @@ def run_request(options: argparse.Namespace) -> RunRequest:
     found |= _paths(given, "head_scores")
     if "shard" in given:
         found["shard"] = Shard.parse(given["shard"])
+    if "protect" in given:
+        found["protect"] = ":".join(part.strip() for part in given["protect"].split(","))
     if "no_fidelity" in given:
         found["fidelity"] = False
     if "judge_url" in given or "judge_model" in given:
@@ -56,6 +58,8 @@ def cost_request(options: argparse.Namespace) -> CostRequest:
     from harness.cost.request import LARGEST, CostRequest
 
     given = vars(options)
+    if "protect" in given:
+        raise BadRequest("--protect is for suites of scores; the cost of one method so: --methods 'snapkv(protect=4:8)'")
     found = _plain(CostRequest, given)
     for option, field in (("model", "models"), ("methods", "methods"), ("budgets", "budgets"), ("decode", "decodes")):
         found |= _several(given, option, field)

@@ -81,8 +81,10 @@ class CacheSubject:
         for _ in range(self.reads or self.batch):
             self.prefill = None
             self.prefill, seen = self.model.prefill(self.ids, self.method.needs, Arena())
-            self.observed["observe"] += seen.seconds - seen.column_sums
+            self.observed["observe"] += seen.seconds - seen.column_sums - seen.second_pass
             self.observed["column sums"] += seen.column_sums
+            if self.method.needs.replays:
+                self.observed["second pass"] = self.observed.get("second pass", 0.0) + seen.second_pass
 
     def _score(self) -> None:
         assert self.prefill is not None

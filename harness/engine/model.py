@@ -23,9 +23,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from harness.cache import Arena, ModelShape, Needs, Prefill, Routing
 from harness.engine import flash
 from harness.engine.attention import attend, probabilities
+from harness.engine.measure import Lap, stopwatch
 from harness.engine.observe import AttentionSettings, Observer, softcapped_attention
+from harness.engine.projections import Around
 from harness.engine.reach import UnsupportedModel, refuse_network
 from harness.engine.rows import RowCache, Step
+from harness.engine.second_pass import ReplayPass, replayed, with_replays
 from harness.families import grouping_of, groupings, routers, shape_of, text_config, window_of
 from harness.layer_sharing import Place, mark_shared, place_of, stored_shape
 from harness.logits import Chunk
@@ -44,6 +47,7 @@ class Observed:
 
     seconds: float
     column_sums: float  # of these
+    second_pass: float = 0.0  # of these
 
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # transformers' own attention of the layer that is running
@@ -73,6 +77,7 @@ class PrefillPass:
     all_outputs: bool  # every token's logits are wanted, not the last one's alone
     softcapped: bool  # or with sinks: sdpa does neither
     by_flash: bool  # attention by flash-attn, where it can
+    around: Around
 
     @property
     def needs_mask(self) -> bool:
@@ -82,7 +87,8 @@ class PrefillPass:
         self, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, dense: Dense
     ) -> Tensor:
         """query: [Hq, T, D]; key, value: [H, T, D]. Gives [Hq, T, D]."""
-        self.observer.see(place, query, key, value, settings)
+        assert settings.attention is not None
+        self.observer.see(place, query, key, value, settings, self.around.of(settings.attention, query.shape[0] * value.shape[2]))
         if place.layer < self.depth - 1 or self.all_outputs:
             return self._dense(query, key, value, settings, dense)
         # of the last layer nobody reads more than the last token's output
@@ -203,7 +209,13 @@ class Model:
 
     @torch.inference_mode()
     def prefill(
-        self, ids: Tensor, needs: Needs, arena: Arena | None = None, routing: Routing = "expert_choice", scored: int = 0
+        self,
+        ids: Tensor,
+        needs: Needs,
+        arena: Arena | None = None,
+        routing: Routing = "expert_choice",
+        scored: int = 0,
+        turn_end: str = "\n",
     ) -> tuple[Prefill, Observed]:
         """Reads `ids` [T] densely, and says how much of that was observation. `routing` is for mixSGA variants.
 
@@ -211,13 +223,16 @@ class Model:
 
         Args:
             scored: what follows each of the last so many tokens is to be scored: their logits are kept.
+            turn_end: in a second pass, what stands between the instruction and what is repeated.
         """
         checksum = zlib.crc32(ids.to(device="cpu", dtype=torch.int64).numpy().tobytes())
         by_flash = flash.can_run(self.device, self.network.dtype, self.shape.head_dim)
         observer = Observer(self.shape, needs, arena or Arena(), checksum)
-        work = PrefillPass(observer, self.depth, scored > 0, self.softcapped, by_flash)
+        around = Around(needs)
+        work = PrefillPass(observer, self.depth, scored > 0, self.softcapped, by_flash, around)
         self.route(routing)
-        logits = self.forward(ids[None], torch.arange(len(ids), device=ids.device)[None], work, max(1, scored))
+        with around.watching(self.network):
+            logits = self.forward(ids[None], torch.arange(len(ids), device=ids.device)[None], work, max(1, scored))
         if observer.reached != list(range(self.depth)) or len(observer.layers) != self.shape.layers:
             raise UnsupportedModel(
                 f"attention of model {self.name!r} was reached in {len(set(observer.reached))} of {self.depth} layers, "
@@ -225,7 +240,22 @@ class Model:
             )
         tail = logits[0] if scored else None
         prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), tuple(observer.expert_groups), self.shape, tail)
-        return prefill, Observed(observer.lap.seconds, observer.sums.seconds)
+        lap = Lap()
+        if needs.replays:
+            with stopwatch(self.device, lap):
+                prefill = self._replayed(prefill, needs, turn_end, by_flash)
+        return prefill, Observed(observer.lap.seconds + lap.seconds, observer.sums.seconds, lap.seconds)
+
+    def _replayed(self, prefill: Prefill, needs: Needs, turn_end: str, by_flash: bool) -> Prefill:
+        """The same with what the second passes asked for saw, those for which the model has positions."""
+        self.route("argmax")
+
+        def forward(ids: Tensor, positions: Tensor, work: ReplayPass) -> None:
+            self.forward(ids[None], positions[None], work, 1)
+
+        setting = (self.depth, self.max_tokens, by_flash)
+        found = {asked: replayed(prefill, asked, self.tokenizer, turn_end, forward, setting) for asked in needs.replays}
+        return with_replays(prefill, {asked: scores for asked, scores in found.items() if scores is not None})
 
     @torch.inference_mode()
     def decode(self, cache: RowCache, ids: Tensor, keep: int = 1, watch: Watch | None = None) -> Tensor:
@@ -345,7 +375,9 @@ def attention_over(
 def _settings_of(module: torch.nn.Module, settings: dict[str, Any]) -> AttentionSettings:
     window, sinks = settings.get("sliding_window"), settings.get("s_aux")
     held = None if sinks is None else sinks.detach()  # a weight: what is made of it is no part of a graph of gradients
-    found = AttentionSettings(settings["scaling"], settings.get("softcap"), module.__dict__.get(CHUNK) or window, sinks=held)
+    found = AttentionSettings(
+        settings["scaling"], settings.get("softcap"), module.__dict__.get(CHUNK) or window, sinks=held, attention=module
+    )
     grouping = grouping_of(module)
     if grouping is None:
         return found

@@ -5,16 +5,20 @@ Observing is a pass of its own over tensors that attention was given: it never c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from harness.cache import Arena, ExpertGroup, LayerKV, ModelShape, Needs
+from harness.cache import Ahead, Arena, ExpertGroup, LayerKV, ModelShape, Needs
 from harness.engine.measure import Lap, stopwatch
+from harness.engine.projections import Projections, queries_ahead, value_norms
 from harness.layer_sharing import Place
 from harness.logits import Chunk, earliest, hidden, softcapped
+
+Moments = tuple[Tensor, Tensor]  # mean [Hq, D] and covariance [Hq, D, D]
+NOTHING_AROUND = Projections()
 
 # Numbers of one block of logits: bounds the memory of the column sums. On a CPU a block that stays in its cache is nine times
 # faster than one whose memory the system hands out and takes back each time (8 heads, 2,048 tokens: 20 and 181 ms).
@@ -36,8 +40,20 @@ class Observer:
     lap: Lap = field(default_factory=Lap)
     sums: Lap = field(default_factory=Lap)  # of `lap`, the column sums
 
-    def see(self, place: Place, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> None:
-        """queries: [Hq, T, D]; keys, values: [H, T, D], after RoPE. Heads that are averaged come repeated."""
+    def see(
+        self,
+        place: Place,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        settings: AttentionSettings,
+        around: Projections = NOTHING_AROUND,
+    ) -> None:
+        """queries: [Hq, T, D]; keys, values: [H, T, D], after RoPE. Heads that are averaged come repeated.
+
+        Args:
+            around: what of the layer stands before and behind its attention.
+        """
         expected = (self.shape.query_heads, self.shape.kv_heads, self.shape.dim_of(place.cache_layer))
         if (queries.shape[0], keys.shape[0], keys.shape[2]) != expected or values.shape != keys.shape:
             raise ValueError(
@@ -51,8 +67,12 @@ class Observer:
             with stopwatch(keys.device, self.sums):
                 sums = column_sums(queries, keys, settings)[:, -candidates:] if self.needs.column_sums else None
             last = queries[:, tokens - min(self.needs.window, tokens) :].clone() if self.needs.window else None
+            norms = value_norms(values[:, -candidates:], around, self.shape) if self.needs.output_norms else None
+            ahead = {
+                asked: moments for asked in self.needs.ahead if (moments := queries_ahead(queries, around, asked)) is not None
+            }
             if not place.writes:
-                self.layers[stored] = _read_again(self.layers[stored], last, sums, settings.sinks)
+                self.layers[stored] = _read_again(self.layers[stored], last, sums, settings.sinks, norms, ahead)
                 return
             self.expert_groups.append(_expert_groups(settings, self.shape.group, candidates))
             self.layers.append(
@@ -65,6 +85,8 @@ class Observer:
                     width=self.shape.group,
                     queries=last,
                     column_sums=sums,
+                    output_norms=norms,
+                    ahead=ahead,
                     softcap=settings.softcap,
                     window=settings.window,
                     query_heads=self.shape.query_heads,
@@ -83,25 +105,39 @@ def _sizes(keys: Tensor, values: Tensor) -> str:
     return " and ".join(map(str, dict.fromkeys((keys.shape[2], values.shape[2]))))
 
 
-def _read_again(layer: LayerKV, queries: Tensor | None, sums: Tensor | None, sinks: Tensor | None) -> LayerKV:
+def _read_again(
+    layer: LayerKV,
+    queries: Tensor | None,
+    sums: Tensor | None,
+    sinks: Tensor | None,
+    norms: Tensor | None,
+    ahead: Mapping[Ahead, Moments],
+) -> LayerKV:
     """The stored layer as another layer's query heads see it too: beside those that read the same stored head."""
-
-    def joined(before: Tensor | None, new: Tensor | None) -> Tensor | None:
-        if before is None or new is None:
-            return None
-        heads = layer.keys.shape[0]
-        return torch.cat([before.unflatten(0, (heads, -1)), new.unflatten(0, (heads, -1))], 1).flatten(0, 1)
-
-    readers, group = layer.readers + 1, layer.width // layer.readers
+    heads, readers, group = layer.keys.shape[0], layer.readers + 1, layer.width // layer.readers
     return replace(
         layer,
-        queries=joined(layer.queries, queries),
-        column_sums=joined(layer.column_sums, sums),
-        sinks=joined(layer.sinks, sinks),
+        queries=joined(heads, layer.queries, queries),
+        column_sums=joined(heads, layer.column_sums, sums),
+        output_norms=joined(heads, layer.output_norms, norms),
+        ahead={
+            asked: (beside(heads, layer.ahead[asked][0], mean), beside(heads, layer.ahead[asked][1], covariance))
+            for asked, (mean, covariance) in ahead.items()
+        },
+        sinks=joined(heads, layer.sinks, sinks),
         readers=readers,
         width=group * readers,
         query_heads=layer.query_heads // layer.readers * readers,
     )
+
+
+def joined(heads: int, before: Tensor | None, new: Tensor | None) -> Tensor | None:
+    return None if before is None or new is None else beside(heads, before, new)
+
+
+def beside(heads: int, before: Tensor, new: Tensor) -> Tensor:
+    """[Hq, ...] of the layers before and of another one: of each stored head the first layer's readers, then the next one's."""
+    return torch.cat([before.unflatten(0, (heads, -1)), new.unflatten(0, (heads, -1))], 1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -111,6 +147,7 @@ class AttentionSettings:
     window: int | None = None
     groups: tuple[int, ...] = (1,)  # KV heads averaged, by each of the layer's experts
     experts: Tensor | None = None  # [N] the expert of each new token; None where there is only one
+    attention: torch.nn.Module | None = field(default=None, repr=False)  # the layer's, for what stands around it
     sinks: Tensor | None = None  # [Hq], see `harness.logits.with_sinks`
 
     @property
@@ -124,6 +161,10 @@ def _expert_groups(settings: AttentionSettings, width: int, candidates: int) -> 
         return (ExpertGroup(width * settings.groups[0]),)
     mine = settings.experts[-candidates:]
     return tuple(ExpertGroup(width * group, (mine == number).nonzero()[:, 0]) for number, group in enumerate(settings.groups))
+
+
+def block_numbers(device: torch.device) -> int:
+    return BLOCK_LOGITS if device.type == "cpu" else GPU_BLOCK_LOGITS
 
 
 def column_sums(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> Tensor:
@@ -165,8 +206,7 @@ def _exponentials(queries: Tensor, keys: Tensor, settings: AttentionSettings) ->
     """
     heads, asked, _ = queries.shape
     tokens, group = keys.shape[1], heads // keys.shape[0]
-    numbers = BLOCK_LOGITS if keys.device.type == "cpu" else GPU_BLOCK_LOGITS
-    step = max(1, numbers // (heads * tokens))
+    step = max(1, block_numbers(keys.device) // (heads * tokens))
     positions = torch.arange(tokens, device=keys.device)
     before = tokens - asked
     for start in range(before, tokens, step):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.base import Task
-from harness.cache import Budget, Needs, Prefill, Selection, keep_all
+from harness.cache import Ahead, Budget, Needs, Prefill, Replay, Selection, keep_all
 from harness.engine.model import Model
 from harness.engine.rows import compact
 from harness.errors import first_line
@@ -27,6 +27,7 @@ from harness.models.load import byte_tokenizer
 from harness.registry import BadPlugin, Plugin
 from methods.base import CannotRun, Conversion, Eviction, Method, Protected, Scores, scores_for
 from methods.headkv import HeadScores
+from methods.ranking import row_sizes
 from methods.snapkv import WindowAttention
 
 TOKENS = 60  # of a prompt, or more where a method protects many
@@ -36,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "a sliding window": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 24},
     "a head a query head": {"model_type": "llama", "num_key_value_heads": 4},
 }
+MORE = Needs(48, True, True, frozenset({Ahead(16, 2)}), frozenset({Replay(30, 2)}))  # than any one method asks for
 CLOSE = 3e-5  # of logits: float32, in another order of sums
 
 
@@ -111,6 +113,12 @@ def _ready(method: Method) -> Method:
     return method.with_head_scores(HeadScores("check", "0", method.head_scores, runs, attempts=1))  # type: ignore[arg-type]
 
 
+def _ready_eviction(method: Eviction) -> Eviction:
+    found = _ready(method)
+    assert isinstance(found, Eviction)
+    return found
+
+
 def _selections(method: Method) -> Iterator[tuple[str, Model, Prefill, Scores | None, int, Selection]]:
     method = _ready(method)
     for which, model, prefill in _prefills(method):
@@ -144,12 +152,13 @@ def _entries(prefill: Prefill, kept: Selection) -> int:
 
 
 def _keeps_the_best(method: Method) -> str | None:
-    if _protected(method).recent_share:
-        return None  # a part of each row is kept by age
-    for where, _, prefill, scores, _, kept in _selections(method):
+    for where, _, prefill, scores, total, kept in _selections(method):
         if scores is None:
             return None  # it ranks nothing
-        for kv, rows, values in zip(prefill.layers, kept, scores.values, strict=True):
+        ranked = scores.values
+        if isinstance(method, Eviction):  # by what its rows are ranked in the end: in stages, or a part of each by age
+            ranked = _ready_eviction(method).ranking(prefill, row_sizes(prefill, _protected(method)), total, scores).scores.values
+        for kv, rows, values in zip(prefill.layers, kept, ranked, strict=True):
             for number, row in enumerate(rows):
                 if row.kept is None:
                     continue
@@ -180,7 +189,8 @@ def _leaves_the_prefill_alone(method: Method) -> str | None:
 
 
 def _tensors(prefill: Prefill) -> list[Tensor]:
-    parts = [part for kv in prefill.layers for part in (kv.keys, kv.values, kv.queries, kv.column_sums)]
+    parts = [part for kv in prefill.layers for part in (kv.keys, kv.values, kv.queries, kv.column_sums, kv.output_norms)]
+    parts += [part for kv in prefill.layers for part in (*kv.replayed.values(), *(p for pair in kv.ahead.values() for p in pair))]
     return [part for part in parts if part is not None]
 
 
@@ -190,7 +200,7 @@ def _says_the_same_again(method: Method) -> str | None:
     again = [_kept(method, prefill) for _, _, prefill in _prefills(method)]
     if alone != again:
         return "two calls with the same prompt keep different entries: draw from `layer.prompt`, not from a clock or a global"
-    shared = [_kept(method, prefill) for _, _, prefill in _prefills(method, Needs(32, column_sums=True))]
+    shared = [_kept(method, prefill) for _, _, prefill in _prefills(method, MORE)]
     if alone != shared:
         return "beside methods that observe more it keeps other entries: read no more than `needs` asks for"
     return None

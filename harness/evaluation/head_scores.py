@@ -9,6 +9,7 @@ from pathlib import Path
 from harness.engine.model import Model
 from harness.evaluation.plan import Grid
 from harness.models.load import REFERENCE
+from methods.duo_attention import read_pattern
 from methods.headkv import BadScores, HeadScores
 
 SHIPPED = {
@@ -33,9 +34,11 @@ def with_head_scores(grid: Grid, model: Model, given: Sequence[Path], data_dir: 
 
 
 def _scores(kind: str, model: Model, given: Sequence[Path], data_dir: Path | None) -> HeadScores | None:
+    if kind == "duo":
+        return duo_pattern(model, given, data_dir) or _scores("r2", model, given, data_dir)
     shape = (model.shape.layers, model.shape.query_heads)
     refusal: BadScores | None = None
-    for scores in map(HeadScores.load, _files(given)):
+    for scores in map(HeadScores.load, (path for path in _files(given) if path.suffix != ".tsv")):
         if scores.kind != kind:
             continue
         try:
@@ -56,6 +59,22 @@ def _scores(kind: str, model: Model, given: Sequence[Path], data_dir: Path | Non
     if refusal is not None:  # what was given is another model's, and there is nothing else
         raise refusal
     return None
+
+
+def duo_pattern(model: Model, given: Sequence[Path], data_dir: Path | None) -> HeadScores | None:
+    """The authors' pattern of retrieval heads: a .tsv that is named, or the model's under the data folder; None: there is none.
+
+    Raises:
+        BadScores: a file that is none, or is another model's.
+    """
+    named = [path for path in given if path.suffix == ".tsv"]
+    places = [data_dir / "duo_attention", data_dir / "duo_attention" / "attn_patterns"] if data_dir is not None else []
+    name = model.name.rsplit("/", 1)[-1]
+    folders = [place / known for place in places for known in (name, f"Meta-{name}") if (place / known).is_dir()]
+    found = named or [path for folder in folders for path in sorted(folder.rglob("full_attention_heads.tsv"))]
+    if not found:
+        return None
+    return read_pattern(found[0], model.name, (model.shape.layers, model.shape.kv_heads, model.shape.query_heads))
 
 
 def _files(places: Sequence[Path]) -> list[Path]:

@@ -145,6 +145,7 @@ def suite_of(request: RunRequest, registry: Registry) -> Suite:
             "fidelity",
             "chat",
             "truncation",
+            "protect",
         )
         if (value := getattr(request, name)) not in (None, ())
     }
@@ -193,6 +194,10 @@ def grid_of(request: RunRequest, suite: Suite, registry: Registry) -> Grid:
     except ValueError as error:
         raise BadRequest(str(error)) from None
     methods = dict(registry.method(text) for text in suite.methods)
+    if suite.protect:
+        methods |= dict(
+            registry.protected(label, suite.protect) for label, method in list(methods.items()) if method.takes_budget
+        )
     if not budgets and any(method.takes_budget for method in methods.values()):
         raise BadRequest("these methods need --budgets, such as 128,25%")
     shared = (suite.chat, request.granularity, "eos", suite.truncation, request.max_new_tokens, suite.temperature)

@@ -180,6 +180,14 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
         ) from None
 
 
+def turn_end_of(tokenizer: PreTrainedTokenizerBase | None, chat: Chat) -> str:
+    """What stands behind a user's words and before the answer."""
+    if chat == "raw" or tokenizer is None:
+        return "\n"
+    words = "an instruction"
+    return as_chat(tokenizer, words).rpartition(words)[2]
+
+
 def _of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Whose it is, as far as that is known; of a folder its name, since rows are shown on other machines."""
     name = str(tokenizer.name_or_path or "")

@@ -69,6 +69,7 @@ class RunRequest:
     fidelity: bool | None = None  # compare with the full cache token by token?
     chat: Chat | None = None
     granularity: Granularity = "kv"
+    protect: str | None = None  # "4:8": first and last positions that every method protects, beside each at its own; "10%:10%"
     routings: tuple[Routing, ...] = ("expert_choice",)  # of mixSGA prefills
     truncation: int | None = None  # tokens of a prompt; None: what the model has positions for
     max_new_tokens: int | None = None  # of an answer; None: the benchmark's own

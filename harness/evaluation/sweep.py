@@ -21,7 +21,7 @@ from harness.engine.measure import Lap, OutOfMemory, memory_errors, stopwatch
 from harness.engine.model import Model
 from harness.engine.rows import Counts, RowCache, compact, slack_for
 from harness.engine.scoring import FullAnswer, Likelihood, branch
-from harness.evaluation.prompts import Prompt, Protocol
+from harness.evaluation.prompts import Prompt, Protocol, turn_end_of
 from methods.base import CannotRun, Method, Scorer, Scores, score_prefill
 
 NOT_A_NUMBER = "not a number"  # how the reason of a cell begins that holds one
@@ -138,9 +138,10 @@ class _Example:
     def read(self, needs: Needs) -> None:
         laps, model = self.sweep.laps, self.sweep.model
         ids = torch.tensor(self.prompt.ids[: self.prompt.context], device=model.device)
+        turn_end = turn_end_of(model.tokenizer, self.sweep.protocol.chat) if needs.replays else ""
         with stopwatch(model.device, laps.prefill):
             prefill, observed = model.prefill(
-                ids, needs, self.sweep.arena, self.sweep.protocol.routing, len(self.prompt.one_pass)
+                ids, needs, self.sweep.arena, self.sweep.protocol.routing, len(self.prompt.one_pass), turn_end
             )
         laps.prefill.seconds -= observed.seconds
         laps.observe.seconds += observed.seconds
