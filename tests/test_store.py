@@ -19,7 +19,9 @@ from benchmarks.random_tokens import RandomTokens
 from harness.cache import Budget
 from harness.evaluation.plan import Grid, units
 from harness.evaluation.prompts import Protocol
-from harness.evaluation.run import Sweeps, in_turn, run_unit
+from harness.evaluation.request import RunRequest
+from harness.evaluation.run import in_turn
+from harness.evaluation.unit import Loaded, run_unit
 from methods import METHODS
 from reports.tables import lines
 from results.record import Key, Record
@@ -178,9 +180,9 @@ CELLS = 30 * 5
 
 def _sweep(out: Path) -> None:
     store = Store(out)
-    sweeps = Sweeps(tiny("llama"))
+    loaded = Loaded.of(tiny("llama"), GRID, RunRequest())
     for unit in units(tiny("llama"), GRID, store):
-        for record in run_unit(sweeps, unit, "env"):
+        for record in run_unit(RunRequest(), unit, loaded):
             store.write(record)
 
 
@@ -205,7 +207,7 @@ def test_runs_at_once_take_other_prompts(killed: bool, tmp_path: Path, capsys: p
     others = [next(theirs), next(theirs)]
     assert held.example.index == 0 and [unit.example.index for unit in others] == [1, 2]
     if not killed:
-        for record in run_unit(Sweeps(model), held, "env"):
+        for record in run_unit(RunRequest(), held, Loaded.of(model, grid, RunRequest())):
             first.write(record)
     ours.close()
     (last,) = theirs

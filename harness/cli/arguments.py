@@ -65,7 +65,9 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add("--batches", help="cost suites: sequences decoded together, with commas; largest: as many as fit")
     add("--decode", help="cost suites: eager, graph (CUDA), compiled (and captured on a GPU), with commas (default: the suite's)")
     add("--rounds", type=int, help="cost suites: how often each latency is measured")
-    add("--shard", help="i/n: the i-th of n shares of the examples (default: 1/1)")
+    add("--shard", help="i/n: the i-th of n shares of the examples (default: that of a task of a Slurm array, else 1/1)")
+    add("--own-rows", action="store_true", help="rows in files of this process alone: for file systems whose locks are none")
+    _add_workers(command)
     _add_data(command)
     add("--head-scores", help="files or folders of head scores for HeadKV, with commas")
     add("--examples", choices=("all", "held_out", "test"), help="all, or the 15%% held out, or the other 85%% (default: all)")
@@ -209,6 +211,13 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     command.add_argument("--dtype", choices=DTYPES, help="(default: float32 on a CPU, bfloat16 on a GPU)")
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--ray", metavar="local|ADDRESS", help="on workers of Ray: on this machine, or in a cluster by its head node's host:port")
+    add("--workers", type=int, help="with --ray: how many (default: as the GPUs are enough for; without GPUs, one a core)")
+    add("--gpus-per-worker", type=int, help="with --ray: of each worker (default: 1, where there are GPUs)")
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:

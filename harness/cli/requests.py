@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from harness.cluster.options import RayOptions
 from harness.errors import BadRequest
 from harness.evaluation.request import OUT, JudgeOptions, RunRequest, Shard
 from harness.registry import Registry, split
@@ -38,14 +41,45 @@ def run_request(options: argparse.Namespace) -> RunRequest:
     found |= _several(given, "prompt", "prompts") | _several(given, "routing", "routings")
     found |= _numbers(given, "seed", "seeds", least=None)
     found |= _paths(given, "head_scores")
+    found |= _cluster(given)
     if "shard" in given:
         found["shard"] = Shard.parse(given["shard"])
+    elif given.get("command") in ("run", "plan"):
+        found["shard"] = _array_shard("cluster" in found)
     if "no_fidelity" in given:
         found["fidelity"] = False
     if "judge_url" in given or "judge_model" in given:
         workers = {"workers": given["judge_workers"]} if "judge_workers" in given else {}
         found["judge"] = JudgeOptions(given.get("judge_url", ""), given.get("judge_model", ""), **workers)
     return RunRequest(**found)
+
+
+def _array_shard(on_workers: bool) -> Shard:
+    """The share of the examples that a task of a Slurm array takes."""
+    shard = Shard.of_array(os.environ)
+    if shard == Shard():
+        return shard
+    if on_workers:
+        raise BadRequest(
+            "--ray in a Slurm array: the array's tasks divide the examples already: take a job without --array for Ray"
+        )
+    print(f"shard {shard.number}/{shard.of}, as the task of a Slurm array", file=sys.stderr)
+    return shard
+
+
+def _cluster(given: dict[str, Any]) -> dict[str, RayOptions]:
+    """
+    Raises:
+        BadRequest: options of workers without any.
+    """
+    sizes = {name: given[name] for name in ("workers", "gpus_per_worker") if name in given}
+    if "ray" in given:
+        return {"cluster": RayOptions(given["ray"].strip(), **sizes)}
+    if sizes:
+        raise BadRequest(
+            f"--{next(iter(sizes)).replace('_', '-')} says how many workers of Ray there are: add --ray local, or an address"
+        )
+    return {}
 
 
 def cost_request(options: argparse.Namespace) -> CostRequest:

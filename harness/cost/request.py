@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cache import Budget
+from harness.cluster.options import RayOptions
 from harness.errors import BadRequest
 from harness.evaluation.request import DTYPES, OUT, RunRequest, at_least, narrowed, tell_apart
 from harness.registry import Registry
@@ -47,6 +48,7 @@ class CostRequest:
     plugins: tuple[Path, ...] = ()
     device: str | None = None
     dtype: str | None = None
+    cluster: RayOptions | None = None  # None, or workers here: in processes of this one
 
     def __post_init__(self) -> None:
         tell_apart(self, ("models", "methods", "budgets", "contexts", "batches", "decodes"))
@@ -92,11 +94,15 @@ class CostPlan:
 
 
 def cost_behind(request: RunRequest) -> CostRequest | None:
-    """The cost suite behind a quality suite, if there is one and nothing of the request was narrowed."""
+    """The cost suite behind a quality suite, if there is one and nothing of the request was narrowed.
+
+    Of several shards the first has it: cells are not divided, and two processes would disturb each other's times.
+    """
     suite = SUITES.get(request.suite)
-    if suite is None or not suite.cost or narrowed(request):
+    if suite is None or not suite.cost or narrowed(request) or request.shard.number > 1:
         return None
-    return CostRequest(suite.cost, out=request.out, plugins=request.plugins, device=request.device, dtype=request.dtype)
+    shared = {name: getattr(request, name) for name in ("out", "plugins", "device", "dtype", "cluster")}
+    return CostRequest(suite.cost, **shared)
 
 
 def run_cost(request: CostRequest, registry: Registry) -> int:
