@@ -37,14 +37,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 @lru_cache(maxsize=256)
 def can_lock(folder: Path) -> bool:
-    """Does the file system say that it locks? (One that only says so is told from the others by nobody.)
+    """Does the file system say that it locks? (One that only says so cannot be told from the others.) Leaves nothing behind.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: there is no such folder.
     """
     if fcntl is None:
         return True
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:

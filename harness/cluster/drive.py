@@ -90,6 +90,7 @@ class Driver:
         self.elsewhere: list[Any] = []  # what other processes have in hand
         self.tries: Counter[Hashable] = Counter()
         self.why = "no worker was started"  # the last one died
+        self.news = True  # is there something for workers that had nothing to do?
 
     def run(self) -> None:
         """
@@ -106,7 +107,7 @@ class Driver:
                     self._hear(event)
                 elif self.elsewhere:
                     self._ask_again()
-                self._fill()
+                self._fill(self.hands[event.worker] if event is not None and not self.news else None)
         except BaseException:
             self._drain()
             raise
@@ -132,9 +133,11 @@ class Driver:
         hand.part = None
         self.crew.start(hand.number, hand.start)
 
-    def _fill(self) -> None:
-        """Gives every worker something to do, as far as there is anything."""
-        for hand in self.hands:
+    def _fill(self, only: Hand | None = None) -> None:
+        """Gives every worker something to do, or one, as far as there is anything. Those that have just died come last."""
+        if only is None:
+            self.news = False
+        for hand in sorted(self.hands, key=lambda hand: hand.in_vain) if only is None else [only]:
             while hand.alive and len(hand.calls) < (AHEAD if len(self.queue) > len(self.hands) else 1):
                 if not self._next_call(hand):
                     break
@@ -144,13 +147,16 @@ class Driver:
         while hand.pending:
             if self._send(hand, hand.pending.popleft()):
                 return True
-        if self.unlisted and not hand.calls and not self.queue.has(hand.part):
+        if self.unlisted and not hand.calls and not self.queue.has(hand.part) and self._is_sound(hand):
             part = next((part for part in self.unlisted if part not in hand.never), None)
             if part is not None:
                 self.unlisted.remove(part)
                 self.listing.add(part)
                 return self._ask(hand, Call("list", part))
-        group = self.queue.take(hand.part, self._opened(), hand.never)
+        mine = self.queue.has(hand.part)
+        if hand.calls and not mine:
+            return False  # another part only once it is known that nothing of this one is left
+        group = self.queue.take(hand.part, Counter() if mine else self._opened(), hand.never)
         if group is not None:
             hand.pending.extend(group)
             return self._next_call(hand)
@@ -158,6 +164,10 @@ class Driver:
             workers = self._opened()  # opened beforehand, while another worker lists the units
             return self._ask(hand, Call("open", min(coming, key=lambda part: (workers[part], part))))
         return False
+
+    def _is_sound(self, hand: Hand) -> bool:
+        """Has no other worker died less often? What all wait for is not given to one that may die of itself."""
+        return hand.in_vain <= min(other.in_vain for other in self.hands if other.alive)
 
     def _opened(self) -> Counter[str]:
         return Counter(hand.part for hand in self.hands if hand.alive and hand.part is not None)
@@ -205,6 +215,7 @@ class Driver:
 
     def _listed(self, part: str, answer: Answer) -> None:
         self.listing.discard(part)
+        self.news = True
         if answer.refusal is not None:
             self._close(part, answer.refusal)
         elif answer.failure is not None:
@@ -230,6 +241,7 @@ class Driver:
 
     def _cannot_open(self, hand: Hand, call: Call, answer: Answer) -> None:
         """One worker cannot open a part that others perhaps can: it is given no unit of it, and none is blamed."""
+        self.news = True
         hand.never.add(call.part)
         hand.part = None
         self.why = str(answer.wrong)
@@ -246,7 +258,7 @@ class Driver:
     def _bury(self, hand: Hand, how: str) -> None:
         """A worker is dead: what it had in hand goes back, and it is started again, or not."""
         guilty, waiting = hand.calls[:1], hand.calls[1:]
-        self.why = how
+        self.why, self.news = how, True
         self._return([*(call.asked for call in waiting if call.what == "run"), *hand.pending])
         hand.calls, hand.part = [], None
         hand.pending.clear()
@@ -274,8 +286,10 @@ class Driver:
             return
         self.ledger.back(unit)
         self.queue.put_back([unit], last=True)
+        self.news = True
 
     def _ask_again(self) -> None:
+        self.news = True
         units, self.elsewhere = self.elsewhere, []
         self.queue.put_back(units)
 

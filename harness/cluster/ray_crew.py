@@ -22,6 +22,7 @@ from harness.cluster.places import Machine, Places
 from harness.errors import BadRequest, first_line
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
+os.environ.setdefault("RAY_worker_niceness", "0")  # workers started here do what this process would do, with its priority
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a worker without a GPU of its own is told so by its device
 
 try:

@@ -108,7 +108,7 @@ class RunJob:
             files.setdefault(unit.label, tuple(file_of(key) for key in keys))
             rows = tuple(key.id for key in keys)
             where = (grid.variant, unit.label, unit.protocol, unit.seed, unit.example.index)
-            found.append(Named(*where, _size(unit), _group(unit), keys[0], rows))
+            found.append(Named(*where, _size(unit), group_of(unit), keys[0], rows))
         about = About(model.name, model.revision, opened.environment, artifacts_of(grid), routing, cells, files)
         return Listed(found, about)
 
@@ -131,7 +131,7 @@ def _size(unit: Unit) -> float:
     return min(tokens, unit.limit) + STEP * answer_tokens(example, unit.protocol)
 
 
-def _group(unit: Unit) -> str:
+def group_of(unit: Unit) -> str:
     """The same for questions on one context."""
     alone = f"{unit.label} {unit.protocol} {unit.seed} {unit.example.index}"
     context = _context(unit.example)
