@@ -1,6 +1,6 @@
 """Kills workers and drivers of a run at random moments, and wants every row once. A slow command: `python tests/kills.py`.
 
-Each turn starts the run, or finds it running, and kills (SIGKILL) one of its workers or the driver. Whatever was stored before must
+Each turn starts the run, or finds it running, and kills (SIGKILL) a worker of it or the driver. Whatever was stored before must
 be there afterwards, no row twice; and once nothing is killed any more, the rows must be those of one process that was left alone.
 """
 
@@ -52,12 +52,15 @@ def stored(out: Path) -> list[str]:
     return found
 
 
-def kill_one(run: subprocess.Popen[bytes], rng: random.Random) -> str:
-    """Kills a worker or the driver, once there is something to kill."""
-    until = time.monotonic() + PATIENCE_S
-    while not (workers := ray_workers(run.pid)) and time.monotonic() < until and run.poll() is None:
+def kill_one(run: subprocess.Popen[bytes], out: Path, rng: random.Random) -> str:
+    """Kills a worker or the driver, mostly once it has stored something."""
+    until, before = time.monotonic() + PATIENCE_S, len(stored(out))
+    early = rng.random() < 0.25  # while workers start, or models load
+    while run.poll() is None and time.monotonic() < until:
+        if ray_workers(run.pid) if early else len(stored(out)) > before:
+            break
         time.sleep(0.05)
-    time.sleep(rng.uniform(0, 6))
+    time.sleep(rng.uniform(0, 2))
     workers = ray_workers(run.pid)
     try:
         if workers and rng.random() < 0.6:
@@ -81,7 +84,7 @@ def main() -> int:
         while counts["worker"] + counts["driver"] < KILLS:
             if run.poll() is not None:
                 run = start(out, *ON_WORKERS)
-            what = kill_one(run, rng)
+            what = kill_one(run, out, rng)
             counts[what] += 1
             now = stored(out)
             lost += len(before - set(now))

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.base import Example
 from harness.cache import Needs
-from harness.cost.request import CostRequest, run_cost
+from harness.cost.request import CostRequest
+from harness.cost.run import run_cost
 from harness.engine.generate import Answer, Stop
 from harness.engine.model import Model
 from harness.engine.scoring import Likelihood

@@ -101,6 +101,7 @@ def _add_importance(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="(default: 0)")
     add("--teacher-forced", action="store_true", help="our own option: feed the right answers, for models too weak to give them")
     add("--out", type=_path, help="file for the scores (default: results/head_scores/<model>_<kind>.json)")
+    _add_workers(command)
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
@@ -172,6 +173,7 @@ def _add_reproduce(command: argparse.ArgumentParser) -> None:
     _add_data(command)
     add("--head-scores", help="files or folders of head scores for HeadKV, with commas")
     _add_device(command)
+    _add_workers(command)
     add("--out", type=_path, help="(default: results/papers)")
 
 

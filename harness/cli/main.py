@@ -86,20 +86,25 @@ def _registry(options: argparse.Namespace) -> Any:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from harness.cli.requests import cost_request, run_request
+    from harness.cli.requests import cost_request, has_cost, run_request
     from harness.suites import COST_SUITES
 
     if vars(options).get("suite") in COST_SUITES:
+        if not has_cost(options):
+            print("cost cells are not divided: the first shard measures them, one after the other", file=sys.stderr)
+            return 0
         return _cost(cost_request(options), _registry(options), options.arguments)
     request = run_request(options)
     registry = _registry(options)
-    from harness.cost.request import cost_behind, run_cost
+    from harness.cost.request import cost_behind
+    from harness.cost.run import run_cost
     from harness.evaluation import run
     from harness.evaluation.artifacts import record_command
 
-    failed = run.run_request(request, registry).failed
-    failed += run.run_behind(request, registry)
-    cost = cost_behind(request)
+    with run.on_workers(request.cluster):
+        failed = run.run_request(request, registry).failed
+        failed += run.run_behind(request, registry)
+    cost = cost_behind(request)  # nothing else runs by now
     failed += run_cost(cost, registry) if cost else 0
     record_command(request.out, options.arguments)
     _write_reports([request.out])
@@ -110,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _cost(request: Any, registry: Any, arguments: list[str]) -> int:
-    from harness.cost.request import run_cost
+    from harness.cost.run import run_cost
     from harness.evaluation.artifacts import record_command
 
     failed = run_cost(request, registry)
@@ -204,7 +209,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _importance(options: argparse.Namespace) -> int:
     from harness.cli.requests import importance_request
-    from harness.papers.importance import estimate_importance
+    from harness.papers.estimate import estimate_importance
     from reports.heads import head_map
 
     request = importance_request(options)

@@ -82,6 +82,12 @@ def _cluster(given: dict[str, Any]) -> dict[str, RayOptions]:
     return {}
 
 
+def has_cost(options: argparse.Namespace) -> bool:
+    """Of several shards the first measures the cost: see `cost_behind`."""
+    given = vars(options)
+    return (Shard.parse(given["shard"]) if "shard" in given else Shard.of_array(os.environ)).number == 1
+
+
 def cost_request(options: argparse.Namespace) -> CostRequest:
     """
     Raises:
@@ -90,7 +96,7 @@ def cost_request(options: argparse.Namespace) -> CostRequest:
     from harness.cost.request import LARGEST, CostRequest
 
     given = vars(options)
-    found = _plain(CostRequest, given)
+    found = _plain(CostRequest, given) | _cluster(given)
     for option, field in (("model", "models"), ("methods", "methods"), ("budgets", "budgets"), ("decode", "decodes")):
         found |= _several(given, option, field)
     found |= _numbers(given, "contexts", "contexts") | _numbers(given, "batches", "batches", {"largest": LARGEST})
@@ -123,7 +129,7 @@ def _conversion(given: dict[str, Any], registry: Registry) -> str:
 def importance_request(options: argparse.Namespace) -> ImportanceRequest:
     from harness.papers.importance import ImportanceRequest
 
-    return ImportanceRequest(**_plain(ImportanceRequest, vars(options)))
+    return ImportanceRequest(**(_plain(ImportanceRequest, vars(options)) | _cluster(vars(options))))
 
 
 def tokens_request(options: argparse.Namespace) -> TokenImportanceRequest:
@@ -136,7 +142,7 @@ def reproduce_request(options: argparse.Namespace) -> ReproduceRequest:
     from harness.papers.reproduce import ReproduceRequest
 
     given = vars(options)
-    return ReproduceRequest(**(_plain(ReproduceRequest, given) | _paths(given, "head_scores")))
+    return ReproduceRequest(**(_plain(ReproduceRequest, given) | _paths(given, "head_scores") | _cluster(given)))
 
 
 def betas_of(options: argparse.Namespace) -> Sequence[float] | None:

@@ -23,6 +23,7 @@ from results.record import DECODES
 
 ROOT = Path(__file__).parents[2]
 HOUR = 3600.0
+ROWS = Path("cost", "rows.jsonl")
 MEMORY_STEPS = 8  # tokens decoded while memory is watched: it does not move from one to the next
 LARGEST = 0  # a batch of as many sequences as fit
 
@@ -105,8 +106,8 @@ def cost_behind(request: RunRequest) -> CostRequest | None:
     return CostRequest(suite.cost, **shared)
 
 
-def run_cost(request: CostRequest, registry: Registry) -> int:
-    """Runs what has no row yet, and gives how many cells failed.
+def measure_here(request: CostRequest, registry: Registry) -> int:
+    """Measures what has no row yet, and gives how many cells failed.
 
     Raises:
         UserError: the request makes no sense.
@@ -124,12 +125,16 @@ def run_cost(request: CostRequest, registry: Registry) -> int:
     with tqdm(cells.items(), unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar:
         for row_id, cell in bar:
             bar.set_postfix_str(f"{cell.what} {cell.decode} {cell.method} {cell.budget} {cell.context}", refresh=False)
-            found = run_cell(cell)
-            failed += found["status"] == "failed"
-            shown = asdict(replace(cell, plugins=tuple(Path(path).name for path in cell.plugins)))  # no folder of a machine
-            row = {"id": row_id, "cell": shown, "env": env, "sources": sources_of(cell), **found}
-            append_line(request.out / "cost" / "rows.jsonl", json.dumps(row))
+            row = row_of(row_id, cell, env, run_cell(cell))
+            failed += row["status"] == "failed"
+            append_line(request.out / ROWS, json.dumps(row))
     return failed
+
+
+def row_of(row_id: str, cell: CostCell, env: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What is stored of a cell that was measured."""
+    shown = asdict(replace(cell, plugins=tuple(Path(path).name for path in cell.plugins)))  # no folder of a machine
+    return {"id": row_id, "cell": shown, "env": env, "sources": sources_of(cell), **found}
 
 
 def plan_cost(request: CostRequest, registry: Registry) -> CostPlan:
@@ -144,20 +149,30 @@ def plan_cost(request: CostRequest, registry: Registry) -> CostPlan:
 
 def _left_to_do(request: CostRequest, registry: Registry, env: str) -> tuple[dict[str, CostCell], int]:
     """The cells without a row, by the row's id, and how many there are in all."""
-    from harness.models.load import check_name, device_of, dtype_of, source_of
+    asked, done = cells_asked(request, registry, env), rows_done(request.out)
+    return {row_id: cell for row_id, cell in asked.items() if row_id not in done}, len(asked)
+
+
+def rows_done(out: Path) -> set[str]:
+    """Ids of the rows that need not be measured again."""
     from results.store import read_costs
+
+    return {row["id"] for row in read_costs(out) if row["status"] in ("ok", "skipped")}
+
+
+def cells_asked(request: CostRequest, registry: Registry, env: str) -> dict[str, CostCell]:
+    """Every cell by its row's id, in this environment."""
+    from harness.models.load import check_name, device_of, dtype_of, source_of
 
     suite = cost_suite_of(request, registry)
     for name in suite.models:
         check_name(name, registry)
     device = device_of(request.device)
     dtype = str(dtype_of(request.dtype, device)).removeprefix("torch.")
-    done = {row["id"] for row in read_costs(request.out) if row["status"] in ("ok", "skipped")}
     plugins = tuple(str(Path(path).resolve()) for path in request.plugins)
     every = [replace(cell, plugins=plugins) for cell in cells_of(suite, registry, dtype, str(device))]
     weights = {name: source_of(name) for name in suite.models}
-    asked = {identity(cell, env, weights[cell.model]): cell for cell in every}
-    return {row_id: cell for row_id, cell in asked.items() if row_id not in done}, len(every)
+    return {identity(cell, env, weights[cell.model]): cell for cell in every}
 
 
 def cost_suite_of(request: CostRequest, registry: Registry) -> CostSuite:

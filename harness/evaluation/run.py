@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 from tqdm import tqdm
 
 from benchmarks.base import Task
+from harness.cluster.options import RayOptions
 from harness.env import write_environment
 from harness.evaluation.artifacts import artifacts_of, record_routing, write_artifacts
 from harness.evaluation.head_scores import with_head_scores
@@ -52,6 +54,15 @@ def run_request(request: RunRequest, registry: Registry) -> Ran:
         ran.failed += tally.failed
         tally.tell(name)
     return ran
+
+
+def on_workers(options: RayOptions | None) -> AbstractContextManager[None]:
+    """Ray is there for several requests, and gone when the block ends. None: nothing is done."""
+    if options is None:
+        return nullcontext()
+    from harness.cluster.ray_crew import connected
+
+    return connected(options)
 
 
 def run_behind(request: RunRequest, registry: Registry) -> int:
