@@ -181,9 +181,13 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "what",
-        choices=("sweep", "attention", "kernel"),
-        help="31 cells beside their prefills; decode attention; the Triton kernel",
+        choices=("sweep", "attention", "kernel", "cluster"),
+        help="31 cells beside their prefills; decode attention; the Triton kernel; a run on many workers, from recorded times",
     )
+    add("--out", type=_path, help="cluster: folder of a run with --ray, whose times are taken (default: results/default)")
+    add("--workers", type=int, help="cluster: simulated, beside 1, 8 and 64 (default: 1000)")
+    add("--units", type=int, help="cluster: prompts, drawn from the recorded ones (default: 20 a worker)")
+    add("--scale", type=float, help="cluster: units and loading take so many times as long as recorded (default: 1)")
     add("--verify", action="store_true", help="sweep: decode every cell alone too, and count the answers that differ")
     _add_device(command)
 

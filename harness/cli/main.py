@@ -290,6 +290,8 @@ def _bench(options: argparse.Namespace) -> int:
     from methods import METHODS
 
     given = vars(options)
+    if options.what == "cluster":
+        return _simulated(given)
     if options.what == "sweep":
         line = sweep_speed(METHODS, "verify" in given)
     elif options.what == "attention":
@@ -298,6 +300,17 @@ def _bench(options: argparse.Namespace) -> int:
         device = device_of(given.get("device"))
         line = checked_kernel_speed(device, dtype_of(given.get("dtype", "bfloat16"), device))
     print(json.dumps(line))
+    return 0
+
+
+def _simulated(given: dict[str, Any]) -> int:
+    """A line for each number of workers."""
+    from harness.cli.requests import simulation
+    from harness.cluster.simulate import simulate
+
+    times, workers, units = simulation(given)
+    for count in sorted({1, 8, 64, workers}):
+        print(json.dumps(simulate(times, count, units or 20 * workers)))
     return 0
 
 

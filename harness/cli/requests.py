@@ -16,6 +16,7 @@ from harness.evaluation.request import OUT, JudgeOptions, RunRequest, Shard
 from harness.registry import Registry, split
 
 if TYPE_CHECKING:
+    from harness.cluster.simulate import Times
     from harness.cost.request import CostRequest
     from harness.papers.importance import ImportanceRequest
     from harness.papers.reproduce import ReproduceRequest
@@ -143,6 +144,23 @@ def reproduce_request(options: argparse.Namespace) -> ReproduceRequest:
 
     given = vars(options)
     return ReproduceRequest(**(_plain(ReproduceRequest, given) | _paths(given, "head_scores") | _cluster(given)))
+
+
+def simulation(given: dict[str, Any]) -> tuple[Times, int, int | None]:
+    """Recorded times, how many workers to simulate, and how many units, if that was said.
+
+    Raises:
+        BadRequest: nothing was recorded, or a number that makes no sense.
+    """
+    from harness.cluster.simulate import Times
+    from harness.evaluation.spread import TIMES
+    from results.lines import json_lines
+
+    for name in ("workers", "units", "scale"):
+        if name in given and not given[name] > 0:
+            raise BadRequest(f"--{name} {given[name]:g} must be above 0")
+    times = Times.of(line for _, line in json_lines(given.get("out", OUT) / TIMES))
+    return times.scaled(given.get("scale", 1.0)), given.get("workers", 1000), given.get("units")
 
 
 def betas_of(options: argparse.Namespace) -> Sequence[float] | None:

@@ -6,6 +6,8 @@ import os
 import queue
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -86,18 +88,25 @@ def _check_answer(address: str) -> None:
         raise BadRequest(f"--ray {address}: no cluster answers there ({first_line(error)}); see `ray start`") from None
 
 
+ASK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+
+
 def _ask_head(address: str) -> None:
-    """
+    """In a process of its own: Ray cannot be told how long to wait, and writes what it tries to the error stream.
+
     Raises:
         TimeoutError: whoever listens there does not answer as a head node does.
     """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-
-    thread = threading.Thread(target=lambda: GcsClient(address=address), daemon=True)
-    thread.start()
-    thread.join(ANSWER_S)
-    if thread.is_alive():
-        raise TimeoutError(f"silent for {ANSWER_S:.0f} s")
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", ASK, address], capture_output=True, text=True, timeout=ANSWER_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"silent for {ANSWER_S:.0f} s") from None
+    if "InvalidAuthToken" in asked.stderr:
+        raise BadRequest(f"--ray {address} wants its token: export RAY_AUTH_MODE=token, with its ~/.ray/auth_token on every node")
+    if asked.returncode:
+        raise TimeoutError(asked.stderr.strip().splitlines()[-1][:300])
 
 
 def machines() -> list[Machine]:

@@ -200,7 +200,7 @@ class RunLedger:
         self._add(unit, found.rows)
         self.units += 1
         key = unit.key
-        asked = {"model": key.model, "benchmark": key.benchmark, "prompt": key.prompt, "example": key.example, "seed": key.seed}
+        asked = {"model": unit.part, "benchmark": key.benchmark, "prompt": key.prompt, "example": key.example, "seed": key.seed}
         self._time({**asked, "cells": len(found.rows), "seconds": round(seconds, 4), "size": unit.size})
 
     def lost(self, unit: Named, reason: str) -> None:
