@@ -121,8 +121,8 @@ def text(name: str, data_dir: Path | None) -> Data:
     if path is None:
         raise BadData(f"no text {name!r}: wikitext2, or a file or folder of .txt, by itself or in --data-dir, is expected")
     paths = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".raw")) if path.is_dir() else [path]
-    raw = b"\n".join(read(p) for p in paths)
-    joined = raw.decode("utf-8", errors="replace")
+    parts = [read(p) for p in paths]
+    raw, joined = b"\n".join(parts), "\n".join(decoded(part, p) for part, p in zip(parts, paths, strict=True))
     if not joined.strip():
         raise BadData(f"{path} holds no text")
     licence = WIKITEXT2[2] if name == "wikitext2" else "the user's own text"
@@ -170,7 +170,27 @@ def read(path: Path) -> bytes:
         data = path.read_bytes()
         return OPENERS[path.suffix](data) if path.suffix in OPENERS else data
     except (OSError, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise BadData(f"{path} cannot be read: {error}") from None
+        raise BadData(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def decoded(raw: bytes, where: Path | str) -> str:
+    """
+    Raises:
+        BadData: no UTF-8, as texts in Latin-1 or UTF-16 and binary files: read as far as it goes, it would be another text.
+    """
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadData(f"{where} is no UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x}): save it as UTF-8") from None
+
+
+def words(path: Path) -> str:
+    """The text of a file, packed or not, with its lines ended in one way.
+
+    Raises:
+        BadData: it cannot be read, or is no text.
+    """
+    return decoded(read(path), path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def lines(data: bytes, where: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:

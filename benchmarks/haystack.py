@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import manual
 from benchmarks.base import CountTokens
-from benchmarks.data import BadData, Data
+from benchmarks.data import BadData, Data, words
 from benchmarks.prose import sentences
 
 SPARE = 64  # tokens that may stay empty behind the last sentence, in a short haystack
@@ -85,10 +85,7 @@ def _beginning(text: str, tokens: int, count_tokens: CountTokens) -> str:
 @lru_cache(maxsize=4)
 def _read(folder: Path) -> Haystack:
     paths = sorted(folder.rglob("*.txt")) if folder.is_dir() else []
-    try:
-        text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
-    except OSError as error:
-        raise BadData(f"haystack {folder}: {error.strerror}") from None
+    text = "\n".join(words(path) for path in paths)
     lines = tuple(" ".join(line.split()) for line in SENTENCE_END.split(text) if line.strip())
     if not lines:
         raise BadData(f"haystack {folder}: {'no text in its .txt files' if folder.is_dir() else 'no such folder'}")

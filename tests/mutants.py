@@ -401,6 +401,21 @@ FAULTS = (
         'special = chat == "raw"',
         "tests/test_prompts.py",
     ),
+    Fault("an end token behind a prompt", "harness/evaluation/tokens.py", "- behind] for", "- 0] for", "tests/test_prompts.py"),
+    Fault(
+        "tokens never had",
+        "harness/evaluation/tokens.py",
+        "if largest <",
+        "if -1 <",
+        "tests/test_checkpoints.py",
+    ),
+    Fault(
+        "a text of another encoding",
+        "benchmarks/data.py",
+        'raw.decode("utf-8")',
+        'raw.decode("utf-8", errors="replace")',
+        "tests/test_haystacks.py",
+    ),
     Fault(
         "other records in one mean",
         "reports/names.py",

@@ -18,11 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.base import Example
 from harness.cache import Needs
+from harness.cli.main import main
 from harness.cost.request import CostRequest
 from harness.cost.run import run_cost
 from harness.engine.generate import Answer, Stop
 from harness.engine.model import Model
 from harness.engine.scoring import Likelihood
+from harness.errors import BadRequest
 from harness.evaluation.prompts import Protocol, tokenize
 from harness.evaluation.request import RunRequest
 from harness.evaluation.run import run_request, said
@@ -114,6 +116,45 @@ def test_a_quantised_checkpoint_without_its_package_is_refused(tmp_path: Path) -
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": how}))
     with pytest.raises(UnknownModel, match=r"cannot be read from .*compressed-tensors"):
         opened(tmp_path / "m")
+
+
+NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "an adapter beside": (lambda at: (at / "adapter_config.json").write_text("{}"), "holds an adapter .*: merge it"),
+    "a pointer": (lambda at: (at / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+    "a pickle": (
+        lambda at: (at / "model.safetensors").rename(at / "pytorch_model.bin"),
+        "a pickle can run code",
+    ),
+    "no weights": (lambda at: (at / "model.safetensors").unlink(), r"no config.json with \*.safetensors$"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CHECKPOINTS)
+def test_what_people_name_for_a_checkpoint_is_refused_in_words(name: str, tmp_path: Path) -> None:
+    change, said = NO_CHECKPOINTS[name]
+    checkpoint(tmp_path / "m")
+    change(tmp_path / "m")
+    with pytest.raises(UnknownModel, match=said):
+        opened(tmp_path / "m")
+
+
+def test_folders_of_a_training_and_files_are_refused_in_words(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "checkpoint-20")
+    with pytest.raises(UnknownModel, match="name one of them, such as checkpoint-20"):
+        opened(tmp_path)
+    with pytest.raises(UnknownModel, match="is a file: name the folder"):
+        opened(tmp_path / "checkpoint-20" / "config.json")
+
+
+def test_tokens_without_an_embedding_are_never_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint(tmp_path / "m", vocab_size=90)  # a byte tokenizer has 256
+    asked = {"benchmarks": ("needle_text(length=200)",), "methods": ("full",), "limit": 1, "out": tmp_path / "out"}
+    with pytest.raises(BadRequest, match="is beyond the model's 90 embeddings: its tokenizer is another model's"):
+        run_request(RunRequest(models=(str(tmp_path / "m"),), **asked), BUILTIN)
+    (tmp_path / "text.txt").write_text("some words " * 500)
+    asked_for = ["train", "--model", str(tmp_path / "m"), "--conversion", "mqa", "--text", str(tmp_path / "text.txt"), "--out"]
+    assert main([*asked_for, str(tmp_path / "v"), "--length", "32", "--steps", "1"]) == 2
+    assert "is beyond the model's 90 embeddings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", '{"version": "1.0", "model": {"type": "BPE2"}}', "{"])
@@ -316,15 +357,15 @@ def test_digests_of_what_is_shipped_are_those_of_its_rows() -> None:
 def test_a_folder_may_have_a_plus_in_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "c++" / "llama+dpo"
     checkpoint(folder)
-    assert opened(folder).name == "llama+dpo"
+    assert opened(folder).name == "llama_dpo", "a plus would name a conversion in the rows"
     converted = load(f"{folder}+gqa-2", torch.float32, CPU)
-    assert converted.name == "llama+dpo+gqa-2 (unhealed)" and converted.shape.kv_heads == 1
+    assert converted.name == "llama_dpo+gqa-2 (unhealed)" and converted.shape.kv_heads == 1
     with pytest.raises(CannotConvert, match="already"):
         convert(converted, "none")
     with pytest.raises(UnknownModel, match=r"c\+\+/nothing'?: no such folder"):
         check_name(f"{tmp_path}/c++/nothing+gqa-2")
     monkeypatch.chdir(folder)
-    assert load(".", torch.float32, CPU).name == "llama+dpo", "every model has a name"
+    assert load(".", torch.float32, CPU).name == "llama_dpo", "every model has a name"
 
 
 def test_costs_of_a_checkpoint_that_was_replaced_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import DATA, call
 
-from benchmarks import BENCHMARKS, GROUPS
+from benchmarks import BENCHMARKS, GROUPS, data
 from benchmarks.babilong import LABELS, BabiLong, instruction, right
 from benchmarks.data import BadData
 from benchmarks.haystack import Haystack, place, weave
@@ -259,6 +259,14 @@ def test_pieces_of_a_text_are_read_in_order_and_end_with_it(tmp_path: Path, refe
         "perplexity:own(read=40,scored=10)@1",
         "perplexity_windows:own(window=50)@1",
     }
+
+
+@pytest.mark.parametrize("raw", ["café ".encode("latin-1"), "a word ".encode("utf-16"), bytes(range(256))])
+def test_texts_of_another_encoding_are_refused(raw: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(raw * 99)
+    for read in (lambda: data.text("a.txt", tmp_path), lambda: data.words(tmp_path / "a.txt")):
+        with pytest.raises(data.BadData, match=r"a.txt is no UTF-8 text \(byte \d+ is 0x"):
+            read()
 
 
 def test_texts_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

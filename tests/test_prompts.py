@@ -14,6 +14,7 @@ from benchmarks.base import Example, Request
 from harness.evaluation.loglikelihood import likelihood_prompts
 from harness.evaluation.prompts import CannotPrompt, Protocol, tokenize
 from harness.models.load import byte_tokenizer
+from harness.training.corpora import tokenised
 from harness.training.data import instruct_batches
 
 BYTES = byte_tokenizer()
@@ -68,6 +69,11 @@ def test_chat_templates_wrap_the_prompt_and_move_the_cut() -> None:
     prompt = tokenize(tokenizer, example("abc", "?"), Protocol(prompt="question_after", chat="template"), 100)
     assert tokenizer.decode(prompt.ids[: prompt.context]) == "<u>abc"
     assert tokenizer.decode(prompt.ids[prompt.context :]) == "?</u><a>"
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}{{ strftime_now( '%d %b %Y' ) }} {% endif %}{{ messages[0]['content'] }}"
+    )
+    dated = tokenize(tokenizer, example("abc", "?"), Protocol(chat="template"), 100)
+    assert tokenizer.decode(dated.ids) == "26 Jul 2024 abc?", "the same on every day"
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
     with pytest.raises(CannotPrompt, match="changes the prompt"):
         tokenize(tokenizer, example("abc", "?"), Protocol(chat="template"), 100)
@@ -83,13 +89,13 @@ def test_what_is_to_be_scored_is_kept_apart_and_nothing_is_asked() -> None:
         tokenize(BYTES, Example(0, "abcd", 4, (), 0), Protocol(), 100, forced=True)
 
 
-def with_begin_token():
-    """The byte tokenizer, putting <s> before every text as Llama's does."""
+def with_begin_token(end: str = ""):
+    """The byte tokenizer, putting <s> before every text as Llama's does, and perhaps something behind."""
     inner = byte_tokenizer().backend_tokenizer
-    inner.add_special_tokens(["<s>"])
-    begin = inner.token_to_id("<s>")
-    inner.post_processor = processors.TemplateProcessing(single="<s>:0 $A:0", special_tokens=[("<s>", begin)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
+    inner.add_special_tokens(["<s>", "</s>"])
+    used = [(text, inner.token_to_id(text)) for text in ("<s>", "</s>")]
+    inner.post_processor = processors.TemplateProcessing(single=f"<s>:0 $A:0{end and f' {end}:0'}", special_tokens=used)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
 def test_there_is_one_begin_token_whoever_writes_it() -> None:
@@ -106,6 +112,25 @@ def test_there_is_one_begin_token_whoever_writes_it() -> None:
     for text in ("some words", "<s>some words"):
         piece = tokenize(tokenizer, Example(0, text, 6, (), 0, piece=(0, 8)), Protocol(), 100)
         assert tokenizer.decode(piece.ids) == "<s>some wo"
+
+
+def test_no_end_token_stands_behind_a_prompt(tmp_path: Path) -> None:
+    plain, ending = with_begin_token(), with_begin_token("</s>")
+    assert ending("ab")["input_ids"][-1] == ending.eos_token_id
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "ab", "output": "cd"}) for _ in range(8)))
+    requests = Example(0, "", 0, (), 0, requests=(Request("a word", " b"), Request("", "a text", rolling=True)))
+    piece = Example(0, "some words", 6, (), 0, piece=(0, 8))
+    for make in (
+        lambda tokenizer: tokenize(tokenizer, example("abc", "de"), Protocol(prompt="question_after"), 100).ids,
+        lambda tokenizer: tokenize(tokenizer, piece, Protocol(), 100).ids,
+        lambda tokenizer: likelihood_prompts(tokenizer, requests, Protocol(), 100),
+        lambda tokenizer: instruct_batches(tokenizer, path, 8, 1, 0)(0).ids.tolist(),
+        lambda tokenizer: [
+            part.tolist() for part in tokenised(tokenizer, iter(["one", "two"]), tmp_path / str(tokenizer is ending))
+        ],
+    ):
+        assert make(plain) == make(ending)
 
 
 def test_training_reads_one_begin_token_too(tmp_path: Path) -> None:

@@ -181,8 +181,9 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "what",
-        choices=("sweep", "attention", "kernel", "cluster"),
-        help="31 cells beside their prefills; decode attention; the Triton kernel; a run on many workers, from recorded times",
+        choices=("sweep", "attention", "evict", "kernel", "cluster"),
+        help="31 cells beside their prefills; decode attention; eviction while decoding; the Triton kernel; many workers, "
+        "simulated from recorded times",
     )
     add("--out", type=_path, help="cluster: folder of a run with --ray, whose times are taken (default: results/default)")
     add("--workers", type=int, help="cluster: simulated, beside 1, 8 and 64 (default: 1000)")

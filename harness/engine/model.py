@@ -130,6 +130,8 @@ class DecodePass:
             experts = None if settings.experts is None else settings.experts.cpu().numpy()
             layer.append(key, value, self.step, experts)
         self.layers_run += 1
+        if layer.memory is not None:
+            layer.memory.see(query, self.step)
         if self.watch:
             self.watch(place.layer, probabilities(layer, query, self.step, settings.scaling, settings.softcap))
         return attend(layer, query, self.step, settings.scaling, settings.softcap)
@@ -187,6 +189,12 @@ class Model:
         ropes = getattr(config, "rope_parameters", None) or {}
         by_layer = [rope for rope in ropes.values() if isinstance(rope, dict)] or [ropes]
         return min(_scaled_positions(rope, int(config.max_position_embeddings)) for rope in by_layer)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it has embeddings for; its tokenizer may have more, or fewer."""
+        words: Any = self.network.get_input_embeddings()
+        return int(words.weight.shape[0])
 
     def words(self, tokens: list[int], special: bool = False) -> str:
         """Tokens as text, special ones only if asked for; as numbers where there is no tokenizer."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from harness.cache import Arena, ExpertGroup, LayerKV, ModelShape, Prefill, Row, Selection
 from harness.engine.split_plan import DevicePlan, plan_split, split_length, within_runs
+
+if TYPE_CHECKING:
+    from harness.engine.evict import Memory
 
 SLACK_STEP = 64  # the slack behind a row is a multiple of this
 KEPT_PLANS = 8  # split plans of a layer, of steps that bring other numbers of tokens
@@ -123,6 +127,13 @@ class RowLayer:
         # the expert group of each token since compaction, by cell, if there are several
         self.taken: list[list[int]] = [[] for _ in range(cells)]
         self._plans: dict[bytes, DevicePlan] = {}
+        self.memory: Memory | None = None  # of cells that evict while decoding
+
+    @property
+    def columns(self) -> list[Tensor]:
+        """Everything that the pool holds of an entry, [P, ...] each."""
+        mass = [] if self.memory is None or self.memory.mass is None else [self.memory.mass]
+        return [self.keys, self.values, self.positions, *mass]
 
     @property
     def routed(self) -> bool:
@@ -154,6 +165,8 @@ class RowLayer:
         self.keys.index_copy_(0, where, keys.reshape(-1, keys.shape[2])[source])
         self.values.index_copy_(0, where, values.reshape(-1, values.shape[2])[source])
         self.positions.index_copy_(0, where, self._index(step.positions[token]).int())
+        if self.memory is not None and self.memory.mass is not None:
+            self.memory.mass[where] = 0.0
         table.length[:] += added
 
     def pairs(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
@@ -219,6 +232,8 @@ class RowLayer:
         self.table = self.table.of(np.isin(self.table.cell, list(cells)))
         self.taken = [self.taken[cell] for cell in cells] if self.routed else []
         self._plans.clear()
+        if self.memory is not None:
+            self.memory.keep(cells)
         self.table.cell[:] = [number[cell] for cell in self.table.cell.tolist()]
 
 
@@ -275,10 +290,13 @@ def slack_for(tokens: int) -> int:
     return -(-tokens // SLACK_STEP) * SLACK_STEP
 
 
-def compact(prefill: Prefill, selections: Sequence[Selection], tokens: int, arena: Arena | None = None) -> RowCache:
-    """Copies each cell's entries out of the prefill, one cell a selection, with slack for `tokens` more tokens."""
+def compact(
+    prefill: Prefill, selections: Sequence[Selection], tokens: int | Sequence[int], arena: Arena | None = None
+) -> RowCache:
+    """Copies each cell's entries out of the prefill, one cell a selection, with slack for so many more tokens (of each cell)."""
     arena = arena or Arena()
-    plans = [_plan(kv, [s[kv.index] for s in selections], slack_for(tokens)) for kv in prefill.layers]
+    slack = [slack_for(tokens)] * len(selections) if isinstance(tokens, int) else [slack_for(some) for some in tokens]
+    plans = [_plan(kv, [s[kv.index] for s in selections], slack) for kv in prefill.layers]
     sizes = [int(table.capacity.sum()) for table, _ in plans]
     like = prefill.layers[0].keys[0]
     keys, values = arena.take("keys", sum(sizes), like), arena.take("values", sum(sizes), like)
@@ -306,7 +324,7 @@ def compact_and_free(
     layers, seen = [], 0
     for index, kv in enumerate(held):
         assert kv is not None
-        table, rows = _plan(kv, [selection[index] for selection in selections], slack_for(tokens))
+        table, rows = _plan(kv, [selection[index] for selection in selections], [slack_for(tokens)] * len(selections))
         size, seen = int(table.capacity.sum()), kv.tokens
         keys, values = (kv.keys.new_empty(size, shape.head_dim) for _ in range(2))
         pool = (keys, values, torch.empty(size, dtype=torch.int32, device=keys.device))
@@ -316,14 +334,14 @@ def compact_and_free(
     return RowCache(layers, shape, [seen] * len(selections))
 
 
-def _plan(kv: LayerKV, cells: Sequence[tuple[Row, ...]], slack: int) -> tuple[RowTable, list[Row]]:
+def _plan(kv: LayerKV, cells: Sequence[tuple[Row, ...]], slack: Sequence[int]) -> tuple[RowTable, list[Row]]:
     """The table of one layer, rows of equal width and length side by side, and the rows in that order."""
     candidates = kv.keys.shape[1]
     rows = [(cell, row, row.entries(candidates)) for cell, layer in enumerate(cells) for row in layer]
     rows.sort(key=lambda item: (item[1].width, item[2], item[0], item[1].first))
     numbers = [(cell, row.expert_group, row.first, row.width, length) for cell, row, length in rows]
     cell, group, first, width, length = np.array(numbers, dtype=np.int64).reshape(-1, 5).T.copy()
-    capacity = length + slack
+    capacity = length + np.array(slack, dtype=np.int64)[cell]
     return RowTable(cell, group, first, width, np.cumsum(capacity) - capacity, capacity, length), [row for _, row, _ in rows]
 
 

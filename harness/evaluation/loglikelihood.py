@@ -13,7 +13,8 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from benchmarks.base import Example, Request
-from harness.evaluation.prompts import Branch, CannotPrompt, Prompt, Protocol, as_chat, writes_begin
+from harness.evaluation.prompts import Branch, CannotPrompt, Prompt, Protocol, as_chat
+from harness.evaluation.tokens import read_with, tokens_of, writes_begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,8 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, number: int, request: Request, 
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    ids: list[int] = read_with(tokenizer, text, special)["input_ids"]
+    return ids
 
 
 def _cut(asked: Asked, limit: int) -> Asked:
@@ -121,7 +123,7 @@ def _prompt(asked: Sequence[Asked]) -> Prompt:
 
 def _rolling(tokenizer: PreTrainedTokenizerBase, number: int, text: str, limit: int) -> list[Prompt]:
     """A whole text in windows of `limit` tokens: each token is scored once, and the last window reads back as far as it can."""
-    ids = [prefix_token(tokenizer), *_tokens(tokenizer, text, not writes_begin(tokenizer, text))]
+    ids = [prefix_token(tokenizer), *tokens_of(tokenizer, text)]
     if len(ids) < 2:
         raise CannotPrompt("a text without a token has no likelihood")
     prompts = []

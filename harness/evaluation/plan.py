@@ -16,6 +16,7 @@ from harness.evaluation.loglikelihood import likelihood_prompts
 from harness.evaluation.prompts import CannotPrompt, Prompt, Protocol, has_example, tokenize
 from harness.evaluation.request import Part, RunRequest, Shard, narrowed
 from harness.evaluation.sweep import Cell
+from harness.evaluation.tokens import beyond
 from harness.registry import BUILTIN, Registry
 from harness.suites import COST_SUITES, SUITES, Suite
 from methods.base import Method
@@ -134,7 +135,19 @@ def suite_of(request: RunRequest, registry: Registry) -> Suite:
     suite = SUITES[request.suite]
     changes: dict[str, Any] = {
         name: value
-        for name in ("models", "methods", "budgets", "benchmarks", "prompts", "limit", "seeds", "temperature", "fidelity", "chat")
+        for name in (
+            "models",
+            "methods",
+            "budgets",
+            "benchmarks",
+            "prompts",
+            "limit",
+            "seeds",
+            "temperature",
+            "fidelity",
+            "chat",
+            "truncation",
+        )
         if (value := getattr(request, name)) not in (None, ())
     }
     if request.models or request.methods:
@@ -184,7 +197,7 @@ def grid_of(request: RunRequest, suite: Suite, registry: Registry) -> Grid:
     methods = dict(registry.method(text) for text in suite.methods)
     if not budgets and any(method.takes_budget for method in methods.values()):
         raise BadRequest("these methods need --budgets, such as 128,25%")
-    shared = (suite.chat, request.granularity, "eos", request.truncation, request.max_new_tokens, suite.temperature)
+    shared = (suite.chat, request.granularity, "eos", suite.truncation, request.max_new_tokens, suite.temperature)
     return Grid(
         tasks=tasks_of(request, suite, registry),
         methods=methods,
@@ -351,10 +364,22 @@ def opened(model: Model, unit: Unit) -> Opened:
             prompts = likelihood_prompts(model.tokenizer, unit.example, unit.protocol, unit.limit)
         else:
             prompts = [tokenize(model.tokenizer, unit.example, unit.protocol, unit.limit, unit.task.forced)]
+        check_vocabulary(model, prompts)
     except CannotPrompt as reason:
         return Opened([], dict.fromkeys(unit.keys, str(reason)))
     reasons = {cell: why for cell in unit.keys for prompt in prompts if (why := _why_not(model, unit, cell, prompt)) is not None}
     return Opened(prompts, reasons)
+
+
+def check_vocabulary(model: Model, prompts: Sequence[Prompt]) -> None:
+    """
+    Raises:
+        CannotPrompt: a token that the model has no embedding for.
+    """
+    for prompt in prompts:
+        read = chain(prompt.ids, prompt.forced, prompt.one_pass, *(branch.ids for branch in prompt.branches))
+        if (why := beyond(max(read, default=0), model.vocabulary, model.tokenizer)) is not None:
+            raise CannotPrompt(why)
 
 
 def _why_not(model: Model, unit: Unit, cell: Cell, prompt: Prompt) -> str | None:

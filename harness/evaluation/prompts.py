@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from benchmarks.base import Example
 from harness.cache import Chat, Granularity, PromptProtocol, Routing
 from harness.errors import UserError, first_line
+from harness.evaluation.tokens import added, read_with, writes_begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,7 +121,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: 
     if tokenizer is None:
         raise CannotPrompt("the model has no tokenizer for a prompt in words")
     if example.piece is not None:
-        start = list(tokenizer("")["input_ids"])[:1]  # the token that this tokenizer puts before every text, if it does
+        start = list(added(tokenizer)[0])
         first, last = example.piece
         if first == 0 and writes_begin(tokenizer, example.prompt):
             start = []
@@ -144,9 +147,12 @@ class Encoded:
         return inside[0], inside[-1] + 1
 
 
-def writes_begin(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Does the text itself start with the begin token, so that the tokenizer must not put a second one before it?"""
-    return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+TODAY = date(2024, 7, 26)  # in templates that write the date, so that a prompt is the same every day; Llama 3's falls back to it
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.+?)\1\s*\)""")
+
+
+def _fixed(clock: re.Match[str]) -> str:
+    return repr(TODAY.strftime(clock[2]))
 
 
 def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -165,7 +171,8 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
         )
     message = [{"role": "user", "content": text}]
     try:
-        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        written = CLOCK.sub(_fixed, templates["default"] if isinstance(templates, dict) else templates)
+        return str(tokenizer.apply_chat_template(message, chat_template=written, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program of its author's
         said = f"{type(error).__name__}: {first_line(error)}"
         raise CannotPrompt(
@@ -198,5 +205,5 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: Chat) -> Encoded
             )
         shift = at - text.find(bare)
     special = chat == "raw" and not writes_begin(tokenizer, given)  # a template writes what it wants
-    found = tokenizer(given, add_special_tokens=special, return_offsets_mapping=True)
-    return Encoded(list(found["input_ids"]), list(found["offset_mapping"]), shift)
+    found = read_with(tokenizer, given, special, return_offsets_mapping=True)
+    return Encoded(found["input_ids"], found["offset_mapping"], shift)

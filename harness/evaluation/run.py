@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from tqdm import tqdm
 
 from benchmarks.base import Task
+from benchmarks.data import BadData
 from harness.cluster.options import RayOptions
 from harness.env import write_environment
 from harness.evaluation.artifacts import artifacts_of, record_routing, write_artifacts
@@ -71,7 +72,7 @@ def run_behind(request: RunRequest, registry: Registry) -> int:
     for behind in requests_behind(request):
         try:
             failed += run_request(behind, registry).failed
-        except BadGguf as missing:
+        except (BadGguf, BadData) as missing:
             print(f"suite {behind.suite} is left out: {missing}", file=sys.stderr)
     return failed
 

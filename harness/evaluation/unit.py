@@ -131,7 +131,7 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
         return Record(key, status, env, reason=reason, columns=unit.example.columns, embedded_can=can)
     assert outcome.answer is not None and outcome.counts is not None
     text = said(model, prompts[0], outcome.answer)
-    end = outcome.answer.end
+    end, held = outcome.answer.end, outcome.answer.held
     full = sum(model.parent_shape.full_entries(prompt.context) for prompt in prompts)
     scored = (NLL,) if prompts[0].forced else unit.task.metrics
     metrics = {NLL.name: outcome.fidelity["loss"]} if prompts[0].forced else unit.task.score(str(text), unit.example)
@@ -158,6 +158,10 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
         bytes_allocated=outcome.counts.bytes_allocated,
         entries_end=end.entries if end else None,
         bytes_kept_end=end.bytes_kept if end else None,
+        entries_peak=held.entries_peak if held else None,
+        bytes_kept_peak=held.bytes_peak if held else None,
+        entries_mean=held.entries_mean if held else None,
+        bytes_kept_mean=held.bytes_mean if held else None,
         bytes_full=full * model.parent_shape.entry_bytes(),
         kept=outcome.kept if key.example == 0 else None,
     )

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file, extract_commit_hash
+from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from harness.engine.model import Model
 from harness.errors import BadRequest, UserError, first_line
 from harness.models.gguf import SMOLLM2, converted, file_of, is_gguf
-from harness.models.pretrained import digest_of, read_network, read_tokenizer
+from harness.models.pretrained import ADAPTER, digest_of, read_network, read_tokenizer, why_no_checkpoint
 from harness.models.shapes import SHAPES
 from harness.models.variants import convert, is_variant, open_variant
 from harness.registry import BUILTIN, Registry
@@ -91,6 +91,8 @@ def check_name(name: str, registry: Registry = BUILTIN) -> None:
     if is_gguf(name):
         file_of(name)
         return
+    if Path(name).is_file():
+        raise UnknownModel(f"model {name!r} is a file: name the folder that holds its config.json")
     if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         raise UnknownModel(f"model {name!r}: no such folder")
 
@@ -171,15 +173,15 @@ def _random(name: str, dtype: torch.dtype, device: torch.device) -> Model:
 
 
 def _from_folder(folder: Path, name: str, dtype: torch.dtype, device: torch.device) -> Model:
-    weights = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").exists() or not weights:
-        raise UnknownModel(f"model {name!r}: {folder} holds no config.json with *.safetensors")
+    if (why := why_no_checkpoint(folder)) is not None:
+        raise UnknownModel(f"model {name!r}: {folder} {why}")
     try:
         network = read_network(folder, dtype)
     except Exception as error:  # see read_network
         raise UnknownModel(f"model {name!r} cannot be read from {folder}: {first_line(error)}") from None
     tokenizer = _tokenizer(folder, name)
     shown = name if name == "reference" else folder.name if folder.name not in ("", "..") else folder.resolve().name
+    shown = shown.replace("+", "_")  # in a row's name a plus begins a conversion
     return Model(_on(network, device), tokenizer, shown, digest_of(folder))
 
 
@@ -203,6 +205,8 @@ def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase | None:
 def _from_hub(name: str, dtype: torch.dtype, device: torch.device, revision: str | None) -> Model:
     try:
         commit = _commit(name, revision)
+        if find_adapter_config_file(name, revision=commit) is not None:
+            raise ValueError(ADAPTER)
         network = read_network(name, dtype, commit)
         tokenizer = read_tokenizer(name, commit)
     except OSError as error:

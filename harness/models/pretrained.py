@@ -87,6 +87,26 @@ def is_tied(network: PreTrainedModel) -> bool:
     return head is not None and words is not None and head.weight is words.weight
 
 
+ADAPTER = "holds an adapter (adapter_config.json), which is not applied here: merge it into its base model and save that"
+POINTER = b"version https://git-lfs"
+
+
+def why_no_checkpoint(folder: Path) -> str | None:
+    """What people name for a checkpoint that is none, in words; None for a configuration with its weights."""
+    if (folder / "adapter_config.json").exists():
+        return ADAPTER
+    weights = sorted(folder.glob("*.safetensors"))
+    if (folder / "config.json").exists() and weights:
+        pointers = [path.name for path in weights if path.stat().st_size < 1024 and path.read_bytes().startswith(POINTER)]
+        return f"holds {pointers[0]} as a pointer of Git LFS, not the weights: run `git lfs pull` there" if pointers else None
+    said = "holds no config.json with *.safetensors"
+    if inner := sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir()):
+        return f"{said}, but checkpoints of a training: name one of them, such as {inner[-1]}"
+    if pickles := [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]:
+        return f"{said}, but {pickles[0]}: a pickle can run code, so save the model as safetensors"
+    return said
+
+
 @contextmanager
 def _without_reports() -> Iterator[None]:
     """transformers prints tables of what did not fit; here that is one line."""
@@ -110,9 +130,14 @@ def read_tokenizer(where: Path | str, revision: str | None = None) -> PreTrained
     """
     if isinstance(where, Path):
         has = any((where / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-        return AutoTokenizer.from_pretrained(where, local_files_only=True) if has else None
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, revision=revision)
-    return found
+        return _quiet(AutoTokenizer.from_pretrained(where, local_files_only=True)) if has else None
+    return _quiet(AutoTokenizer.from_pretrained(where, revision=revision))
+
+
+def _quiet(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Without the warning about texts longer than `model_max_length`: prompts are cut to the positions of the model."""
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from benchmarks.data import words
 from harness.engine.model import Model, own_attention
 from harness.errors import BadRequest
-from harness.evaluation.prompts import writes_begin
+from harness.evaluation.tokens import tokens_of
 from harness.families import Grouping, handles, wrap
 from harness.files import check_writable
 from harness.models.load import check_name, load_model
@@ -119,13 +120,10 @@ def first_tokens(model: Model, path: Path, tokens: int) -> list[int]:
     Raises:
         BadText: no such file, or too little text in it.
     """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise BadText(f"--text {path}: {error.strerror}") from None
+    text = words(path)
     if model.tokenizer is None:
         raise BadText(f"model {model.name} has no tokenizer")
-    ids = list(model.tokenizer(text, add_special_tokens=not writes_begin(model.tokenizer, text))["input_ids"])[:tokens]
+    ids = tokens_of(model.tokenizer, text)[:tokens]
     if len(ids) < 2:
         raise BadText(f"--text {path}: less than two tokens")
     return ids

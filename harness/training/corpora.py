@@ -18,6 +18,7 @@ from benchmarks import data
 from benchmarks.data import BadData, Source
 from benchmarks.instruct import SETS
 from harness.errors import first_line
+from harness.evaluation.tokens import added
 from harness.training.data import BadText, ExampleBatches, PackedBatches
 
 VALIDATION, TRAINING = 500, 14_000  # records of Dolly; its other 500 are DollyEval, which is measured
@@ -128,7 +129,7 @@ def minipile(tokenizer: Any, data_dir: Path | None, length: int, rows: int, seed
 
 def _texts(path: Path) -> Iterator[str]:
     if ".txt" in path.suffixes:
-        yield data.read(path).decode("utf-8", errors="replace")
+        yield data.words(path)
         return
     rows = data.parquet(data.read(path), path) if path.suffix == ".parquet" else data.lines(data.read(path), path)
     for number, row in rows:
@@ -159,11 +160,12 @@ def tokenised(tokenizer: Any, texts: Iterator[str], folder: Path) -> tuple[torch
         some = list(islice(texts, 512))  # before anything is written: there may be none
         folder.mkdir(parents=True, exist_ok=True)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        behind = added(tokenizer)[1]
         count = 0
         with ids.open("wb") as to_ids, starts.open("wb") as to_starts:
             while some:
                 for document in tokenizer(some)["input_ids"]:
-                    whole = [*document, *end]
+                    whole = [*document[: len(document) - behind], *end]
                     to_ids.write(np.array(whole, dtype=np.int32).tobytes())
                     to_starts.write(bytes([1]) + bytes(len(whole) - 1) if whole else b"")
                     count += len(whole)

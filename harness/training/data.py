@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import data
 from harness.errors import UserError
-from harness.evaluation.prompts import writes_begin
+from harness.evaluation.tokens import tokens_of
 from harness.training.loop import IGNORED, Batch
 from harness.training.reference_data import Documents
 from harness.training.reference_model import WEIGHTS, Phase
@@ -99,6 +99,11 @@ class PackedBatches:
         return cls(ids, scored, starts, length, rows, seed, f"{digest}/{length}/{rows}/{seed}")
 
     @property
+    def largest(self) -> int:
+        """Of all token ids."""
+        return int(self.ids.max())
+
+    @property
     def available(self) -> int:
         return (len(self.ids) - 1) // self.length
 
@@ -133,6 +138,11 @@ class ExampleBatches:
     rows: int
     seed: int
     digest: str
+
+    @property
+    def largest(self) -> int:
+        """Of all token ids."""
+        return max(max(ids, default=0) for ids, _ in (*self.examples, *self.held_out))
 
     @classmethod
     def of(
@@ -179,16 +189,10 @@ def _example(tokenizer: Any, row: dict[str, Any], length: int) -> tuple[list[int
     if row["prompt"] is None:
         raise ValueError("prompt is null")
     output = data.texts_of(row["output"])[0]
-    asked = _ids(tokenizer, data.text_of(row["prompt"]))
+    asked = tokens_of(tokenizer, data.text_of(row["prompt"]))
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     said = [*tokenizer(output, add_special_tokens=False)["input_ids"], *end]
     return [*asked, *said][:length], min(len(asked), length)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """With the begin token once: many templates write it as text."""
-    ids: list[int] = tokenizer(text, add_special_tokens=not writes_begin(tokenizer, text))["input_ids"]
-    return ids
 
 
 @lru_cache(maxsize=2)
@@ -210,11 +214,8 @@ def text_batches(tokenizer: Any, path: Path, length: int, rows: int, seed: int) 
         BadText: see `PackedBatches`.
     """
     paths = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    try:
-        texts = [file.read_text(encoding="utf-8", errors="replace") for file in paths]
-    except OSError as error:
-        raise BadText(f"--text {path}: {error.strerror}") from None
-    documents = [_ids(tokenizer, text) for text in texts if text.strip()]
+    texts = map(data.words, paths)
+    documents = [tokens_of(tokenizer, text) for text in texts if text.strip()]
     if not documents:
         raise BadText(f"--text {path}: no text there")
     return PackedBatches.of([(ids, [True] * len(ids)) for ids in documents], length, rows, seed)

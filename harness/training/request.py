@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.errors import BadRequest
 from harness.evaluation.request import DTYPES, at_least
+from harness.evaluation.tokens import beyond
 from harness.files import check_writable
 from harness.registry import Registry
 from harness.training.recipes import RECIPES, Loss, NamedRecipe, Recipe
@@ -221,6 +222,8 @@ def reading_of(request: TrainRequest, model: Model) -> Reading:
         return Reading(recipe, _own_documents(request, model, recipe), text)
     else:
         raise BadRequest(f"model {model.name} needs --recipe, --text or --instruct to be healed on")
+    if (why := beyond(batches.largest, model.vocabulary, model.tokenizer)) is not None:
+        raise BadRequest(f"model {model.name} cannot be trained on this: {why}")
     return Reading(_for_data(request, rows, batches), batches, text)
 
 
