@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -14,14 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from crews import InlineCrew, ray_workers
 from helpers import call, small
 
 from benchmarks.base import Example
 from benchmarks.random_tokens import RandomTokens
+from harness.cluster.drive import Driver
 from harness.cluster.nodes import Node, check_same, describe
 from harness.cluster.options import RayOptions
 from harness.cluster.plugins import PluginFile, registry_here
+from harness.cost import run as cost
+from harness.cost.request import CostRequest, cells_asked
+from harness.env import environment, environment_id
 from harness.errors import BadRequest
 from harness.evaluation.plan import Grid, Unit, grids_of, units
 from harness.evaluation.prompts import Protocol
@@ -29,6 +35,9 @@ from harness.evaluation.request import RunRequest, Shard
 from harness.evaluation.run import run_request
 from harness.evaluation.spread import RunJob, RunLedger, carry_out, group_of
 from harness.evaluation.unit import load, run_unit
+from harness.papers import estimate
+from harness.papers.estimate import ImportanceJob, estimate_importance
+from harness.papers.importance import ImportanceRequest
 from harness.registry import BUILTIN
 from results import locks
 from results.record import Record
@@ -118,6 +127,35 @@ def test_questions_on_one_document_are_one_group() -> None:
     found = [group(question, text, index) for index, text in enumerate(texts) for question in ("Who?", "Why?")]
     assert found[0] == found[1] != found[2] == found[3]
     assert group("A long question of its own", "Read: ", 0) != group("A long question of its own", "Read: ", 1)
+
+
+def test_head_scores_are_the_same_from_workers_that_die(tmp_path: Path) -> None:
+    asked = {"kind": "r", "attempts": 4, "lengths": 2, "depths": 2, "max_length": 256, "teacher_forced": True, "device": "cpu"}
+    alone, spread = (ImportanceRequest("reference", out=tmp_path / f"{name}.json", **asked) for name in ("alone", "spread"))
+    estimate_importance(alone, BUILTIN)
+    died: list[int] = []
+
+    def dies(worker: int, start: int, asked: object) -> str:
+        died.append(worker)
+        return "killed" if len(died) == 4 else ""
+
+    estimate.carry_out(spread, InlineCrew(ImportanceJob(spread), dies=dies))
+    assert spread.path.read_bytes() == alone.path.read_bytes() and not list(tmp_path.glob("*.attempts.jsonl"))
+
+
+def test_cost_cells_of_a_cluster_are_measured_by_one_worker_and_not_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "run_cell", lambda cell: {"status": "ok", "reason": None, "asked": cell.method})
+    request = CostRequest("cost-small", methods=("full", "h2o"), budgets=("64",), contexts=(64,), rounds=2, out=tmp_path)
+    for again in (False, True):
+        ledger, crew = cost.CostLedger(request), InlineCrew(cost.CostJob(request), 1)
+        Driver(["cost"], ledger, crew).run()
+        measured = [asked for _, asked in crew.log if asked.what == "run"]
+        assert bool(measured) != again and ledger.failed == 0
+    here = cells_asked(request, BUILTIN, environment_id(environment(torch.device("cpu"))))
+    rows = [json.loads(line) for line in (tmp_path / "cost" / "rows.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(here), "in the suite's order, with the ids of one process"
 
 
 @pytest.fixture
