@@ -79,6 +79,7 @@ class Done:
     """A unit's rows, and where they were made."""
 
     rows: list[Row]
+    env: str  # id of the environment
     environment: dict[str, object]
 
 
@@ -118,7 +119,7 @@ class RunJob:
         assert made is not None, "it was listed"
         finished = frozenset(cell for cell, row in zip(made.keys, unit.rows, strict=True) if row in unit.finished)
         records = run_unit(self.request, replace(made, finished=finished), opened)
-        return Done([Row.of(record) for record in records], opened.environment)
+        return Done([Row.of(record) for record in records], opened.env, opened.environment)
 
 
 def _size(unit: Unit) -> float:
@@ -165,7 +166,7 @@ class RunLedger:
     def listed(self, part: str, found: Listed) -> Sequence[Named]:
         about: About = found.about
         self._about[part], self.tallies[part] = about, Tally()
-        self._environment(about.environment)
+        self._environment(environment_id(about.environment), about.environment)
         write_artifacts(self.out, about.artifacts)
         if about.routing is not None:
             path = routing_file(self.out / "routing", about.model, about.revision)
@@ -196,7 +197,7 @@ class RunLedger:
             self._claims.pop(unit).close()
 
     def done(self, unit: Named, found: Done, seconds: float) -> None:
-        self._environment(found.environment)
+        self._environment(found.env, found.environment)
         self._add(unit, found.rows)
         self.units += 1
         key = unit.key
@@ -249,8 +250,8 @@ class RunLedger:
             self.tallies[unit.part].add(row.status, row.reason)
         self.bar.update(len(rows))
 
-    def _environment(self, found: dict[str, object]) -> None:
-        if (env := environment_id(found)) not in self._environments:
+    def _environment(self, env: str, found: dict[str, object]) -> None:
+        if env not in self._environments:
             write_environment(self.out, found)
             self._environments.add(env)
 
