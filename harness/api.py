@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from harness.cost.request import CostRequest, run_cost
+from harness.cost.request import CostRequest
+from harness.cost.run import run_cost
 from harness.errors import BadRequest
 from harness.evaluation.conformance import check_all
 from harness.evaluation.request import RunRequest

@@ -32,13 +32,17 @@ def environment(device: torch.device, checked: Mapping[str, object] | None = Non
     }
 
 
-def record_environment(out: Path, device: torch.device, checked: Mapping[str, object] | None = None) -> str:
+def record_environment(out: Path, device: torch.device) -> str:
+    """As `write_environment`, of this process on a device."""
+    return write_environment(out, environment(device))
+
+
+def write_environment(out: Path, found: dict[str, object]) -> str:
     """Writes `<out>/env/<id>.json` if it is not there, and gives the id.
 
     Raises:
         StoreError: the folder cannot be written to.
     """
-    found = environment(device, checked)
     name = environment_id(found)
     if not (path := out / "env" / f"{name}.json").exists():
         write_json(path, found)

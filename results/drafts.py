@@ -9,9 +9,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
-
-from results.store import LOCK, cannot
+from results.locks import locked
+from results.store import cannot
 
 DRAFT = ".draft."
 LEFT_S = 24 * 3600.0  # after so long a draft is one of a process that was killed
@@ -31,7 +30,7 @@ def report_draft(out: Path, instead_of: Collection[str] = ()) -> Iterator[Path]:
     try:
         draft.mkdir(parents=True)
         yield draft
-        with FileLock(out / LOCK):
+        with locked(out):
             _moved(draft, out / "report", instead_of)
             for left in out.glob(f"{DRAFT}*"):
                 if time.time() - left.stat().st_mtime > LEFT_S:

@@ -1,7 +1,8 @@
 """Append-only rows. One JSON line a cell; one file a model, benchmark and method.
 
 A row is written by one call under a file lock. A torn last line (a crash, a full disk) is cut off from the next row by a
-newline and never read as one. Of equal keys the first `ok` row counts, so two processes may share a folder.
+newline and never read as one. Of equal keys the first `ok` row counts, so two processes may share a folder. Where the file system
+has no locks, each process adds to files of its own, `rows/<writer>/`; readers take all.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -37,11 +41,10 @@ from results.lines import (
     tell,
     wrong_field,
 )
+from results.locks import add_line, can_lock, locked, opened
 from results.published import PARQUET, parquet_rows
 from results.record import Key, OtherSchema, Record
 
-
-LOCK = ".lock"  # one file a folder
 CLAIMS = ".claims"  # what processes work on just now
 
 
@@ -59,56 +62,116 @@ def cannot(do: str, error: OSError, then: str) -> StoreError:
     return kind(f"cannot {do}: {error.strerror or error}; {then}")
 
 
+@dataclass(frozen=True)
+class Row:
+    """A record as it is stored: what is sent from a worker, and added as it is."""
+
+    id: str  # of the key
+    file: str
+    status: str
+    line: str
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, record: Record) -> Row:
+        return cls(record.key.id, file_of(record.key), record.status, record.to_json(), record.reason)
+
+
+def file_of(key: Key) -> str:
+    """Name of the file that a cell's row is in."""
+    return "__".join(slug(part) for part in (key.model, key.benchmark, key.method)) + ".jsonl"
+
+
 class Store:
     """The rows of one output folder, for a process that adds to them, or only asks what is finished.
+
+    Args:
+        own_rows: adds to files of this process alone, without locks: for file systems whose locks cannot be relied on. Where there
+            are none, this is done without being asked.
 
     Raises:
         StoreError: the folder cannot be made or written to.
     """
 
-    def __init__(self, out: Path, reading: bool = False) -> None:
+    def __init__(self, out: Path, reading: bool = False, own_rows: bool = False) -> None:
         self.out, self.rows = out, out / "rows"
         self._read_to: dict[Path, int] = {}
         self._lines: dict[Path, int] = {}
         self._status: dict[str, str] = {}
-        if reading:
-            return
+        self.own: Path | None = None
         try:
-            self.rows.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot(f"make {self.rows}", error, "choose another folder with --out") from None
-        if not os.access(self.rows, os.W_OK):
-            raise StoreError(f"cannot write to {self.rows}; choose another folder with --out")
-
-    def finished(self, key: Key) -> bool:
-        """Is there an `ok` or `skipped` row? Failed ones are tried again."""
-        self._catch_up(self._file(key))
-        return self._status.get(key.id) in ("ok", "skipped")
-
-    def write(self, record: Record) -> bool:
-        """Adds a row, unless another process has finished the same cell meanwhile. True if it was added."""
-        path = self._file(record.key)
-        try:
-            with _locked(path) as handle:
-                self._catch_up(path)
-                if self._status.get(record.key.id) == "ok":
-                    return False
-                size = _append(handle, record.to_json())
+            if not reading:
+                self.rows.mkdir(parents=True, exist_ok=True)
+                if not os.access(self.rows, os.W_OK):
+                    raise StoreError(f"cannot write to {self.rows}; choose another folder with --out")
+                if own_rows or not can_lock(self.rows):
+                    self.own = self.rows / f"w{secrets.token_hex(4)}"
+            self._folders = [self.rows, *sorted(path for path in self.rows.glob("*") if path.is_dir())]
         except StoreError:
             raise
         except OSError as error:
-            raise cannot(f"write to {path}", error, "rows written before are safe") from None
-        self._status[record.key.id] = record.status
-        self._read_to[path] = size
-        return True
+            raise cannot(f"make {self.rows}", error, "choose another folder with --out") from None
+
+    def finished(self, key: Key) -> bool:
+        """Is there an `ok` or `skipped` row? Failed ones are tried again."""
+        return self.has(file_of(key), key.id)
+
+    def has(self, file: str, row: str) -> bool:
+        """The same, of a row in a file."""
+        self._catch_up(file)
+        return self._status.get(row) in ("ok", "skipped")
+
+    def which(self, files: Sequence[str], rows: Sequence[str]) -> frozenset[str]:
+        """Those of the rows that are finished, each with the file that it is in."""
+        for file in dict.fromkeys(files):
+            self._catch_up(file)
+        return frozenset(row for row in rows if self._status.get(row) in ("ok", "skipped"))
+
+    def write(self, record: Record) -> bool:
+        """Adds a row, unless another process has finished the same cell meanwhile. True if it was added."""
+        return self.add([Row.of(record)]) == 1
+
+    def add(self, rows: Sequence[Row]) -> int:
+        """Adds rows, but those whose cells another process has finished meanwhile. Gives how many were added.
+
+        Raises:
+            StoreError: they cannot be written.
+        """
+        files: dict[str, list[Row]] = {}
+        for row in rows:
+            files.setdefault(row.file, []).append(row)
+        where, added = self.own or self.rows, 0
+        try:
+            if self.own is not None:
+                self.own.mkdir(exist_ok=True)
+            with locked(self.rows):
+                for file, mine in files.items():
+                    added += self._add(where / file, mine)
+        except StoreError:
+            raise
+        except OSError as error:
+            raise cannot(f"write to {where}", error, "rows written before are safe") from None
+        return added
+
+    def _add(self, path: Path, rows: list[Row]) -> int:
+        with opened(path) as handle:
+            self._catch_up(path.name)
+            new = [row for row in rows if self._status.get(row.id) != "ok"]
+            if new:
+                self._read_to[path] = add_line(handle, "\n".join(row.line for row in new))
+        self._status |= {row.id: row.status for row in new}
+        return len(new)
 
     @contextmanager
     def claim(self, what: str, wait: bool = True) -> Iterator[bool]:
         """Holds `what` against other processes of this folder; one that is killed lets go of it.
 
         Returns:
-            False: another process holds it, which does not happen where this one waits.
+            False: another process holds it, which does not happen where this one waits, nor where there are no locks.
         """
+        if self.own is not None:
+            yield True
+            return
         path = self.out / CLAIMS / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.lock"
         lock = FileLock(path)
         try:
@@ -126,12 +189,12 @@ class Store:
                 path.unlink()
             lock.release()
 
-    def _file(self, key: Key) -> Path:
-        parts = (key.model, key.benchmark, key.method)
-        return self.rows / ("__".join(slug(part) for part in parts) + ".jsonl")
+    def _catch_up(self, file: str) -> None:
+        """Reads what was added to the files of this name since they were last looked at."""
+        for folder in self._folders:
+            self._read_on(folder / file)
 
-    def _catch_up(self, path: Path) -> None:
-        """Reads what was added to the file since it was last looked at."""
+    def _read_on(self, path: Path) -> None:
         start = self._read_to.get(path, 0)
         if not path.exists() or path.stat().st_size <= start:
             return
@@ -171,42 +234,16 @@ def own_name(text: str) -> str:
     return f"{plain(text)[: LONGEST - 13]}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """The file, opened for adding to it, while no other process adds to a file of its folder."""
-    with FileLock(path.with_name(LOCK)):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            yield handle
-        finally:
-            os.close(handle)
-
-
-def _append(handle: int, line: str) -> int:
-    """Adds one line and gives the file's size. A write that fails half-way is taken back."""
-    size = os.fstat(handle).st_size
-    torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
-    data = (b"\n" if torn else b"") + line.encode() + b"\n"
-    try:
-        written = os.write(handle, data)
-        if written < len(data):
-            raise OSError(errno.ENOSPC, "no space left on device")
-    except OSError:
-        os.ftruncate(handle, size)
-        raise
-    return size + len(data)
-
-
 def append_line(path: Path, line: str) -> None:
-    """Adds one line under a lock; a torn line before it stays torn.
+    """Adds one line, under a lock where there are locks; a torn line before it stays torn.
 
     Raises:
         StoreError: the file cannot be written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path) as handle:
-            _append(handle, line)
+        with locked(path.parent), opened(path) as handle:
+            add_line(handle, line)
     except OSError as error:
         raise cannot(f"write to {path}", error, "what was written before is safe") from None
 
@@ -343,7 +380,7 @@ def read_rows(out: Path) -> list[Record]:
     Raises:
         StoreError: no rows there, none that can be read, or rows of another version.
     """
-    files = sorted((out / "rows").glob("*.jsonl"))
+    files = sorted(chain((out / "rows").glob("*.jsonl"), (out / "rows").glob("*/*.jsonl")))
     if not files and (out / PARQUET).is_file():
         files = [out / PARQUET]
     if not files:

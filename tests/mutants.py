@@ -184,7 +184,49 @@ FAULTS = (
     Fault("luck of another place", "harness/engine/generate.py", "[len(answer.tokens) + n", "[n", "tests/test_answer.py"),
     Fault("lost row after a tear", "results/store.py", 'b"\\n" if torn else b""', 'b""', "tests/test_store.py"),
     Fault("doubled rows", "results/store.py", 'if self._status.get(record.key.id) == "ok":', "if False:", "tests/test_store.py"),
-    Fault("lock dropped", "results/store.py", "with FileLock(path.with_name(LOCK)):", "if True:", "tests/test_store.py"),
+    Fault("lock dropped", "results/store.py", "with locked(self.rows):", "if True:", "tests/test_store.py"),
+    Fault(
+        "shards before the filter",
+        "harness/evaluation/plan.py",
+        "return asked[self.shard.number - 1 :: self.shard.of]",
+        "return [n for n in asked if n % self.shard.of == self.shard.number - 1]",
+        "tests/test_cluster.py",
+    ),
+    Fault(
+        "finished cells sent out again",
+        "harness/evaluation/spread.py",
+        "if row in unit.finished)",
+        "if False)",
+        "tests/test_cluster.py",
+    ),
+    Fault(
+        "a neighbour's death blamed",
+        "harness/cluster/drive.py",
+        'elif call.what == "run" and call in guilty:',
+        "elif True:",
+        "tests/test_drive.py",
+    ),
+    Fault(
+        "units of the dead lost",
+        "harness/cluster/drive.py",
+        "        self.queue.put_back(units)\n\n    def _blame",
+        "        pass\n\n    def _blame",
+        "tests/test_drive.py",
+    ),
+    Fault(
+        "retried for ever",
+        "harness/cluster/drive.py",
+        "if self.tries[unit] >= TRIES:",
+        "if self.tries[unit] >= 5:",
+        "tests/test_drive.py",
+    ),
+    Fault("short ones first", "harness/cluster/queue.py", "-_size(item[1])", "_size(item[1])", "tests/test_drive.py"),
+    Fault(
+        "files of other writers unread", "results/store.py", 'glob("*/*.jsonl")', 'glob("no/*.jsonl")', "tests/test_cluster.py"
+    ),
+    Fault(
+        "array from 0", "harness/evaluation/request.py", "(task - first) // max(1, step) + 1", "task + 1", "tests/test_cluster.py"
+    ),
     Fault(
         "cut in front of the question",
         "harness/evaluation/prompts.py",

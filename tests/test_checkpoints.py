@@ -19,15 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.base import Example
 from harness.cache import Needs
 from harness.cli.main import main
-from harness.cost.request import CostRequest, run_cost
+from harness.cost.request import CostRequest
+from harness.cost.run import run_cost
 from harness.engine.generate import Answer, Stop
 from harness.engine.model import Model
 from harness.engine.scoring import Likelihood
 from harness.errors import BadRequest
 from harness.evaluation.prompts import Protocol, tokenize
 from harness.evaluation.request import RunRequest
-from harness.evaluation.run import run_request, said
+from harness.evaluation.run import run_request
 from harness.evaluation.sweep import Cell, Outcome, Sweep
+from harness.evaluation.unit import said
 from harness.families import CannotConvert
 from harness.models.load import REFERENCE, UnknownModel, byte_tokenizer, check_name, load, parted, shipped_variant, source_of
 from harness.models.pretrained import digest_of

@@ -24,13 +24,15 @@ MAY_IMPORT = {
     "names": ("ground", "methods", "benchmarks", "results"),  # harness/registry.py, suites.py, env.py: what can be named
     "engine": ("ground",),
     "models": ("ground", "names", "engine", "methods"),
-    "evaluation": ("ground", "names", "engine", "models", "methods", "benchmarks", "results"),
-    "cost": ("ground", "names", "engine", "models", "methods", "benchmarks", "results", "evaluation"),
+    "cluster": ("ground", "names"),
+    "evaluation": ("ground", "names", "engine", "models", "methods", "benchmarks", "results", "cluster"),
+    "cost": ("ground", "names", "engine", "models", "methods", "benchmarks", "results", "evaluation", "cluster"),
     "training": ("ground", "names", "engine", "models", "methods", "benchmarks", "results", "evaluation"),
-    "papers": ("ground", "names", "engine", "models", "methods", "benchmarks", "results", "evaluation", "cost", "training"),
-    "api": ("ground", "names", "results", "evaluation", "cost"),
+    "papers": ("ground", "names", "engine", "models", "methods", "benchmarks", "results", "evaluation", "cost", "training",
+               "cluster"),
+    "api": ("ground", "names", "results", "evaluation", "cost", "cluster"),
     "cli": ("ground", "names", "engine", "models", "methods", "benchmarks", "results", "evaluation", "cost", "training", "papers",
-            "reports"),
+            "cluster", "reports"),
 }  # fmt: skip
 PROGRAMS = ("benchmarks/peers/",)  # they stand above everything, and nothing imports them
 

@@ -10,6 +10,7 @@ import resource
 import signal
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from benchmarks.random_tokens import RandomTokens
 from harness.cache import Budget
 from harness.evaluation.plan import Grid, units
 from harness.evaluation.prompts import Protocol
-from harness.evaluation.run import Sweeps, in_turn, run_unit
+from harness.evaluation.request import RunRequest
+from harness.evaluation.run import in_turn
+from harness.evaluation.unit import Loaded, run_unit
 from methods import METHODS
 from reports.tables import lines
 from results.record import Key, Record
@@ -125,7 +128,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 def _write_until_full(out: Path) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
     store = Store(out)
     try:
         for example in range(100):
@@ -176,11 +179,15 @@ GRID = Grid(
 CELLS = 30 * 5
 
 
+@cache
+def loaded() -> Loaded:
+    return Loaded.of(tiny("llama"), GRID, RunRequest())
+
+
 def _sweep(out: Path) -> None:
     store = Store(out)
-    sweeps = Sweeps(tiny("llama"))
     for unit in units(tiny("llama"), GRID, store):
-        for record in run_unit(sweeps, unit, "env"):
+        for record in run_unit(RunRequest(), unit, loaded()):
             store.write(record)
 
 
@@ -205,7 +212,7 @@ def test_runs_at_once_take_other_prompts(killed: bool, tmp_path: Path, capsys: p
     others = [next(theirs), next(theirs)]
     assert held.example.index == 0 and [unit.example.index for unit in others] == [1, 2]
     if not killed:
-        for record in run_unit(Sweeps(model), held, "env"):
+        for record in run_unit(RunRequest(), held, loaded()):
             first.write(record)
     ours.close()
     (last,) = theirs
@@ -215,7 +222,7 @@ def test_runs_at_once_take_other_prompts(killed: bool, tmp_path: Path, capsys: p
 
 def test_killed_at_twenty_moments_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
     rng = random.Random(0)
-    tiny("llama")  # made here, so that the children are forks of a warm process
+    loaded()  # made here, so that the children are forks of a warm process
     before: set[str] = set()
     grew = 0
     for _ in range(20):

@@ -68,7 +68,9 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add("--batches", help="cost suites: sequences decoded together, with commas; largest: as many as fit")
     add("--decode", help="cost suites: eager, graph (CUDA), compiled (and captured on a GPU), with commas (default: the suite's)")
     add("--rounds", type=int, help="cost suites: how often each latency is measured")
-    add("--shard", help="i/n: the i-th of n shares of the examples (default: 1/1)")
+    add("--shard", help="i/n: the i-th of n shares of the examples (default: that of a task of a Slurm array, else 1/1)")
+    add("--own-rows", action="store_true", help="rows in files of this process alone: for file systems whose locks are none")
+    _add_workers(command)
     _add_data(command)
     add("--head-scores", help="files or folders of head scores for HeadKV, with commas")
     add("--examples", choices=("all", "held_out", "test"), help="all, or the 15%% held out, or the other 85%% (default: all)")
@@ -109,6 +111,7 @@ def _add_importance(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="(default: 0)")
     add("--teacher-forced", action="store_true", help="our own option: feed the right answers, for models too weak to give them")
     add("--out", type=_path, help="file for the scores (default: results/head_scores/<model>_<kind>.json)")
+    _add_workers(command)
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
@@ -180,6 +183,7 @@ def _add_reproduce(command: argparse.ArgumentParser) -> None:
     _add_data(command)
     add("--head-scores", help="files or folders of head scores for HeadKV, with commas")
     _add_device(command)
+    _add_workers(command)
     add("--out", type=_path, help="(default: results/papers)")
 
 
@@ -187,9 +191,14 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "what",
-        choices=("sweep", "methods", "attention", "evict", "kernel"),
-        help="31 cells beside their prefills; what each method adds; decode attention; eviction while decoding; Triton",
+        choices=("sweep", "methods", "attention", "evict", "kernel", "cluster"),
+        help="31 cells beside their prefills; what each method adds; decode attention; eviction while decoding; Triton; many "
+        "workers, simulated from recorded times",
     )
+    add("--out", type=_path, help="cluster: folder of a run with --ray, whose times are taken (default: results/default)")
+    add("--workers", type=int, help="cluster: simulated, beside 1, 8 and 64 (default: 1000)")
+    add("--units", type=int, help="cluster: prompts, drawn from the recorded ones (default: 20 a worker)")
+    add("--scale", type=float, help="cluster: units and loading take so many times as long as recorded (default: 1)")
     add("--verify", action="store_true", help="sweep: decode every cell alone too, and count the answers that differ")
     _add_device(command)
 
@@ -219,6 +228,13 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:1, auto: layers over all GPUs (default: cuda if there is one)")
     command.add_argument("--dtype", choices=DTYPES, help="(default: float32 on a CPU, bfloat16 on a GPU)")
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--ray", metavar="local|ADDRESS", help="on workers of Ray: on this machine, or in a cluster by its head node's host:port")
+    add("--workers", type=int, help="with --ray: how many (default: as the GPUs are enough for; without GPUs, one a core)")
+    add("--gpus-per-worker", type=int, help="with --ray: of each worker (default: 1, where there are GPUs)")
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:

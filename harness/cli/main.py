@@ -97,20 +97,25 @@ def _registry(options: argparse.Namespace) -> Any:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from harness.cli.requests import cost_request, run_request
+    from harness.cli.requests import cost_request, has_cost, run_request
     from harness.suites import COST_SUITES
 
     if vars(options).get("suite") in COST_SUITES:
+        if not has_cost(options):
+            print("cost cells are not divided: the first shard measures them, one after the other", file=sys.stderr)
+            return 0
         return _cost(cost_request(options), _registry(options), options.arguments)
     request = run_request(options)
     registry = _registry(options)
-    from harness.cost.request import cost_behind, run_cost
+    from harness.cost.request import cost_behind
+    from harness.cost.run import run_cost
     from harness.evaluation import run
     from harness.evaluation.artifacts import record_command
 
-    failed = _run_rows(options, request, registry)
-    failed += run.run_behind(request, registry)
-    cost = cost_behind(request)
+    with run.on_workers(request.cluster):
+        failed = _run_rows(options, request, registry)
+        failed += run.run_behind(request, registry)
+    cost = cost_behind(request)  # nothing else runs by now
     failed += run_cost(cost, registry) if cost else 0
     record_command(request.out, options.arguments)
     _write_reports([request.out])
@@ -132,7 +137,7 @@ def _run_rows(options: argparse.Namespace, request: Any, registry: Any) -> int:
 
 
 def _cost(request: Any, registry: Any, arguments: list[str]) -> int:
-    from harness.cost.request import run_cost
+    from harness.cost.run import run_cost
     from harness.evaluation.artifacts import record_command
 
     failed = run_cost(request, registry)
@@ -241,7 +246,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _importance(options: argparse.Namespace) -> int:
     from harness.cli.requests import importance_request
-    from harness.papers.importance import estimate_importance
+    from harness.papers.estimate import estimate_importance
     from reports.heads import head_map
 
     request = importance_request(options)
@@ -323,6 +328,8 @@ def _bench(options: argparse.Namespace) -> int:
     from methods import METHODS
 
     given = vars(options)
+    if options.what == "cluster":
+        return _simulated(given)
     if options.what == "methods":
         from harness.cost.method_costs import method_costs
 
@@ -337,6 +344,17 @@ def _bench(options: argparse.Namespace) -> int:
         device = device_of(given.get("device"))
         line = checked_kernel_speed(device, dtype_of(given.get("dtype", "bfloat16"), device))
     print(json.dumps(line))
+    return 0
+
+
+def _simulated(given: dict[str, Any]) -> int:
+    """A line for each number of workers."""
+    from harness.cli.requests import simulation
+    from harness.cluster.simulate import simulate
+
+    times, workers, units = simulation(given)
+    for count in sorted({1, 8, 64, workers}):
+        print(json.dumps(simulate(times, count, units or 20 * workers)))
     return 0
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from harness.cluster.options import RayOptions
 from harness.errors import BadRequest
 from harness.evaluation.request import OUT, JudgeOptions, RunRequest, Shard
 from harness.registry import Registry, split
 
 if TYPE_CHECKING:
+    from harness.cluster.simulate import Times
     from harness.cost.request import CostRequest
     from harness.papers.importance import ImportanceRequest
     from harness.papers.reproduce import ReproduceRequest
@@ -38,8 +42,11 @@ def run_request(options: argparse.Namespace) -> RunRequest:
     found |= _several(given, "prompt", "prompts") | _several(given, "routing", "routings")
     found |= _numbers(given, "seed", "seeds", least=None)
     found |= _paths(given, "head_scores")
+    found |= _cluster(given)
     if "shard" in given:
         found["shard"] = Shard.parse(given["shard"])
+    elif given.get("command") in ("run", "plan"):
+        found["shard"] = _array_shard("cluster" in found)
     if "protect" in given:
         found["protect"] = ":".join(part.strip() for part in given["protect"].split(","))
     if "no_fidelity" in given:
@@ -48,6 +55,40 @@ def run_request(options: argparse.Namespace) -> RunRequest:
         workers = {"workers": given["judge_workers"]} if "judge_workers" in given else {}
         found["judge"] = JudgeOptions(given.get("judge_url", ""), given.get("judge_model", ""), **workers)
     return RunRequest(**found)
+
+
+def _array_shard(on_workers: bool) -> Shard:
+    """The share of the examples that a task of a Slurm array takes."""
+    shard = Shard.of_array(os.environ)
+    if shard == Shard():
+        return shard
+    if on_workers:
+        raise BadRequest(
+            "--ray in a Slurm array: the array's tasks divide the examples already: take a job without --array for Ray"
+        )
+    print(f"shard {shard.number}/{shard.of}, as the task of a Slurm array", file=sys.stderr)
+    return shard
+
+
+def _cluster(given: dict[str, Any]) -> dict[str, RayOptions]:
+    """
+    Raises:
+        BadRequest: options of workers without any.
+    """
+    sizes = {name: given[name] for name in ("workers", "gpus_per_worker") if name in given}
+    if "ray" in given:
+        return {"cluster": RayOptions(given["ray"].strip(), **sizes)}
+    if sizes:
+        raise BadRequest(
+            f"--{next(iter(sizes)).replace('_', '-')} says how many workers of Ray there are: add --ray local, or an address"
+        )
+    return {}
+
+
+def has_cost(options: argparse.Namespace) -> bool:
+    """Of several shards the first measures the cost: see `cost_behind`."""
+    given = vars(options)
+    return (Shard.parse(given["shard"]) if "shard" in given else Shard.of_array(os.environ)).number == 1
 
 
 def cost_request(options: argparse.Namespace) -> CostRequest:
@@ -60,7 +101,7 @@ def cost_request(options: argparse.Namespace) -> CostRequest:
     given = vars(options)
     if "protect" in given:
         raise BadRequest("--protect is for suites of scores; the cost of one method so: --methods 'snapkv(protect=4:8)'")
-    found = _plain(CostRequest, given)
+    found = _plain(CostRequest, given) | _cluster(given)
     for option, field in (("model", "models"), ("methods", "methods"), ("budgets", "budgets"), ("decode", "decodes")):
         found |= _several(given, option, field)
     found |= _numbers(given, "contexts", "contexts") | _numbers(given, "batches", "batches", {"largest": LARGEST})
@@ -93,7 +134,7 @@ def _conversion(given: dict[str, Any], registry: Registry) -> str:
 def importance_request(options: argparse.Namespace) -> ImportanceRequest:
     from harness.papers.importance import ImportanceRequest
 
-    return ImportanceRequest(**_plain(ImportanceRequest, vars(options)))
+    return ImportanceRequest(**(_plain(ImportanceRequest, vars(options)) | _cluster(vars(options))))
 
 
 def tokens_request(options: argparse.Namespace) -> TokenImportanceRequest:
@@ -106,7 +147,24 @@ def reproduce_request(options: argparse.Namespace) -> ReproduceRequest:
     from harness.papers.reproduce import ReproduceRequest
 
     given = vars(options)
-    return ReproduceRequest(**(_plain(ReproduceRequest, given) | _paths(given, "head_scores")))
+    return ReproduceRequest(**(_plain(ReproduceRequest, given) | _paths(given, "head_scores") | _cluster(given)))
+
+
+def simulation(given: dict[str, Any]) -> tuple[Times, int, int | None]:
+    """Recorded times, how many workers to simulate, and how many units, if that was said.
+
+    Raises:
+        BadRequest: nothing was recorded, or a number that makes no sense.
+    """
+    from harness.cluster.simulate import Times
+    from harness.evaluation.spread import TIMES
+    from results.lines import json_lines
+
+    for name in ("workers", "units", "scale"):
+        if name in given and not given[name] > 0:
+            raise BadRequest(f"--{name} {given[name]:g} must be above 0")
+    times = Times.of(line for _, line in json_lines(given.get("out", OUT) / TIMES))
+    return times.scaled(given.get("scale", 1.0)), given.get("workers", 1000), given.get("units")
 
 
 def betas_of(options: argparse.Namespace) -> Sequence[float] | None:

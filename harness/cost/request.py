@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cache import Budget
+from harness.cluster.options import RayOptions
 from harness.errors import BadRequest
 from harness.evaluation.request import DTYPES, OUT, RunRequest, at_least, narrowed, tell_apart
 from harness.registry import Registry
@@ -22,6 +23,7 @@ from results.record import DECODES
 
 ROOT = Path(__file__).parents[2]
 HOUR = 3600.0
+ROWS = Path("cost", "rows.jsonl")
 MEMORY_STEPS = 8  # tokens decoded while memory is watched: it does not move from one to the next
 LARGEST = 0  # a batch of as many sequences as fit
 
@@ -47,6 +49,7 @@ class CostRequest:
     plugins: tuple[Path, ...] = ()
     device: str | None = None
     dtype: str | None = None
+    cluster: RayOptions | None = None  # None, or workers here: in processes of this one
 
     def __post_init__(self) -> None:
         tell_apart(self, ("models", "methods", "budgets", "contexts", "batches", "decodes"))
@@ -92,15 +95,19 @@ class CostPlan:
 
 
 def cost_behind(request: RunRequest) -> CostRequest | None:
-    """The cost suite behind a quality suite, if there is one and nothing of the request was narrowed."""
+    """The cost suite behind a quality suite, if there is one and nothing of the request was narrowed.
+
+    Of several shards the first has it: cells are not divided, and two processes would disturb each other's times.
+    """
     suite = SUITES.get(request.suite)
-    if suite is None or not suite.cost or narrowed(request):
+    if suite is None or not suite.cost or narrowed(request) or request.shard.number > 1:
         return None
-    return CostRequest(suite.cost, out=request.out, plugins=request.plugins, device=request.device, dtype=request.dtype)
+    shared = {name: getattr(request, name) for name in ("out", "plugins", "device", "dtype", "cluster")}
+    return CostRequest(suite.cost, **shared)
 
 
-def run_cost(request: CostRequest, registry: Registry) -> int:
-    """Runs what has no row yet, and gives how many cells failed.
+def measure_here(request: CostRequest, registry: Registry) -> int:
+    """Measures what has no row yet, and gives how many cells failed.
 
     Raises:
         UserError: the request makes no sense.
@@ -118,12 +125,16 @@ def run_cost(request: CostRequest, registry: Registry) -> int:
     with tqdm(cells.items(), unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar:
         for row_id, cell in bar:
             bar.set_postfix_str(f"{cell.what} {cell.decode} {cell.method} {cell.budget} {cell.context}", refresh=False)
-            found = run_cell(cell)
-            failed += found["status"] == "failed"
-            shown = asdict(replace(cell, plugins=tuple(Path(path).name for path in cell.plugins)))  # no folder of a machine
-            row = {"id": row_id, "cell": shown, "env": env, "sources": sources_of(cell), **found}
-            append_line(request.out / "cost" / "rows.jsonl", json.dumps(row))
+            row = row_of(row_id, cell, env, run_cell(cell))
+            failed += row["status"] == "failed"
+            append_line(request.out / ROWS, json.dumps(row))
     return failed
+
+
+def row_of(row_id: str, cell: CostCell, env: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What is stored of a cell that was measured."""
+    shown = asdict(replace(cell, plugins=tuple(Path(path).name for path in cell.plugins)))  # no folder of a machine
+    return {"id": row_id, "cell": shown, "env": env, "sources": sources_of(cell), **found}
 
 
 def plan_cost(request: CostRequest, registry: Registry) -> CostPlan:
@@ -138,20 +149,30 @@ def plan_cost(request: CostRequest, registry: Registry) -> CostPlan:
 
 def _left_to_do(request: CostRequest, registry: Registry, env: str) -> tuple[dict[str, CostCell], int]:
     """The cells without a row, by the row's id, and how many there are in all."""
-    from harness.models.load import check_name, dtype_of, one_device, source_of
+    asked, done = cells_asked(request, registry, env), rows_done(request.out)
+    return {row_id: cell for row_id, cell in asked.items() if row_id not in done}, len(asked)
+
+
+def rows_done(out: Path) -> set[str]:
+    """Ids of the rows that need not be measured again."""
     from results.store import read_costs
+
+    return {row["id"] for row in read_costs(out) if row["status"] in ("ok", "skipped")}
+
+
+def cells_asked(request: CostRequest, registry: Registry, env: str) -> dict[str, CostCell]:
+    """Every cell by its row's id, in this environment."""
+    from harness.models.load import check_name, dtype_of, one_device, source_of
 
     suite = cost_suite_of(request, registry)
     for name in suite.models:
         check_name(name, registry)
     device = one_device(request.device, "a cost suite")
     dtype = str(dtype_of(request.dtype, device)).removeprefix("torch.")
-    done = {row["id"] for row in read_costs(request.out) if row["status"] in ("ok", "skipped")}
     plugins = tuple(str(Path(path).resolve()) for path in request.plugins)
     every = [replace(cell, plugins=plugins) for cell in cells_of(suite, registry, dtype, str(device))]
     weights = {name: source_of(name) for name in suite.models}
-    asked = {identity(cell, env, weights[cell.model]): cell for cell in every}
-    return {row_id: cell for row_id, cell in asked.items() if row_id not in done}, len(every)
+    return {identity(cell, env, weights[cell.model]): cell for cell in every}
 
 
 def cost_suite_of(request: CostRequest, registry: Registry) -> CostSuite:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -26,47 +26,62 @@ def record_command(out: Path, arguments: Sequence[str]) -> None:
     append_line(out / "commands.jsonl", json.dumps({"when": when, "command": shlex.join(["python", "run_all.py", *arguments])}))
 
 
-def record_artifacts(out: Path, grid: Grid) -> None:
-    """Writes what belongs to a whole grid: `data/` and `heads/`.
-
-    Raises:
-        StoreError: the folder cannot be written to.
-    """
+def artifacts_of(grid: Grid) -> dict[str, Any]:
+    """What belongs to a whole grid: the files of `data/` and `heads/`, by their place in the output folder."""
+    found: dict[str, Any] = {}
     for task in grid.tasks.values():
         if task.data and reads_data(task):
             records = task.records()
             about = {"source": records.source, "sha256": records.sha256, "records": len(records.rows), "licence": records.licence}
-            write_json(out / "data" / f"{records.sha256[:12]}.json", about)
+            found[f"data/{records.sha256[:12]}.json"] = about
     for method in grid.methods.values():
         if (scores := method.given_head_scores) is not None:
             about = {"variant": scores.variant, "kind": scores.kind, "attempts": scores.attempts, "successes": scores.successes}
-            write_json(out / "heads" / f"{scores.sha256}.json", {**about, "values": scores.values.tolist()})
+            found[f"heads/{scores.sha256}.json"] = {**about, "values": scores.values.tolist()}
+    return found
 
 
-def _routing_file(folder: Path, model: Model) -> Path:
+def write_artifacts(out: Path, found: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        StoreError: the folder cannot be written to.
+    """
+    for place, about in found.items():
+        write_json(out / place, about)
+
+
+def routing_file(folder: Path, model: str, revision: str) -> Path:
     """Named by the model; where another of its name has that file, by its revision too."""
-    path = folder / f"{slug(model.name)}.json"
+    path = folder / f"{slug(model)}.json"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        theirs = (about["model"], about.get("revision", model.revision))
+        theirs = (about["model"], about.get("revision", revision))
     except FileNotFoundError:
         return path
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         theirs = ("", "")
-    mine = (model.name, model.revision)
-    return path if theirs == mine else folder / f"{own_name('@'.join(mine))}.json"
+    return path if theirs == (model, revision) else folder / f"{own_name(f'{model}@{revision}')}.json"
 
 
 def record_routing(out: Path, model: Model, unit: Unit) -> None:
-    """Writes `<out>/routing/<model>.json`, once: the expert of each token of a prompt in words, by routing and layer."""
-    if not model.routers or model.tokenizer is None or not unit.example.prompt:
+    """Writes `<out>/routing/<model>.json`, once: see `routing_of`."""
+    if not has_routing(model, unit) or (path := routing_file(out / "routing", model.name, model.revision)).exists():
         return
-    path = _routing_file(out / "routing", model)
-    if path.exists():
-        return
+    about = routing_of(model, unit)
+    if about is not None:
+        write_json(path, about)
+
+
+def has_routing(model: Model, unit: Unit) -> bool:
+    """Is the prompt a text that the model routes?"""
+    return bool(model.routers) and model.tokenizer is not None and bool(unit.example.prompt)
+
+
+def routing_of(model: Model, unit: Unit) -> dict[str, Any] | None:
+    """The expert of each token of a prompt in words, by routing and layer; None where the unit has no prompt."""
     prompts = opened(model, unit).prompts
-    if not prompts:
-        return
+    if not prompts or model.tokenizer is None:
+        return None
     ids = prompts[0].ids
     experts: dict[str, Any] = {}
     for routing in get_args(Routing):
@@ -77,7 +92,7 @@ def record_routing(out: Path, model: Model, unit: Unit) -> None:
         name: [[layer.count(expert) / len(layer) for expert in range(most)] for layer in layers]
         for name, layers in experts.items()
     }
-    about = {
+    return {
         "model": model.name,
         "revision": model.revision,
         "benchmark": unit.task.name,
@@ -86,4 +101,3 @@ def record_routing(out: Path, model: Model, unit: Unit) -> None:
         "experts": {name: [layer[:SHOWN] for layer in layers] for name, layers in experts.items()},
         "shares": shares,
     }
-    write_json(path, about)

@@ -51,6 +51,7 @@ class Grid:
     part: Part = "all"
     fidelity: bool = True
     registry: Registry = field(default=BUILTIN, repr=False)
+    variant: str = ""  # the model as it was asked for
 
     def cells(self) -> list[Cell]:
         found = []
@@ -61,8 +62,8 @@ class Grid:
 
     def examples(self, task: Task) -> list[int]:
         count = self.limit if task.size is None else min(self.limit, task.size)
-        numbers = range(self.shard.number - 1, count, self.shard.of)
-        return [n for n in numbers if self.part == "all" or is_held_out(n) == (self.part == "held_out")]
+        asked = [n for n in range(count) if self.part == "all" or is_held_out(n) == (self.part == "held_out")]
+        return asked[self.shard.number - 1 :: self.shard.of]
 
     @property
     def size(self) -> int:
@@ -89,6 +90,7 @@ class Unit:
     seed: int
     limit: int  # tokens of the prompt
     keys: dict[Cell, Key]
+    variant: str = ""  # the model as it was asked for
     finished: frozenset[Cell] = frozenset()  # those that have a row
 
     @property
@@ -218,10 +220,10 @@ def grid_of(request: RunRequest, suite: Suite, registry: Registry) -> Grid:
 def grids_of(request: RunRequest, registry: Registry) -> dict[str, Grid]:
     """What to run on each model of the suite, by the model's name."""
     suite = suite_of(request, registry)
-    found = dict.fromkeys(suite.models, grid_of(request, suite, registry))
+    grids = {suite.models: grid_of(request, suite, registry)}
     if suite.variants:
-        found |= dict.fromkeys(suite.variants, grid_of(request, replace(suite, methods=suite.variant_methods), registry))
-    return found
+        grids[suite.variants] = grid_of(request, replace(suite, methods=suite.variant_methods), registry)
+    return {name: replace(grid, variant=name) for names, grid in grids.items() for name in names}
 
 
 def marked(unit: Unit, store: Store) -> Unit:
@@ -235,12 +237,22 @@ def units(model: Model, grid: Grid, store: Store | None = None) -> Iterator[Unit
     for label, task in grid.tasks.items():
         wanted = product(protocols_of(task, grid, bool(model.routers)), grid.seeds, grid.examples(task))
         for protocol, seed, index in wanted:
-            example = _example(model, label, task, index, seed)
-            if not has_example(model.tokenizer, example):
-                continue
-            unit = Unit(label, task, example, protocol, seed, _limit(model, task, example, protocol), {})
-            unit.keys.update((cell, key_of(model, grid, unit, cell)) for cell in cells)
-            yield unit if store is None else marked(unit, store)
+            unit = unit_of(model, grid, label, protocol, seed, index, cells)
+            if unit is not None:
+                yield unit if store is None else marked(unit, store)
+
+
+def unit_of(
+    model: Model, grid: Grid, label: str, protocol: Protocol, seed: int, index: int, cells: Sequence[Cell]
+) -> Unit | None:
+    """One prompt with these cells; None where a text has no such piece."""
+    task = grid.tasks[label]
+    example = _example(model, label, task, index, seed)
+    if not has_example(model.tokenizer, example):
+        return None
+    unit = Unit(label, task, example, protocol, seed, _limit(model, task, example, protocol), {}, grid.variant)
+    unit.keys.update((cell, key_of(model, grid, unit, cell)) for cell in cells)
+    return unit
 
 
 def checked(model: Model, found: Iterator[Unit]) -> Iterator[Unit]:

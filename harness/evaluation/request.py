@@ -6,12 +6,13 @@ Loads nothing: a request is checked as far as it can be without a model, a bench
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness.cache import Chat, Granularity, PromptProtocol, Routing
+from harness.cluster.options import RayOptions
 from harness.errors import BadRequest
 
 OUT = Path("results/default")
@@ -21,7 +22,7 @@ Part = Literal["all", "held_out", "test"]
 
 @dataclass(frozen=True)
 class Shard:
-    """Examples `index` with index % of == number - 1."""
+    """Every `of`-th of the examples that are asked for, from the `number`-th on."""
 
     number: int = 1
     of: int = 1
@@ -32,6 +33,23 @@ class Shard:
         if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
             raise BadRequest(f"shard {text!r} is not of the form i/n with 1 <= i <= n")
         return cls(int(number), int(of))
+
+    @classmethod
+    def of_array(cls, environment: Mapping[str, str]) -> Shard:
+        """The share of a task of a Slurm array; of any other process, everything.
+
+        Raises:
+            BadRequest: an array whose numbers are not evenly spaced, which does not say which share is this one's.
+        """
+        names = ("ID", "COUNT", "MIN", "STEP")
+        texts = {name: environment.get(f"SLURM_ARRAY_TASK_{name}", "") for name in names}
+        if not (texts["ID"].isdecimal() and texts["COUNT"].isdecimal()):
+            return cls()
+        task, count, first, step = (int(texts[name]) if texts[name].isdecimal() else 1 for name in names)
+        number = (task - first) // max(1, step) + 1
+        if not 1 <= number <= count or (task - first) % max(1, step):
+            raise BadRequest(f"task {task} of a Slurm array of {count} is not one of evenly spaced ones: say --shard i/{count}")
+        return cls(number, count)
 
 
 @dataclass(frozen=True)
@@ -84,8 +102,12 @@ class RunRequest:
     dtype: str | None = None  # None: float32 on a CPU, bfloat16 on a GPU
     cell_bytes: int | None = None  # rows of the cells decoded together, at most
     judge: JudgeOptions | None = None
+    own_rows: bool = False  # rows in files of this process alone, without locks
+    cluster: RayOptions | None = None  # None: this process
 
     def __post_init__(self) -> None:
+        if self.cluster is not None and self.shard != Shard():
+            raise BadRequest("--ray gives every worker its share of the examples itself: leave --shard out")
         tell_apart(self, ("models", "methods", "budgets", "benchmarks", "prompts", "seeds", "routings"))
         for what, asked, known in (
             ("prompt protocol", self.prompts, get_args(PromptProtocol)),

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,19 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.haystack import Haystack
 from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, TEXTS, Needle
 from benchmarks.wording import english_f1, rouge
 from harness.cache import Arena, Chat, Needs, keep_all
+from harness.cluster.options import RayOptions
 from harness.engine.generate import Decoder, NgramTable, Stop, generate
 from harness.engine.model import Model
 from harness.engine.rows import RowCache, compact
 from harness.errors import BadRequest
 from harness.evaluation.prompts import encode
-from harness.models.load import check_name, load_model
+from harness.models.load import load_model
 from harness.registry import Registry
 from methods.headkv import HeadScores, Kind, attended, copied
 from results.store import append_line, slug
@@ -98,26 +97,25 @@ class ImportanceRequest:
     revision: str | None = None
     device: str | None = None
     dtype: str | None = None
+    cluster: RayOptions | None = None  # None: this process
 
     @property
     def path(self) -> Path:
         return self.out or Path("results/head_scores") / f"{slug(self.model)}_{self.kind}.json"
 
 
-def estimate_importance(request: ImportanceRequest, registry: Registry) -> HeadScores:
-    """Estimates head scores, and keeps them in the request's file.
+def prepared(request: ImportanceRequest, registry: Registry) -> tuple[Model, Estimate, Haystack]:
+    """The model, what follows from it and the request, and the text around the needles.
 
     Raises:
-        UserError: the request makes no sense, or the model answers nothing.
+        UserError: the request makes no sense on this model.
     """
-    check_name(request.model, registry)
-    out = request.path
-    if out.suffix != ".json" or out.is_dir():
-        raise BadRequest(f"--out {out} must name a .json file")
     haystack = Haystack.of(request.haystack)
     model = load_model(request.model, request, registry)
     if model.routers or model.depth > model.shape.layers:
         raise BadRequest(f"{model.name}: heads of this variant do not each hold every token, which the estimator needs")
+    if model.tokenizer is None:
+        raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a needle")
     room = model.max_tokens - LONGEST_NEEDLE
     estimate = Estimate(
         kind=request.kind,
@@ -135,8 +133,7 @@ def estimate_importance(request: ImportanceRequest, registry: Registry) -> HeadS
         raise BadRequest(
             f"--max-length {estimate.max_length} leaves no room for an answer: {model.name} has {model.max_tokens} positions"
         )
-    with tqdm(total=estimate.attempts, unit="attempt", desc=model.name, file=sys.stderr) as bar:
-        return estimate_scores(model, estimate, haystack, out, bar.update)
+    return model, estimate, haystack
 
 
 @dataclass(frozen=True)
@@ -249,10 +246,75 @@ def _look(model: Model, cache: RowCache, work: Attempt, kind: Kind, said: Sequen
     return scores
 
 
+@dataclass(frozen=True)
+class Subject:
+    """Whose heads they are."""
+
+    name: str
+    revision: str
+    dtype: str
+    heads: tuple[int, int]  # layers, and query heads of a layer
+
+    @classmethod
+    def of(cls, model: Model) -> Subject:
+        dtype = str(model.network.dtype).removeprefix("torch.")
+        return cls(model.name, model.revision, dtype, (model.shape.layers, model.shape.query_heads))
+
+
+class Attempts:
+    """Those of an estimate, as they are finished: each is kept at once beside `out`.
+
+    Raises:
+        BadRequest: what is kept there belongs to another estimate, or the file cannot be written.
+    """
+
+    def __init__(self, subject: Subject, estimate: Estimate, out: Path) -> None:
+        self.subject, self.estimate, self.out = subject, estimate, out
+        self.settings: dict[str, Any] = {**asdict(estimate), "dtype": subject.dtype}
+        same = {"variant": subject.name, "revision": subject.revision, **self.settings, "attempts": None}  # any number goes on
+        name = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
+        self.journal = Journal(out.with_suffix(f".{name}.attempts.jsonl"), same)
+        self.done = {number: scores for number, scores in self.journal.read().items() if number < estimate.attempts}
+
+    @property
+    def left(self) -> list[int]:
+        return [number for number in range(self.estimate.attempts) if number not in self.done]
+
+    def add(self, number: int, found: Observed) -> None:
+        """
+        Raises:
+            StoreError: it cannot be kept.
+        """
+        self.done[number] = None if found.scores is None else found.scores.ravel().tolist()
+        self.journal.add(number, self.done[number], found.answer)
+
+    def finish(self) -> HeadScores:
+        """Writes the artefact.
+
+        Raises:
+            BadRequest: no attempt succeeded, or the file cannot be written.
+        """
+        subject, estimate = self.subject, self.estimate
+        kept = [scores for _, scores in sorted(self.done.items()) if scores is not None]
+        if not kept:
+            raise BadRequest(
+                f"model {subject.name} answered none of {estimate.attempts} attempts (0 successes): raise --attempts, choose "
+                "other --needles, or take --teacher-forced, an option of our own that feeds the right answers"
+            )
+        runs = np.array(kept).reshape(len(kept), *subject.heads)
+        scores = HeadScores(subject.name, subject.revision, estimate.kind, runs, estimate.attempts, self.settings)
+        try:
+            scores.save(self.out)
+        except OSError as error:
+            raise BadRequest(f"cannot write {self.out}: {error.strerror}; the attempts are kept beside it") from None
+        self.journal.remove()
+        return scores
+
+
 def estimate_scores(
     model: Model, estimate: Estimate, haystack: Haystack, out: Path, progress: Callable[[int], Any]
 ) -> HeadScores:
-    """Runs what is left of the attempts, keeping each at once beside `out`, and writes the artefact.
+    """Runs what is left of the attempts, and writes the artefact.
 
     Raises:
         BadRequest: no attempt succeeded, or the file cannot be written.
@@ -260,33 +322,13 @@ def estimate_scores(
     """
     if model.tokenizer is None:
         raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a needle")
-    settings: dict[str, Any] = {**asdict(estimate), "dtype": str(model.network.dtype).removeprefix("torch.")}
-    same = {"variant": model.name, "revision": model.revision, **settings, "attempts": None}  # any number of them goes on
-    name = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
-    journal = Journal(out.with_suffix(f".{name}.attempts.jsonl"), same)
-    done = {number: scores for number, scores in journal.read().items() if number < estimate.attempts}
-    progress(len(done))
+    attempts = Attempts(Subject.of(model), estimate, out)
+    progress(len(attempts.done))
     arena = Arena()
-    for number in range(estimate.attempts):
-        if number not in done:
-            found = observe(model, attempt(model.tokenizer, estimate, haystack, number), estimate, arena)
-            done[number] = None if found.scores is None else found.scores.ravel().tolist()
-            journal.add(number, done[number], found.answer)
-            progress(1)
-    kept = [scores for _, scores in sorted(done.items()) if scores is not None]
-    if not kept:
-        raise BadRequest(
-            f"model {model.name} answered none of {estimate.attempts} attempts (0 successes): raise --attempts, choose other "
-            "--needles, or take --teacher-forced, an option of our own that feeds the right answers"
-        )
-    runs = np.array(kept).reshape(len(kept), model.shape.layers, model.shape.query_heads)
-    scores = HeadScores(model.name, model.revision, estimate.kind, runs, estimate.attempts, settings)
-    try:
-        scores.save(out)
-    except OSError as error:
-        raise BadRequest(f"cannot write {out}: {error.strerror}; the attempts are kept beside it") from None
-    journal.remove()
-    return scores
+    for number in attempts.left:
+        attempts.add(number, observe(model, attempt(model.tokenizer, estimate, haystack, number), estimate, arena))
+        progress(1)
+    return attempts.finish()
 
 
 @dataclass(frozen=True)

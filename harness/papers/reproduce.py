@@ -10,10 +10,12 @@ from typing import Any
 
 from benchmarks.base import reads_data
 from benchmarks.data import BadData
-from harness.cost.request import CostRequest, run_cost
+from harness.cluster.options import RayOptions
+from harness.cost.request import CostRequest
+from harness.cost.run import run_cost
 from harness.errors import BadRequest
 from harness.evaluation.request import RunRequest, at_least
-from harness.evaluation.run import run_request
+from harness.evaluation.run import on_workers, run_request
 from harness.families import shape_of
 from harness.models.load import check_name, device_of
 from harness.models.shapes import SHAPES
@@ -67,6 +69,7 @@ class ReproduceRequest:
     head_scores: tuple[Path, ...] = ()
     device: str | None = None
     dtype: str | None = None
+    cluster: RayOptions | None = None  # workers for what has prompts and costs; training stays here
     out: Path = Path("results/papers")
 
     def __post_init__(self) -> None:
@@ -117,13 +120,14 @@ def reproduce(request: ReproduceRequest, registry: Registry) -> Reproduced:
     benchmarks = tuple(_at_hand(_benchmarks(table, rows, facts), request.data_dir, registry))
     failed, keys = 0, dict[tuple[str, str], set[str]]()
     shared = _run_request(request, table, theirs)
-    for (name, budget), methods in wanted.items():
-        budgets = (budget,) if budget else ()
-        ran = run_request(
-            replace(shared, models=(name,), methods=tuple(methods), budgets=budgets, benchmarks=benchmarks), registry
-        )
-        failed += ran.failed
-        keys[name, budget] = ran.keys
+    with on_workers(request.cluster):
+        for (name, budget), methods in wanted.items():
+            budgets = (budget,) if budget else ()
+            ran = run_request(
+                replace(shared, models=(name,), methods=tuple(methods), budgets=budgets, benchmarks=benchmarks), registry
+            )
+            failed += ran.failed
+            keys[name, budget] = ran.keys
     settings = _settings(table, request, theirs, model)
     return Reproduced(table, theirs, model, rows, asked, settings, facts, keys, failed=failed)
 
@@ -215,6 +219,7 @@ def _run_request(request: ReproduceRequest, table: PaperTable, theirs: str) -> R
         head_scores=request.head_scores,
         device=request.device,
         dtype=request.dtype,
+        cluster=request.cluster,
     )
 
 
@@ -273,6 +278,7 @@ def _sizes(row: Mapping[str, Any], model: str, registry: Registry) -> dict[str, 
 def _cost(request: ReproduceRequest, registry: Registry, asked: CostRequest) -> tuple[list[dict[str, Any]], int]:
     """The rows of cost cells, decoded eagerly at a batch of one, run where they are missing."""
     asked = replace(asked, decodes=("eager",), batches=(1,), out=request.out, device=request.device, dtype=request.dtype)
+    asked = replace(asked, cluster=request.cluster)
     failed = run_cost(asked, registry)
     rows = [row for row in read_costs(request.out) if row["status"] == "ok" and row["cell"]["model"] in asked.models]
     rows = [row for row in rows if row["cell"].get("decode", "eager") == "eager"]
