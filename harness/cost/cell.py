@@ -53,6 +53,7 @@ class CacheSubject:
     static: StaticDecode | None = None
     observed: dict[str, float] = field(default_factory=dict)
     counts: list[Counts] = field(default_factory=list)  # right after compaction
+    packed: bool = False  # does a storage hold its rows? Then they are counted against the full cache in 16 bits
 
     @property
     def phases(self) -> tuple[tuple[str, Callable[[], None]], ...]:
@@ -102,6 +103,7 @@ class CacheSubject:
         self.prefill = self.selection = None
         self.cache = compact_and_free(held, expert_groups, shape, selections, self.new_tokens)
         self.counts = self.cache.counts()
+        self.packed = any(part.packed is not None for layer in self.cache.layers for part in layer.parts)
 
     def _capture(self) -> None:
         assert self.cache is not None and self.next is not None
@@ -230,7 +232,8 @@ def footprint(model: Model, cell: CostCell, kept: int, end: int) -> list[list[in
 
 def _bytes(subject: CacheSubject, model: Model, cell: CostCell) -> dict[str, int]:
     counts = subject.counts
-    full = model.parent_shape.full_entries(cell.context) * model.parent_shape.entry_bytes() * cell.batch
+    shape = model.parent_shape
+    full = shape.full_entries(cell.context) * (shape.deployed_bytes() if subject.packed else shape.entry_bytes()) * cell.batch
     return {
         "bytes_kept": sum(count.bytes_kept for count in counts),
         "bytes_allocated": sum(count.bytes_allocated for count in counts),

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from harness.engine import kernels
-from harness.engine.rows import RowBlock, RowLayer, Step
+from harness.engine.packed_attention import bounds_of, logits_of, mix_of, seen_by
+from harness.engine.rows import AnyLayer, RowBlock, RowLayer, Step
 from harness.logits import hidden, softcapped
 
 
-def attend(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
+def attend(layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
     """Attention over the rows of `layer`, into which the new tokens' keys have been written already.
 
     A query sees no later position than its own, and none that has left the layer's window.
@@ -29,18 +30,20 @@ def attend(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap
         [Hq, N, D]
     """
     heads, tokens, dim = queries.shape
-    if queries.is_cuda and kernels.can_run(queries.dtype, dim):
+    if queries.is_cuda and kernels.can_run(queries.dtype, dim) and isinstance(layer, RowLayer):
         return attend_by_kernel(layer, queries, step, scaling, softcap)
-    where = torch.as_tensor(layer.readers(step), device=queries.device)
+    where = torch.as_tensor(np.concatenate([part.readers(step) for part in layer.parts]), device=queries.device)
     asked = (queries * scaling).reshape(heads * tokens, dim)[where]  # [M, D], in the order of rows
     out = torch.empty_like(asked)
-    lse = asked.new_empty(len(asked), dtype=torch.float32) if layer.routed else None
+    lse = asked.new_empty(len(asked), dtype=torch.float32) if layer.merges else None
     done = 0
-    for block in layer.blocks(step):
-        mine = slice(done, done + block.count * block.width * block.tokens)
-        done = mine.stop
-        if mine.stop > mine.start:
-            _attend_block(layer, block, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
+    for part in layer.parts:
+        work = _attend_block if part.packed is None else _attend_packed_block
+        for block in part.blocks(step):
+            mine = slice(done, done + block.count * block.width * block.tokens)
+            done = mine.stop
+            if mine.stop > mine.start:
+                work(part, block, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
     placed = torch.empty_like(out).index_copy_(0, where, out) if lse is None else _merge(out, lse, where, heads * tokens)
     return placed.view(heads, tokens, dim)
 
@@ -87,6 +90,34 @@ def _attend_block(
     if lse is not None:
         weights = weights.nan_to_num_()  # a row whose entries are all hidden weighs nothing: its lse is -inf
     torch.bmm(weights, values, out=out.view(asked.shape))
+
+
+def _attend_packed_block(
+    layer: RowLayer,
+    block: RowBlock,
+    step: Step,
+    queries: Tensor,
+    softcap: float | None,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """As `_attend_block`, over packed rows and in float32."""
+    if block.length == 0:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
+        return
+    assert layer.packed is not None
+    keys, values = bounds_of(layer, layer.packed, block)
+    asked = queries.view(block.count, block.width * block.tokens, -1)
+    logits = softcapped(logits_of(layer, block, asked.float(), keys), softcap)
+    _hide(layer, block, step, logits.view(block.count, block.width, block.tokens, block.length))
+    if lse is not None:
+        lse.copy_(torch.logsumexp(logits, -1).view(lse.shape))
+    weights = torch.softmax(logits, -1, out=logits)
+    if lse is not None:
+        weights = weights.nan_to_num_()  # a row whose entries are all hidden weighs nothing: its lse is -inf
+    out.view(asked.shape).copy_(mix_of(layer, block, weights, values))
 
 
 def _hide(layer: RowLayer, block: RowBlock, step: Step, logits: Tensor) -> None:
@@ -145,13 +176,14 @@ def _merge(out: Tensor, lse: Tensor, reader: Tensor, queries: int) -> Tensor:
     return (merged / total[:, None]).to(out.dtype)
 
 
-def attend_reference(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
+def attend_reference(layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
     """The same, the obvious way: one query at a time, over the entries of the rows that its head reads."""
     out = torch.zeros_like(queries)
     cells = np.repeat(np.arange(len(step.counts)), step.counts).tolist()
     for token, (cell, position) in enumerate(zip(cells, step.positions.tolist(), strict=True)):
         for head in range(queries.shape[0]):
-            keys, values, held = _entries_of(layer, cell, head)
+            found = [_entries_of(part, step, token, cell, head) for part in layer.parts]
+            keys, values, held = (torch.cat(parts) for parts in zip(*found, strict=True))
             seen = held <= position
             if layer.window is not None:
                 seen &= held > position - layer.window
@@ -162,11 +194,15 @@ def attend_reference(layer: RowLayer, queries: Tensor, step: Step, scaling: floa
     return out
 
 
-def _entries_of(layer: RowLayer, cell: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys [k, D], values [k, D] and positions [k] that one query head of one cell reads."""
+def _entries_of(layer: RowLayer, step: Step, token: int, cell: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys [k, D], values [k, D] and positions [k] that a token of a cell reads by one query head; packed ones dequantised."""
     table = layer.table
     mine = (table.cell == cell) & (table.first <= head) & (head < table.first + table.width)
     starts, lengths = table.start[mine].tolist(), table.length[mine].tolist()
     spans = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    where = torch.cat(spans).to(layer.keys.device)
-    return layer.keys[where], layer.values[where], layer.positions[where]
+    where = torch.cat([torch.zeros(0, dtype=torch.long), *spans]).to(layer.positions.device)
+    if layer.packed is None:
+        return layer.keys[where], layer.values[where], layer.positions[where]
+    found = [seen_by(layer, int(row), step, token) for row in np.flatnonzero(mine)] or [layer.packed.none]
+    keys, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return keys, values, layer.positions[where]

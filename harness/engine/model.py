@@ -24,7 +24,7 @@ from harness.cache import Arena, ModelShape, Needs, Prefill, Routing
 from harness.engine import flash
 from harness.engine.attention import attend, probabilities
 from harness.engine.observe import AttentionSettings, Observer, softcapped_attention
-from harness.engine.rows import RowCache, Step
+from harness.engine.rows import RowCache, RowLayer, Step
 from harness.errors import UserError
 from harness.families import grouping_of, groupings, routers, shape_of
 from harness.layer_sharing import Place, place_of, stored_shape
@@ -131,6 +131,7 @@ class DecodePass:
             layer.append(key, value, self.step, experts)
         self.layers_run += 1
         if self.watch:
+            assert isinstance(layer, RowLayer)
             self.watch(place.layer, probabilities(layer, query, self.step, settings.scaling, settings.softcap))
         return attend(layer, query, self.step, settings.scaling, settings.softcap)
 

@@ -159,11 +159,14 @@ class StaticDecode:
         device = model.device
         if mode == "graph" and not captures(device):
             raise CannotCapture("a CUDA graph needs a GPU")
-        if any((layer.table.length + steps > layer.table.capacity).any() for layer in cache.layers):
+        layers = [layer for layer in cache.layers if isinstance(layer, RowLayer)]
+        if len(layers) < len(cache.layers):
+            raise CannotCapture("the rows of a layer are held by several storages")
+        if any((layer.table.length + steps > layer.table.capacity).any() for layer in layers):
             raise ValueError(f"no slack for {steps} more tokens: make the cache with more")
         self.model, self.left = model, steps
         by_kernel = device.type == "cuda" and kernels.can_run(model.network.dtype, model.shape.head_dim)
-        self.layers = [StaticLayer(layer, cache.cells, steps, by_kernel) for layer in cache.layers]
+        self.layers = [StaticLayer(layer, cache.cells, steps, by_kernel) for layer in layers]
         self.seen = torch.as_tensor(cache.seen.copy()).to(device)  # [C], the position of the next token
         self.next = first.clone()  # [C]
         self._run = self._once if mode is None else self._made(mode)

@@ -243,7 +243,8 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
     assert outcome.answer is not None and outcome.counts is not None
     text = said(model, prompts[0], outcome.answer)
     end = outcome.answer.end
-    full = sum(model.parent_shape.full_entries(prompt.context) for prompt in prompts)
+    shape = model.parent_shape
+    full = sum(shape.full_entries(prompt.context) for prompt in prompts)
     scored = (NLL,) if prompts[0].forced else unit.task.metrics
     metrics = {NLL.name: outcome.fidelity["loss"]} if prompts[0].forced else unit.task.score(str(text), unit.example)
     if wrong := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
@@ -269,7 +270,7 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
         bytes_allocated=outcome.counts.bytes_allocated,
         entries_end=end.entries if end else None,
         bytes_kept_end=end.bytes_kept if end else None,
-        bytes_full=full * model.parent_shape.entry_bytes(),
+        bytes_full=full * (shape.deployed_bytes() if outcome.packed else shape.entry_bytes()),
         kept=outcome.kept if key.example == 0 else None,
     )
 
