@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HALF = 2  # bytes of a number in 16 bits
 LARGEST_HALF = 65504.0  # of float16
-Number = TypeVar("Number", int, "np.ndarray")
+Number = TypeVar("Number", int, "np.ndarray", "Tensor")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.engine import kernels
-from harness.engine.packed_attention import bounds_of, logits_of, mix_of, seen_by
+from harness.engine import kernels, packed_kernels
+from harness.engine.packed_attention import bounds_of, found_by_readers, logits_of, mix_of, seen_by
 from harness.engine.rows import AnyLayer, RowBlock, RowLayer, Step
 from harness.logits import hidden, softcapped
 
@@ -30,8 +30,9 @@ def attend(layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap
         [Hq, N, D]
     """
     heads, tokens, dim = queries.shape
-    if queries.is_cuda and kernels.can_run(queries.dtype, dim) and isinstance(layer, RowLayer):
-        return attend_by_kernel(layer, queries, step, scaling, softcap)
+    if queries.is_cuda and kernels.can_run(queries.dtype, dim) and _kernels_can_read(layer):
+        outs = [attend_by_kernel(part, queries, step, scaling, softcap) for part in layer.parts]
+        return outs[0] if len(outs) == 1 else torch.stack(outs).sum(0)  # of what reads no row of a part there are zeros
     where = torch.as_tensor(np.concatenate([part.readers(step) for part in layer.parts]), device=queries.device)
     asked = (queries * scaling).reshape(heads * tokens, dim)[where]  # [M, D], in the order of rows
     out = torch.empty_like(asked)
@@ -53,13 +54,23 @@ def attend_by_kernel(layer: RowLayer, queries: Tensor, step: Step, scaling: floa
     heads, tokens, dim = queries.shape
     device = queries.device
     flat = queries.reshape(heads * tokens, dim).contiguous()  # a view where queries, keys and values came in one
-    pool = (layer.keys, layer.values, torch.as_tensor(layer.table.length).to(device, copy=True))  # lengths change in place
+    length = torch.as_tensor(layer.table.length).to(device, copy=True)  # lengths change in place
     plan = layer.split_plan(step, heads * tokens)
-    if layer.window is None and (step.counts <= 1).all():  # a lone new token lies behind all others
-        return kernels.attend_split(flat, *pool, plan, scaling, softcap).view(heads, tokens, dim)
-    asking = torch.as_tensor(step.positions).to(device).repeat(heads)
-    hide = (layer.positions, asking, layer.window)
-    return kernels.attend_split(flat, *pool, plan, scaling, softcap, *hide).view(heads, tokens, dim)
+    hide: tuple[Tensor, Tensor, int | None] | tuple[()] = ()
+    if layer.window is not None or (step.counts > 1).any():  # a lone new token lies behind all others
+        hide = (layer.positions, torch.as_tensor(step.positions).to(device).repeat(heads), layer.window)
+    if layer.packed is None:
+        out = kernels.attend_split(flat, layer.keys, layer.values, length, plan, scaling, softcap, *hide)
+    else:
+        before = torch.as_tensor(found_by_readers(layer, step)).to(device)
+        where = (layer.packed.on_device(), length, before, plan)
+        out = packed_kernels.attend_packed(flat, layer.packed, *where, scaling, softcap, *hide)
+    return out.view(heads, tokens, dim)
+
+
+def _kernels_can_read(layer: AnyLayer) -> bool:
+    """A query head that reads rows of several storages is merged in plain torch alone."""
+    return layer.apart and all(part.packed is None or packed_kernels.can_read(part.packed.storage) for part in layer.parts)
 
 
 def _attend_block(

@@ -8,14 +8,14 @@ block that was complete. The 16 bits lie in the slack of tokens to come, which i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from harness.engine.split_plan import within_runs
-from harness.storage import HALF, Storage, codec_bytes, packed_keys, packed_values, row_bytes
+from harness.storage import HALF, Number, Storage, codec_bytes, packed_keys, packed_values, row_bytes
 
 
 def half_of(dtype: torch.dtype) -> torch.dtype:
@@ -48,9 +48,9 @@ class PackedEntries:
 
     def __init__(self, storage: Storage, dim: int, length: np.ndarray, slack: int, like: Tensor) -> None:
         self.storage, self.dim, self.slack = storage, dim, slack
+        self._on_device: Tensor | None = None
         capacity = length + slack
-        # nothing is ever packed where the residual cannot be filled
-        packed = capacity * (packed_keys(storage, capacity) + packed_values(storage, capacity) > 0)
+        packed = self.packs(capacity)
         groups = -(-packed // storage.keys.tokens)
         base_keys, base_values = self.bases(length)
         key_room, value_room = (capacity - base_keys), (capacity - base_values)
@@ -64,6 +64,11 @@ class PackedEntries:
             torch.empty(int(room.sum()), dim, dtype=half, device=device) for room in (key_room, value_room)
         )
 
+    def packs(self, capacity: Number) -> Number:
+        """Entries that rows of this capacity have room for, packed: none where the residual can never be filled."""
+        storage = self.storage
+        return capacity * (packed_keys(storage, capacity) + packed_values(storage, capacity) > 0)
+
     def bases(self, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The first entries of rows of this length at first that lie in 16 bits: of keys, and of values."""
         return packed_keys(self.storage, length), packed_values(self.storage, length)
@@ -74,6 +79,14 @@ class PackedEntries:
 
     def keep(self, rows: np.ndarray) -> None:
         self.places = self.places.of(rows)
+        self._on_device = None
+
+    def on_device(self) -> Tensor:
+        """The places as [4, R] int64 beside the entries."""
+        if self._on_device is None:
+            columns = [getattr(self.places, column.name) for column in fields(self.places)]
+            self._on_device = self._index(np.stack(columns))
+        return self._on_device
 
     def write(self, row: np.ndarray, number: np.ndarray, keys: Tensor, values: Tensor, before: np.ndarray) -> None:
         """New entries [N, D] of these rows, at these places of them, and what they complete.
@@ -95,7 +108,7 @@ class PackedEntries:
         """The first `length` entries [length, D] of a row that holds none."""
         storage, places = self.storage, self.places
         half = self.key_tail.dtype
-        for codec, vectors, fields, first, tail, at, packed in (
+        for codec, vectors, parts, first, tail, at, packed in (
             (storage.keys, keys, self.keys, places.group[row], self.key_tail, places.key_tail[row], packed_keys),
             (storage.values, values, self.values, places.start[row], self.value_tail, places.value_tail[row], packed_values),
         ):
@@ -105,13 +118,13 @@ class PackedEntries:
                 tail[at + count : at + length].copy_(vectors[count:])
             if count:
                 groups = count // codec.tokens
-                for into, part in zip(fields, codec.pack(vectors[:count].float().unflatten(0, (groups, -1))), strict=True):
+                for into, part in zip(parts, codec.pack(vectors[:count].float().unflatten(0, (groups, -1))), strict=True):
                     into[first : first + groups].copy_(part)
 
     def _complete(self, before: np.ndarray, after: np.ndarray) -> None:
         """Packs what has left the residual since the rows held `before` entries."""
         storage, places = self.storage, self.places
-        for codec, fields, first, tail, at, packed in (
+        for codec, parts, first, tail, at, packed in (
             (storage.keys, self.keys, places.group, self.key_tail, places.key_tail, packed_keys),
             (storage.values, self.values, places.start, self.value_tail, places.value_tail, packed_values),
         ):
@@ -121,12 +134,12 @@ class PackedEntries:
             row = np.repeat(np.arange(len(old)), new - old)
             group = old[row] + within_runs(new - old)
             entries = self._index(at[row] + group * codec.tokens)[:, None] + torch.arange(codec.tokens, device=tail.device)
-            _put(fields, self._index(first[row] + group), codec.pack(tail[entries].float()))
+            _put(parts, self._index(first[row] + group), codec.pack(tail[entries].float()))
 
     def sizes(self, length: np.ndarray, capacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bytes of rows: of their entries, and of what is allocated for them."""
         storage = self.storage
-        packed = capacity * (packed_keys(storage, capacity) + packed_values(storage, capacity) > 0)
+        packed = self.packs(capacity)
         room = -(-packed // storage.keys.tokens) * codec_bytes(storage.keys, self.dim)
         room = room + packed * codec_bytes(storage.values, self.dim)
         if storage.residual:
@@ -149,7 +162,7 @@ class PackedEntries:
         """
         found = []
         storage, places = self.storage, self.places
-        for codec, fields, first, tail, at, packed in (
+        for codec, held, first, tail, at, packed in (
             (storage.keys, self.keys, places.group[row], self.key_tail, places.key_tail[row], packed_keys),
             (storage.values, self.values, places.start[row], self.value_tail, places.value_tail[row], packed_values),
         ):
@@ -157,7 +170,7 @@ class PackedEntries:
             parts = [tail[at + count : at + length].float()]
             if count:
                 groups = slice(first, first + count // codec.tokens)
-                parts.insert(0, codec.unpack([field[groups] for field in fields], self.dim))
+                parts.insert(0, codec.unpack([field[groups] for field in held], self.dim))
             found.append(torch.cat(parts))
         return found[0], found[1]
 
@@ -170,6 +183,6 @@ def _field(count: int, width: int, dtype: str, device: torch.device) -> Tensor:
     return torch.empty(count, width, dtype=getattr(torch, dtype), device=device)
 
 
-def _put(fields: Sequence[Tensor], where: Tensor, parts: Sequence[Tensor]) -> None:
-    for field, part in zip(fields, parts, strict=True):
+def _put(into: Sequence[Tensor], where: Tensor, parts: Sequence[Tensor]) -> None:
+    for field, part in zip(into, parts, strict=True):
         field.index_copy_(0, where, part)

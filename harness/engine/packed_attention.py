@@ -68,6 +68,15 @@ def bounds_of(layer: RowLayer, packed: PackedEntries, block: RowBlock) -> tuple[
     )
 
 
+def found_by_readers(layer: RowLayer, step: Step) -> np.ndarray:
+    """Entries that each query found in the row that it reads, [M] in the order of `RowLayer.readers`."""
+    found = []
+    for block in layer.blocks(step):
+        before = np.broadcast_to(held_before(layer, block), (block.count, block.tokens))
+        found.append(np.repeat(before[:, None], block.width, 1).reshape(-1))
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
 @dataclass(frozen=True)
 class BlockOfPacked:
     """The entries of a block of rows, as strided views."""
@@ -86,11 +95,20 @@ class BlockOfPacked:
 
     def tail(self, of_keys: bool, start: int) -> Tensor:
         """The entries from `start` on in 16 bits, [rows, length - start, D] float32."""
-        packed, length = self.packed, self.block.length
-        base = packed.bases(np.array([self.block.capacity - packed.slack]))[0 if of_keys else 1].item()
+        return self.whole_tail(of_keys, start, self.block.length)[0]
+
+    def whole_tail(self, of_keys: bool, start: int | None = None, stop: int | None = None) -> tuple[Tensor, int]:
+        """What lies in 16 bits, slack too, or some of it, [rows, entries, D] float32; and the first entry that does."""
+        packed, capacity = self.packed, self.block.capacity
+        base = packed.bases(np.array([capacity - packed.slack]))[0 if of_keys else 1].item()
         tail, at = (packed.key_tail, packed.places.key_tail) if of_keys else (packed.value_tail, packed.places.value_tail)
-        whole = self._view(tail, at + base, self.block.capacity - base)
-        return whole[:, start - base : length - base].float()
+        whole = self._view(tail, at + base, capacity - base)
+        return whole[:, (start or base) - base : (stop or capacity) - base].float(), base
+
+    @property
+    def packs(self) -> bool:
+        """Is there room for packed entries in these rows?"""
+        return self.packed.packs(self.block.capacity) > 0
 
     def _view(self, field: Tensor, starts: np.ndarray, capacity: int) -> Tensor:
         first = int(starts[self.block.rows.start])

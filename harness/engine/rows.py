@@ -140,9 +140,14 @@ class RowLayer:
         return (self,)
 
     @property
+    def apart(self) -> bool:
+        """Do the rows of each cell lie in one part?"""
+        return True
+
+    @property
     def merges(self) -> bool:
         """May a query head read several rows?"""
-        return self.routed
+        return self.routed or not self.apart
 
     def append(self, keys: Tensor, values: Tensor, step: Step, experts: np.ndarray | None = None) -> None:
         """Writes the new tokens behind the rows that take them.
@@ -257,7 +262,8 @@ class MixedLayer:
         self.parts = tuple(parts)
         self.routed, self.expert_groups, self.window = parts[0].routed, parts[0].expert_groups, parts[0].window
         cells = [set(part.table.cell.tolist()) for part in parts]
-        self.merges = self.routed or sum(map(len, cells)) > len(set().union(*cells))  # a cell with rows in several parts
+        self.apart = sum(map(len, cells)) == len(set().union(*cells))
+        self.merges = self.routed or not self.apart
 
     def append(self, keys: Tensor, values: Tensor, step: Step, experts: np.ndarray | None = None) -> None:
         for part in self.parts:
