@@ -44,6 +44,13 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+def stretches_of(packed: Tensor, count: int, bits: int) -> list[Tensor]:
+    """The codes [..., n] as float32 in stretches, side by side. One where they lie in several planes."""
+    if len(PLANES[bits]) > 1:
+        return [unpack_bits(packed, count, bits)]
+    return [stretch.float() for stretch in _stretches(packed, bits)]
+
+
 def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
     """[..., n * bits / 8] uint8 -> [..., n] float32. One pass of bytes and one conversion: it stays in a processor's cache."""
     import torch
@@ -71,4 +78,6 @@ def _stretches(plane: Tensor, width: int) -> list[Tensor]:
     """The codes of one plane, 8 / width stretches of them."""
     if width == 8:
         return [plane]
-    return [(plane >> (number * width)) & (2**width - 1) for number in range(8 // width)]
+    last = 8 // width - 1
+    between = [(plane >> (number * width)) & (2**width - 1) for number in range(1, last)]
+    return [plane & (2**width - 1), *between, plane >> (last * width)]  # each with no more passes than it needs

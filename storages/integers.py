@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.storage import LARGEST_HALF, Codec, Field, KernelFormat
-from storages.bits import KNOWN, cannot_pack, pack_bits, packed_width, unpack_bits
+from storages.bits import KNOWN, cannot_pack, pack_bits, packed_width, stretches_of, unpack_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,22 +77,29 @@ class ByToken(Codec):
         if self.groups(turned.shape[-1]) > 1:
             return super().dot(turned, parts)
         codes, scale, least = parts
-        products = turned @ unpack_bits(codes, turned.shape[-1], self.bits).transpose(-1, -2)
+        stretches = stretches_of(codes, turned.shape[-1], self.bits)
+        asked = turned.chunk(len(stretches), -1)
+        products = asked[0] @ stretches[0].mT
+        for part, stretch in zip(asked[1:], stretches[1:], strict=True):
+            products.baddbmm_(part, stretch.mT)
         return products.mul_(scale.float().mT).addcmul_(turned.sum(-1, keepdim=True), least.float().mT)
 
     def mix(self, weights: Tensor, parts: Sequence[Tensor], dim: int) -> Tensor:
         """The scales meet the weights."""
         codes, scale, least = parts
+        if self.groups(dim) == 1:
+            scaled, shift = weights * scale.float().mT, weights @ least.float()
+            return _side_by_side([scaled @ stretch for stretch in stretches_of(codes, dim, self.bits)]).add_(shift)
         numbers = unpack_bits(codes, dim, self.bits).unflatten(-1, (self.groups(dim), -1))
         shifts = weights @ least.float()  # [r, M, groups]
         sums = [(weights * s.float()[..., None, :]) @ numbers[..., g, :] for g, s in enumerate(scale.unbind(-1))]
-        return sums[0].add_(shifts) if len(sums) == 1 else _side_by_side(sums, shifts)
+        return _side_by_side(sums).unflatten(-1, (self.groups(dim), -1)).add_(shifts[..., None]).flatten(-2)
 
 
-def _side_by_side(sums: Sequence[Tensor], shifts: Tensor) -> Tensor:
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     import torch
 
-    return (torch.stack(list(sums), -2) + shifts[..., None]).flatten(-2)
+    return torch.cat(list(parts), -1)
 
 
 @dataclass(frozen=True)

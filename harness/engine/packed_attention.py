@@ -17,7 +17,7 @@ from harness.engine.packed import PackedEntries
 from harness.engine.rows import RowBlock, RowLayer, Step
 from harness.storage import packed_keys, packed_values
 
-STRETCH = 2**18  # numbers that are unpacked at once: a megabyte, as much as a core's second cache holds
+STRETCH = 2**20  # numbers that are unpacked at once: some megabytes; of shorter stretches the calls cost more than is saved
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,10 @@ class BlockOfPacked:
         first = int(starts[self.block.rows.start])
         return field[first : first + self.block.count * capacity].view(self.block.count, capacity, -1)
 
-    def stretch(self, tokens: int) -> int:
-        """Groups of tokens that are unpacked at once."""
-        return max(1, STRETCH // (self.block.count * tokens * self.packed.dim))
+    def stretch(self, groups: int, tokens: int) -> int:
+        """Of so many groups of tokens, how many are unpacked at once: equal shares."""
+        shares = -(-groups * tokens * self.block.count * self.packed.dim // STRETCH)
+        return -(-groups // max(1, shares))
 
 
 def logits_of(layer: RowLayer, block: RowBlock, asked: Tensor, bound: Bound) -> Tensor:
@@ -125,7 +126,7 @@ def logits_of(layer: RowLayer, block: RowBlock, asked: Tensor, bound: Bound) -> 
     view, codec = BlockOfPacked(packed, block), packed.storage.keys
     logits = asked.new_empty(block.count, asked.shape[1], block.length)
     if bound.high:
-        fields, turned, step = view.keys(), codec.turn(asked), view.stretch(codec.tokens)
+        fields, turned, step = view.keys(), codec.turn(asked), view.stretch(bound.high // codec.tokens, codec.tokens)
         for start in range(0, bound.high // codec.tokens, step):
             stop = min(start + step, bound.high // codec.tokens)
             parts = [field[:, start:stop] for field in fields]
@@ -144,7 +145,7 @@ def mix_of(layer: RowLayer, block: RowBlock, weights: Tensor, bound: Bound) -> T
     view, codec = BlockOfPacked(packed, block), packed.storage.values
     out = weights.new_zeros(block.count, weights.shape[1], packed.dim)
     if bound.high:
-        fields, step = view.values(), view.stretch(1)
+        fields, step = view.values(), view.stretch(bound.high, 1)
         for start in range(0, bound.high, step):
             stop = min(start + step, bound.high)
             mine, here = weights[..., start:stop], bound.packed(start, stop)
