@@ -99,16 +99,16 @@ SUITES: dict[str, Suite] = {
         chat="template",
         limit=30,
     ),
-    "ladder": Suite(
+    "bits": Suite(
         about="bits against entries at 50, 25, 12.5 and 6.25 % of the bytes, on the embedded model; behind it on SmolLM2",
         methods=("full", *FEWER_BITS, "snapkv", *(f"snapkv+{bits}" for bits in BITS), "headkv_r2", "headkv_r2+int4"),
         budgets=LADDER,
         benchmarks=("recall", "two_hop", "recall_many", "perplexity_own"),
         prompts=("question_in", "question_after"),
         limit=40,
-        behind=("ladder-smollm2",),
+        behind=("bits-smollm2",),
     ),
-    "ladder-smollm2": Suite(
+    "bits-smollm2": Suite(
         about="bits against entries at equal bytes on SmolLM2: needles, likelihood of Python's manual",
         models=("smollm2",),
         methods=("full", *FEWER_BITS, "snapkv", *(f"snapkv+{bits}" for bits in BITS), "headkv_r2", "headkv_r2+int4"),
