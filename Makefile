@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test lint wheel mutants reference clean
+.PHONY: demo test lint wheel mutants reference real clean
 
 demo: $(VENV)/ready $(VENV)/smollm2
 	$(RUN) run_all.py
@@ -48,6 +48,12 @@ reference: $(VENV)/ready $(VENV)/smollm2
 	rm -rf results/reference reports/reference
 	$(RUN) run_all.py run --out results/reference
 	mv results/reference/report reports/reference
+
+# The whole study of the real small model: hours on two cores. Started again it goes on; several may share the folder.
+#   make real DATA=folder-of-data-sets [SHARD=1/2]
+real: $(VENV)/ready $(VENV)/smollm2
+	$(RUN) run_all.py run --suite real --out results/smollm2 $(if $(DATA),--data-dir $(DATA)) $(if $(SHARD),--shard $(SHARD))
+	rm -rf reports/smollm2 && mv results/smollm2/report reports/smollm2
 
 clean:
 	rm -rf $(VENV) .wheel build results/default

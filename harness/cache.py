@@ -12,12 +12,15 @@ from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from math import floor
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from harness.logits import hidden, softcapped
 from harness.storage import HALF, Storage
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
     from torch import Tensor
 
 PromptProtocol = Literal["question_in", "question_after"]  # is the question read before entries are chosen, or asked behind them?
@@ -164,12 +167,15 @@ class LayerKV:
     query_heads: int = 0
     readers: int = 1  # layers of the model that read it
     prompt: int = 0  # a checksum of the prompt's ids: the seed of what is drawn at random
+    held: Tensor | None = None  # [n] positions where entries were evicted before; [S, n] for scorers that are not `ordered`
 
     @property
     def positions(self) -> Tensor:
         """Original positions of the candidates, [n]."""
         import torch
 
+        if self.held is not None:
+            return self.held
         return torch.arange(self.tokens - self.keys.shape[1], self.tokens, device=self.keys.device)
 
     @property
@@ -203,6 +209,45 @@ class LayerKV:
         unseen = hidden(self.positions, asking, self.window)
         weights = softcapped(logits, self.softcap).masked_fill(unseen, float("-inf")).softmax(-1)
         return weights.nan_to_num(0.0)  # a query that sees no candidate
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """Rows of one layer of a cell that is being decoded, as a scorer sees them: equally many entries at the same positions."""
+
+    kv: LayerKV  # one stored head a row
+    first: np.ndarray  # [S] first query head of each row
+    width: int  # query heads of a model layer that read one row
+    expert_group: int
+    most: int  # entries that a row has room for beside the tokens up to the next eviction
+
+
+class Keeper(Protocol):
+    """What a cell's method does while its answer is decoded: every so many tokens it says which entries stay."""
+
+    @property
+    def every(self) -> int:
+        """Tokens between two evictions."""
+        ...
+
+    @property
+    def needs(self) -> Needs:
+        """What is to be remembered of decoding: the newest queries, or the attention that each entry has received."""
+        ...
+
+    @property
+    def ordered(self) -> bool:
+        """Does it want to see entries by position? Else it may be shown them as they lie, with positions [S, n] a row."""
+        ...
+
+    def keep(self, held: Sequence[HeldRows], tokens: int) -> list[Tensor]:
+        """[S, n] each, True for entries that stay.
+
+        Args:
+            held: all rows of the cell, by layer, expert group and first query head.
+            tokens: read so far, the prompt's and the answer's.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Suite:
     temperature: float = 0.0
     fidelity: bool = True
     chat: Chat = "raw"  # is a chat template put around the prompts?
+    truncation: int | None = None  # tokens of a prompt; None: what the model has positions for
     cost: str = ""  # the cost suite that is run behind it, unless the request is narrowed
     behind: tuple[str, ...] = ()  # suites that are run behind it, likewise; one whose model is not here is left out, and said so
 
@@ -74,6 +75,74 @@ def instruct(about: str, seeds: tuple[int, ...] = (0,), temperature: float = 0.0
     )
 
 
+REAL_METHODS = (
+    "full",
+    *EVICTING,
+    *BY_HEAD,
+    *(f"headkv_r2(shuffle={seed})" for seed in (1, 2)),
+    *(f"{method}(window=32)" for method in ("snapkv", "ada_snapkv", "headkv_r2")),
+)
+
+
+def real(
+    about: str, *benchmarks: str, limit: int, chat: Chat = "template", both: bool = True, behind: tuple[str, ...] = ()
+) -> Suite:
+    """A part of the study of a real small model: every method at KV sizes and shares. Truncated to what the model reads well."""
+    return Suite(
+        about,
+        models=("smollm2",),
+        methods=REAL_METHODS,
+        budgets=("64", "128", "256", "512", "10%", "25%", "50%"),
+        benchmarks=benchmarks,
+        prompts=("question_in", "question_after") if both else ("question_in",),
+        limit=limit,
+        chat=chat,
+        truncation=3500,
+        cost="cost-real" if behind else "",
+        behind=behind,
+    )
+
+
+REAL: dict[str, Suite] = {
+    "real": real(
+        "the study of SmolLM2-135M-Instruct that `make real` runs: hours, and as often as it is started it goes on",
+        "needle(haystack=python,shortest=512,longest=2048,lengths=5,depths=10)",
+        limit=50,
+        behind=tuple(
+            f"real-{part}"
+            for part in "ruler perplexity lm-eval instruct longbench longbench-raw babilong loogle longbench-e".split()
+        ),
+    ),
+    "real-ruler": real(
+        "of it: RULER-style tasks in Python's manual at 1k, 2k and 4k",
+        *(f"{task}(haystack=python,length={length})" for length in (1024, 2048, 3500) for task in RULER),
+        limit=20,
+    ),
+    "real-perplexity": real(
+        "of it: likelihoods of three texts, scored behind a compressed cache",
+        *("perplexity(text=python)", "perplexity", "perplexity(text=books)"),
+        limit=30,
+        chat="raw",
+        both=False,
+    ),
+    "real-lm-eval": real(
+        "of it: lm-eval's five tasks under a compressed cache",
+        *(f"lm_eval:{task}" for task in ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge")),
+        limit=100,
+        chat="raw",
+        both=False,
+    ),
+    "real-instruct": real("of it: the five instruction sets by ROUGE-L", "instruct", limit=30, both=False),
+    "real-longbench": real("of it: LongBench's 21 tasks, as a chat", "longbench", limit=10),
+    "real-longbench-raw": real("of it: LongBench's 21 tasks, as plain text", "longbench", limit=10, chat="raw", both=False),
+    "real-babilong": real(
+        "of it: BABILong at 0k to 4k",
+        *(f"babilong_qa{task}(length={length})" for length in ("0k", "1k", "2k", "4k") for task in range(1, 6)),
+        limit=10,
+    ),
+    "real-loogle": real("of it: LooGLE", "loogle", limit=10),
+    "real-longbench-e": real("of it: LongBench-E, by length", "longbench_e", limit=10, both=False),
+}
 SUITES: dict[str, Suite] = {
     "default": Suite(
         about="every eviction method at equal bytes on the embedded model, and its variants: what `python run_all.py` runs",
@@ -193,6 +262,7 @@ SUITES: dict[str, Suite] = {
         limit=200,
     ),
 }
+SUITES |= REAL
 
 COST_SUITES: dict[str, CostSuite] = {
     "cost-default": CostSuite(
@@ -202,6 +272,13 @@ COST_SUITES: dict[str, CostSuite] = {
         budgets=("10%",),
         contexts=(4096,),
         rounds=1,
+    ),
+    "cost-real": CostSuite(
+        about="latency and memory of SmolLM2-135M-Instruct, beside the study of it",
+        models=("smollm2",),
+        methods=("full", "streaming_llm", "h2o", "snapkv", "pyramidkv", "ada_snapkv"),
+        budgets=("128", "25%"),
+        contexts=(1024, 4096),
     ),
     "cost-small": CostSuite(
         about="latency and memory on two CPU cores, in minutes",

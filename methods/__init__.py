@@ -11,6 +11,7 @@ from methods.knorm import SmallKeys
 from methods.mixsga import MixSGA
 from methods.pyramidkv import Pyramid
 from methods.random import ByLot
+from methods.rkv import ImportantAndUnlike
 from methods.snapkv import WindowAttention
 from methods.streaming_llm import SinksAndRecent
 from methods.tova import LastQuery
@@ -23,6 +24,7 @@ METHODS: dict[str, Method] = {
     "tova": Eviction(LastQuery(), Uniform()),
     "knorm": Eviction(SmallKeys(), Uniform()),
     "snapkv": Eviction(WindowAttention(), Uniform()),
+    "rkv": Eviction(ImportantAndUnlike(), Uniform(), every=128),
     "pyramidkv": Eviction(WindowAttention(), Pyramid()),
     "ada_snapkv": Eviction(WindowAttention(), AdaptiveHeads()),
     "headkv_r": Eviction(WindowAttention(), HeadShares("r", beta=1.5)),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from harness.cache import Budget, Granularity, LayerKV, ModelShape, Needs, Prefill, Row, Selection, keep_all
+from harness.cache import Budget, Granularity, HeldRows, Keeper, LayerKV, ModelShape, Needs, Prefill, Row, Selection, keep_all
 from harness.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,6 +90,14 @@ class Method(Protocol):
 
         Args:
             parent: the unconverted model's shape, in which budgets are counted, if the model is a variant.
+        """
+        ...
+
+    def while_decoding(self, cap: Callable[[int], int]) -> Keeper | None:
+        """What it does while an answer is decoded; None: nothing, and the cache grows with every token.
+
+        Args:
+            cap: how many entries the cache may hold once so many tokens were read, as `total` is for the prompt's.
         """
         ...
 
@@ -228,13 +236,23 @@ def _checked(scorer: Scorer, layer: LayerKV, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Eviction:
-    """Keeps the best-scored entries, as many a row as its allocator says."""
+    """Keeps the best-scored entries, as many a row as its allocator says; once, after the prefill, or again and again."""
 
     scorer: Scorer
     allocator: Allocator
     version: int = 1  # raised when the same settings keep other entries
+    every: int = field(default=0, repr=False)  # tokens of an answer after which entries are chosen again; 0: never
     takes_budget = True
     is_reference = False
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every {self.every} must be 0, never, or a number of tokens")
+
+    def __repr__(self) -> str:
+        """The parameters of a row: as they were before methods could evict while decoding, for those that do not."""
+        again = f", every={self.every}" if self.every else ""
+        return f"Eviction(scorer={self.scorer!r}, allocator={self.allocator!r}, version={self.version!r}{again})"
 
     @property
     def needs(self) -> Needs:
@@ -259,10 +277,15 @@ class Eviction:
         """A layer whose tokens lie in rows of several widths can do with less than is asked for: `compress` has the last word."""
         heads = shape.query_heads if granularity == "query" else shape.kv_heads
         sizes = [shape.candidates(layer, tokens) for layer in range(shape.layers)]
+        if self.every and replace(self.needs, window=0, column_sums=False) != Needs():
+            return "what it looks at is seen in a prefill alone, so it cannot choose again while decoding"
         if self.head_scores and self.given_head_scores is None:
             return f"it needs {self.head_scores} head scores of this model: see `run_all.py importance` and --head-scores"
         floor = heads * sum(self.scorer.protected.count(size, tokens) for size in sizes)
         return too_small(budget.entries(parent or shape, tokens, granularity), floor, heads * shape.layers)
+
+    def while_decoding(self, cap: Callable[[int], int]) -> Keeper | None:
+        return Again(self, self.every, cap) if self.every else None
 
     def compress(self, prefill: Prefill, total: int, scores: Scores | None) -> Selection:
         """The rows of a cache of min(total, everything) entries."""
@@ -274,6 +297,83 @@ class Eviction:
             raise CannotRun(reason)
         counts = self.allocator.counts(rows, total, scores.rows())
         return select(prefill, scores, counts, self.scorer.protected.recent_share)
+
+
+@dataclass(frozen=True)
+class Again:
+    """Scores the rows of an answer that is being decoded as a prefill's, and keeps the best of them again."""
+
+    method: Eviction
+    every: int
+    cap: Callable[[int], int]
+
+    @property
+    def needs(self) -> Needs:
+        return self.method.needs
+
+    @property
+    def ordered(self) -> bool:
+        return getattr(self.method.scorer, "ordered", True)
+
+    def keep(self, held: Sequence[HeldRows], tokens: int) -> list[Tensor]:
+        """See `Keeper`. Never fewer than what the method protects."""
+        import torch
+
+        protected = self.method.scorer.protected
+        values = [_held_scores(self.method.scorer, rows, tokens) for rows in held]
+        rows = _held_sizes(held, protected, tokens)
+        total = max(self.cap(tokens), int(rows.floor.sum()))
+        if total >= sum(scores.numel() for scores in values):
+            return [torch.ones_like(scores, dtype=torch.bool) for scores in values]
+        counts = self.method.allocator.counts(
+            rows, min(total, int(rows.length.sum())), [row for scores in values for row in scores]
+        )
+        kept, done = [], 0
+        for one, scores in zip(held, values, strict=True):
+            kept.append(_best(scores, one.kv.positions, counts[done : done + len(scores)], tokens, protected.recent_share))
+            done += len(scores)
+        return kept
+
+
+def _best(scores: Tensor, positions: Tensor, counts: np.ndarray, tokens: int, recent_share: float) -> Tensor:
+    """[S, n]: the `counts` best of each row; of equals the later position.
+
+    Args:
+        positions: [n] or [S, n], in any order.
+    """
+    import torch
+
+    positions = positions.expand_as(scores)
+    wanted = torch.as_tensor(counts, device=scores.device)
+    if bool((counts == scores.shape[1] - 1).all()):  # one entry of each row goes: no need to sort them all
+        newest = tokens - (wanted * recent_share).long()[:, None]
+        held = positions >= newest
+        if not recent_share or bool((held.sum(1) == (wanted * recent_share).long()).all()):
+            ranked = scores.masked_fill(held, float("inf")) if recent_share else scores
+            worst = ranked == ranked.amin(1, keepdim=True)
+            gone = positions.masked_fill(~worst, tokens).argmin(1, keepdim=True)
+            return torch.ones_like(worst).scatter_(1, gone, False)
+    order = positions.argsort(1)
+    by_position = scores.gather(1, order)
+    ranks = rank(_keep_recent(by_position, wanted, recent_share) if recent_share else by_position)
+    return torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, order, ranks < wanted[:, None])
+
+
+def _held_scores(scorer: Scorer, rows: HeldRows, tokens: int) -> Tensor:
+    scores = _checked(scorer, rows.kv, rows.kv.width // rows.kv.readers)
+    return scores.masked_fill(scorer.protected.mask(rows.kv.positions, tokens), float("inf"))
+
+
+def _held_sizes(held: Sequence[HeldRows], protected: Protected, tokens: int) -> Rows:
+    columns: list[tuple[int, int, int, int, int]] = []
+    for rows in held:
+        mask = protected.mask(rows.kv.positions, tokens)
+        floors = [int(mask.sum())] * len(rows.first) if mask.dim() == 1 else mask.sum(1).tolist()
+        most = min(mask.shape[-1], rows.most)
+        sizes = zip(rows.first.tolist(), floors, strict=True)
+        columns += [(rows.kv.index, max(floor, most), floor, first, rows.width) for first, floor in sizes]
+    layers, lengths, floors, firsts, widths = np.array(columns, dtype=np.int64).T
+    return Rows(layers, lengths, floors, firsts, widths, int(layers.max()) + 1, tokens)
 
 
 def too_small(total: int, floor: int, rows: int) -> str | None:
@@ -300,6 +400,9 @@ class Full:
     def cannot_run(
         self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity, parent: ModelShape | None = None
     ) -> str | None:
+        return None
+
+    def while_decoding(self, cap: Callable[[int], int]) -> Keeper | None:
         return None
 
     def compress(self, prefill: Prefill, total: int, scores: Scores | None) -> Selection:

@@ -21,6 +21,7 @@ class HeavyHitters:
     recent_share: float = 0.5  # of what a row keeps
     recent: int = 1  # newest positions kept in any case; 8, with a share of 0, is KVCache-Factory's H2O
     needs = Needs(column_sums=True)
+    ordered = False  # each entry is scored by itself: neighbours do not matter
 
     def __post_init__(self) -> None:
         if not 0 <= self.recent_share <= 1 or self.recent < 0:

@@ -6,6 +6,7 @@ packed, with scales, newest entries in 16 bits and spared layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import floor
 from typing import Any
@@ -65,11 +66,17 @@ class Packed:
     def with_head_scores(self, scores: Any) -> Packed:
         return replace(self, method=self.method.with_head_scores(scores))
 
+    def while_decoding(self, cap: Callable[[int], int]) -> None:
+        """Packed rows grow: entries leave them in the prefill alone."""
+        return
+
     def cannot_run(
         self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity, parent: ModelShape | None = None
     ) -> str | None:
         if reason := self._cannot_hold(shape):
             return reason
+        if self.method.while_decoding(lambda tokens: tokens) is not None:
+            return "it evicts while decoding, in place, which rows of fewer bits do not: use it without a storage"
         if not self.takes_budget:
             return self.method.cannot_run(shape, budget, tokens, granularity, parent)
         total = budget.entries(parent or shape, tokens, granularity)

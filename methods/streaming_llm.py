@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class SinksAndRecent:
     sinks: int = 4
     needs = Needs()
+    ordered = False  # each entry is scored by itself: neighbours do not matter
 
     def __post_init__(self) -> None:
         if self.sinks < 0:

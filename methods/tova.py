@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LastQuery:
     needs = Needs(window=1)
+    ordered = False  # each entry is scored by itself: neighbours do not matter
 
     @property
     def protected(self) -> Protected:

@@ -124,7 +124,7 @@ def _line(at: LineKey, records: Sequence[Record], full: Sequence[Record], rating
         skipped=sum(record.status == "skipped" for record in records),
         failed=sum(record.status == "failed" for record in records),
         compressed=sum(asked[example] for example in scores or asked),
-        byte_share=_share(done, "bytes_kept"),
+        byte_share=_share(done, "bytes_charged"),
         allocated_share=_share(done, "bytes_allocated"),
         entries=_mean(record.entries for record in done),
         metric=metric,

@@ -163,9 +163,27 @@ class Record:
     bytes_allocated: int | None = None
     entries_end: int | None = None  # at the last token
     bytes_kept_end: int | None = None
+    entries_peak: int | None = None  # over the answer, of a cell that evicts while decoding, as are the three below
+    bytes_kept_peak: int | None = None
+    entries_mean: float | None = None  # over its tokens
+    bytes_kept_mean: float | None = None
     bytes_full: int | None = None  # the unconverted model's full cache of the same prompt: the common denominator
     kept: list[list[int]] | None = None  # [L][Hq] entries that each query head reads; of example 0 alone, for a picture
     schema: int = SCHEMA
+
+    @property
+    def bytes_charged(self) -> int | None:
+        """What a cell stands at on the byte axis: what it keeps of the prompt or, if it evicts while decoding, its peak."""
+        return self.bytes_kept if self.bytes_kept_peak is None else self.bytes_kept_peak
+
+    @property
+    def bytes_over_answer(self) -> tuple[float, float] | None:
+        """Mean and peak over the answer; a cache that only grows is at its mean halfway."""
+        if self.bytes_kept_peak is not None and self.bytes_kept_mean is not None:
+            return self.bytes_kept_mean, float(self.bytes_kept_peak)
+        if self.bytes_kept is None or self.bytes_kept_end is None:
+            return None
+        return (self.bytes_kept + self.bytes_kept_end) / 2, float(max(self.bytes_kept, self.bytes_kept_end))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
@@ -218,6 +236,8 @@ CHECKS: dict[str, Check] = {
         ("prompt_tokens", "new_tokens", "entries_asked", "entries", "bytes_kept", "bytes_allocated", "entries_end", "bytes_kept_end"),
         or_none(is_size),
     ),
+    **dict.fromkeys(("entries_peak", "bytes_kept_peak"), or_none(is_size)),
+    **dict.fromkeys(("entries_mean", "bytes_kept_mean"), or_none(is_number)),
     "bytes_full": or_none(lambda value: is_count(value) and value > 0),
     "kept": or_none(is_square),
 }

@@ -145,8 +145,21 @@ def total_of(prefill: Prefill, budget: str) -> int:
     return Budget.parse(budget).entries(prefill.shape, prefill.tokens, "kv")
 
 
-def masked_logits(family: str, ids: Tensor, read_first: int, kept: Selection | None, net: Any = None) -> Tensor:
-    """Logits [T, V] of one dense pass in which queries behind `read_first` do not see what was evicted: no rows, no cache."""
+def masked_logits(
+    family: str,
+    ids: Tensor,
+    read_first: int,
+    kept: Selection | None,
+    net: Any = None,
+    gone: list[Tensor] | None = None,
+    seen: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """Logits [T, V] of one dense pass in which queries behind `read_first` do not see what was evicted: no rows, no cache.
+
+    Args:
+        gone: of each layer [Hq, T, T], keys that queries do not see in any case.
+        seen: is given each layer's queries [Hq, T, D] and attention [Hq, T, T].
+    """
     net = net or network(family)
     net.set_attn_implementation("eager")
     shape = shape_of(net)
@@ -168,7 +181,11 @@ def masked_logits(family: str, ids: Tensor, read_first: int, kept: Selection | N
         if sliding_window is not None:
             unseen = unseen | (place[None, :] <= place[:, None] - sliding_window)
         evicted = hidden[module.layer_idx][:, None, :] & (place >= read_first)[None, :, None]
+        if gone is not None:
+            evicted = evicted | gone[module.layer_idx]
         weights = logits.masked_fill(unseen | evicted, float("-inf")).softmax(-1)
+        if seen is not None:
+            seen[module.layer_idx] = query[0], weights[0]
         return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("masked_in_test", attention)

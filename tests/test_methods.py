@@ -17,6 +17,7 @@ from methods.h2o import HeavyHitters
 from methods.knorm import SmallKeys
 from methods.pyramidkv import Pyramid
 from methods.random import ByLot
+from methods.rkv import ImportantAndUnlike
 from methods.sharing import share_out
 from methods.snapkv import WindowAttention
 from methods.streaming_llm import SinksAndRecent
@@ -58,6 +59,35 @@ def test_tova_is_one_ranking_a_layer(family: str) -> None:
         got = LastQuery().score(layer)
         mean = np.mean([slow_attention(layer, head, 0) for head in range(layer.query_heads)], axis=0)
         assert np.allclose(got, np.broadcast_to(mean, got.shape), atol=1e-6)
+
+
+def test_rkv_is_importance_without_redundancy(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for block in (2**22, 1):
+        monkeypatch.setattr("methods.rkv.BLOCK", block)
+        for layer in read(family, tokens(30)).layers:
+            got = ImportantAndUnlike(importance=0.3, window=4, kernel=3, alike=0.2).score(layer)
+            older, width = layer.keys.shape[1] - 4, layer.query_heads // layer.keys.shape[0]
+            assert layer.queries is not None
+            for stored, keys in enumerate(layer.keys[:, :older].double()):
+                shares = []
+                for back in range(4):
+                    asking = layer.queries[stored * width : (stored + 1) * width, -1 - back].double()
+                    logits = (asking @ keys.T * layer.scaling).numpy()
+                    logits = np.tanh(logits / layer.softcap) * layer.softcap if layer.softcap else logits
+                    largest = logits.max(0)
+                    if layer.window is not None:
+                        largest[layer.positions[:older].numpy() <= layer.tokens - 1 - back - layer.window] = -np.inf
+                    shares.append(np.exp(largest) / np.exp(largest).sum())
+                mean = np.mean(shares, axis=0)
+                importance = np.array([mean[max(0, i - 1) : i + 2].max() for i in range(older)])
+                unit = (keys / keys.norm(dim=1, keepdim=True)).numpy()
+                alike = unit @ unit.T
+                for i in range(older):
+                    alike[i, i] = 0
+                    if partners := [j for j in range(older) if alike[i, j] > 0.2]:
+                        alike[i, partners[-1]] = 0
+                said = np.exp(alike.mean(0))
+                assert np.allclose(got[stored, :older], 0.3 * importance - 0.7 * said / said.sum(), atol=1e-5)
 
 
 def test_column_sums(family: str, monkeypatch: pytest.MonkeyPatch) -> None:

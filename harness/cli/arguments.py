@@ -177,8 +177,8 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "what",
-        choices=("sweep", "attention", "kernel"),
-        help="31 cells beside their prefills; decode attention; the Triton kernel",
+        choices=("sweep", "attention", "evict", "kernel"),
+        help="31 cells beside their prefills; decode attention; eviction while decoding; the Triton kernel",
     )
     add("--verify", action="store_true", help="sweep: decode every cell alone too, and count the answers that differ")
     _add_device(command)

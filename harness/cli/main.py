@@ -280,6 +280,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from harness.cost.evict_bench import evict_speed
     from harness.cost.microbench import attention_speed, checked_kernel_speed, sweep_speed
     from harness.models.load import device_of, dtype_of
     from methods import METHODS
@@ -289,6 +290,8 @@ def _bench(options: argparse.Namespace) -> int:
         line = sweep_speed(METHODS, "verify" in given)
     elif options.what == "attention":
         line = attention_speed()
+    elif options.what == "evict":
+        line = evict_speed(METHODS)
     else:
         device = device_of(given.get("device"))
         line = checked_kernel_speed(device, dtype_of(given.get("dtype", "bfloat16"), device))

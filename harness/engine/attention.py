@@ -30,13 +30,15 @@ def attend(layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap
         [Hq, N, D]
     """
     heads, tokens, dim = queries.shape
-    if queries.is_cuda and kernels.can_run(queries.dtype, dim) and _kernels_can_read(layer):
-        outs = [attend_by_kernel(part, queries, step, scaling, softcap) for part in layer.parts]
+    mass = None if layer.memory is None else layer.memory.mass
+    if queries.is_cuda and kernels.can_run(queries.dtype, dim) and mass is None and _kernels_can_read(layer):
+        outs = [attend_by_kernel(part, queries, step, scaling, softcap) for part in layer.parts]  # it keeps its weights to itself
         return outs[0] if len(outs) == 1 else torch.stack(outs).sum(0)  # of what reads no row of a part there are zeros
     where = torch.as_tensor(np.concatenate([part.readers(step) for part in layer.parts]), device=queries.device)
     asked = (queries * scaling).reshape(heads * tokens, dim)[where]  # [M, D], in the order of rows
     out = torch.empty_like(asked)
     lse = asked.new_empty(len(asked), dtype=torch.float32) if layer.merges else None
+    given: list[tuple[RowBlock, slice, Tensor]] = []  # each block's readers and weights, where they are remembered
     done = 0
     for part in layer.parts:
         work = _attend_block if part.packed is None else _attend_packed_block
@@ -44,7 +46,11 @@ def attend(layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap
             mine = slice(done, done + block.count * block.width * block.tokens)
             done = mine.stop
             if mine.stop > mine.start:
-                work(part, block, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
+                weights = work(part, block, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
+                if mass is not None and weights is not None:
+                    given.append((block, mine, weights))
+    if mass is not None:
+        _remember(mass, given, None if lse is None else _share(lse, where, heads * tokens))
     placed = torch.empty_like(out).index_copy_(0, where, out) if lse is None else _merge(out, lse, where, heads * tokens)
     return placed.view(heads, tokens, dim)
 
@@ -81,13 +87,17 @@ def _attend_block(
     softcap: float | None,
     out: Tensor,
     lse: Tensor | None,
-) -> None:
-    """Rows of equal length as one strided batch. queries: [rows * width * Q, D]. Writes `out` and, if asked, `lse`."""
+) -> Tensor | None:
+    """Rows of equal length as one strided batch. queries: [rows * width * Q, D]. Writes `out` and, if asked, `lse`.
+
+    Returns:
+        the weights [rows, width * Q, length]; None where rows are empty.
+    """
     if block.length == 0:
         out.zero_()
         if lse is not None:
             lse.fill_(float("-inf"))
-        return
+        return None
     keys, values = block.entries(layer.keys), block.entries(layer.values)  # [rows, length, D]
     asked = queries.view(block.count, block.width * block.tokens, -1)
     logits = softcapped(torch.bmm(asked, keys.transpose(1, 2)), softcap)  # [rows, width * Q, length]
@@ -101,6 +111,28 @@ def _attend_block(
     if lse is not None:
         weights = weights.nan_to_num_()  # a row whose entries are all hidden weighs nothing: its lse is -inf
     torch.bmm(weights, values, out=out.view(asked.shape))
+    return weights
+
+
+def _remember(mass: Tensor, given: list[tuple[RowBlock, slice, Tensor]], share: Tensor | None) -> None:
+    """Adds what every entry has received to `mass` [P].
+
+    Args:
+        share: [M] of each reader's whole attention, where it is spread over several rows.
+    """
+    for block, mine, weights in given:
+        rows, readers, length = weights.shape
+        received = weights.float()
+        if share is not None:
+            received = received * share[mine].view(rows, readers, 1)
+        mass[block.start : block.start + rows * block.capacity].view(rows, -1)[:, :length] += received.sum(1)
+
+
+def _share(lse: Tensor, reader: Tensor, queries: int) -> Tensor:
+    """[M]: which part of its query's attention each reader's is."""
+    top = lse.new_full((queries,), float("-inf")).scatter_reduce_(0, reader, lse, "amax")
+    weight = torch.exp(lse - top[reader])
+    return weight / lse.new_zeros(queries).index_add_(0, reader, weight)[reader]
 
 
 def _attend_packed_block(
@@ -111,13 +143,13 @@ def _attend_packed_block(
     softcap: float | None,
     out: Tensor,
     lse: Tensor | None,
-) -> None:
+) -> Tensor | None:
     """As `_attend_block`, over packed rows and in float32."""
     if block.length == 0:
         out.zero_()
         if lse is not None:
             lse.fill_(float("-inf"))
-        return
+        return None
     assert layer.packed is not None
     keys, values = bounds_of(layer, layer.packed, block)
     asked = queries.view(block.count, block.width * block.tokens, -1)
@@ -129,6 +161,7 @@ def _attend_packed_block(
     if lse is not None:
         weights = weights.nan_to_num_()  # a row whose entries are all hidden weighs nothing: its lse is -inf
     out.view(asked.shape).copy_(mix_of(layer, block, weights, values))
+    return weights
 
 
 def _hide(layer: RowLayer, block: RowBlock, step: Step, logits: Tensor) -> None:

@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from harness.engine.evict import Held, Turns
 from harness.engine.model import Model
 from harness.engine.rows import Counts, RowCache
 from harness.engine.scoring import Likelihood
@@ -115,6 +116,7 @@ class Answer:
     end: Counts | None = None  # what the cell held when it had ended
     width: int = 0  # draft tokens of the next step, at most
     likelihoods: dict[int, Likelihood] = field(default_factory=dict)  # by request
+    held: Held | None = None  # over its tokens, if its cell evicts while decoding
     own: NgramTable = field(default_factory=lambda: NgramTable(longest=3))  # of what it said itself
 
     def adapt(self, offered: int, accepted: int) -> None:
@@ -142,7 +144,7 @@ class Decoder:
     sampler: Sampler = Sampler()
 
 
-def generate(model: Model, cache: RowCache, first: Sequence[int], decoder: Decoder) -> list[Answer]:
+def generate(model: Model, cache: RowCache, first: Sequence[int], decoder: Decoder, turns: Turns | None = None) -> list[Answer]:
     """Answers of the cells of `cache`.
 
     Cells that have ended leave the batch; the last of them stay in the cache, which then holds the prompt and their answers but
@@ -150,27 +152,43 @@ def generate(model: Model, cache: RowCache, first: Sequence[int], decoder: Decod
 
     Args:
         first: of each cell, the token that follows the prompt.
+        turns: of cells that evict while decoding. They go token by token: what is evicted could not be taken back with a draft.
     """
     answers = [Answer([]) for _ in first]
     for answer, token in zip(answers, first, strict=True):
         answer.add([token], decoder.stop)
     active = list(range(len(answers)))
-    while active := _drop_ended(cache, answers, active):
-        _step(model, cache, [answers[cell] for cell in active], decoder)
+    while active := _drop_ended(cache, answers, active, turns):
+        if turns is None:
+            _step(model, cache, [answers[cell] for cell in active], decoder)
+        else:
+            _lone_step(model, cache, [answers[cell] for cell in active], decoder)
+            turns.took(1)
     return answers
 
 
-def _drop_ended(cache: RowCache, answers: Sequence[Answer], active: list[int]) -> list[int]:
+def _drop_ended(cache: RowCache, answers: Sequence[Answer], active: list[int], turns: Turns | None) -> list[int]:
     """The cells that go on; the cache keeps only those, or all if there are none."""
     staying = [number for number, cell in enumerate(active) if answers[cell].stop_reason is None]
     if len(staying) == len(active):
         return active
-    for cell, counts in zip(active, cache.counts(), strict=True):
+    for number, (cell, counts) in enumerate(zip(active, cache.counts(), strict=True)):
         if answers[cell].stop_reason is not None:
             answers[cell].end = counts
+            answers[cell].held = None if turns is None else turns.held[number]
     if staying:
         cache.keep(staying)
+        if turns is not None:
+            turns.stay(staying)
     return [active[number] for number in staying]
+
+
+def _lone_step(model: Model, cache: RowCache, answers: Sequence[Answer], decoder: Decoder) -> None:
+    """One pass of the model over every cell's last token, without drafts."""
+    logits = model.decode_ragged(cache, [answer.tokens[-1:] for answer in answers])
+    said = decoder.sampler.sample(logits, [len(answer.tokens) for answer in answers])
+    for answer, token in zip(answers, said, strict=True):
+        answer.add([token], decoder.stop)
 
 
 def _step(model: Model, cache: RowCache, answers: Sequence[Answer], decoder: Decoder) -> None:

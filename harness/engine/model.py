@@ -130,6 +130,8 @@ class DecodePass:
             experts = None if settings.experts is None else settings.experts.cpu().numpy()
             layer.append(key, value, self.step, experts)
         self.layers_run += 1
+        if layer.memory is not None:
+            layer.memory.see(query, self.step)
         if self.watch:
             assert isinstance(layer, RowLayer)
             self.watch(place.layer, probabilities(layer, query, self.step, settings.scaling, settings.softcap))

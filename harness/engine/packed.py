@@ -42,11 +42,11 @@ class PackedEntries:
     """Keys and values of the rows of one layer.
 
     Args:
-        length: [R] entries at first. slack: for tokens to come, behind each row.
+        length: [R] entries at first. slack: [R] for tokens to come, behind each row.
         like: a tensor of the model's type on its device.
     """
 
-    def __init__(self, storage: Storage, dim: int, length: np.ndarray, slack: int, like: Tensor) -> None:
+    def __init__(self, storage: Storage, dim: int, length: np.ndarray, slack: np.ndarray, like: Tensor) -> None:
         self.storage, self.dim, self.slack = storage, dim, slack
         self._on_device: Tensor | None = None
         capacity = length + slack
@@ -78,7 +78,7 @@ class PackedEntries:
         return [*self.keys, *self.values, self.key_tail, self.value_tail]
 
     def keep(self, rows: np.ndarray) -> None:
-        self.places = self.places.of(rows)
+        self.places, self.slack = self.places.of(rows), self.slack[rows]
         self._on_device = None
 
     def on_device(self) -> Tensor:

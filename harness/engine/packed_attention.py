@@ -100,7 +100,7 @@ class BlockOfPacked:
     def whole_tail(self, of_keys: bool, start: int | None = None, stop: int | None = None) -> tuple[Tensor, int]:
         """What lies in 16 bits, slack too, or some of it, [rows, entries, D] float32; and the first entry that does."""
         packed, capacity = self.packed, self.block.capacity
-        base = packed.bases(np.array([capacity - packed.slack]))[0 if of_keys else 1].item()
+        base = packed.bases(np.array([capacity - packed.slack[self.block.rows.start]]))[0 if of_keys else 1].item()
         tail, at = (packed.key_tail, packed.places.key_tail) if of_keys else (packed.value_tail, packed.places.value_tail)
         whole = self._view(tail, at + base, capacity - base)
         return whole[:, (start or base) - base : (stop or capacity) - base].float(), base

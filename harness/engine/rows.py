@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from harness.cache import Arena, ExpertGroup, LayerKV, ModelShape, Prefill, Row,
 from harness.engine.packed import PackedEntries
 from harness.engine.split_plan import DevicePlan, plan_split, split_length, within_runs
 from harness.storage import Storage
+
+if TYPE_CHECKING:
+    from harness.engine.evict import Memory
 
 SLACK_STEP = 64  # the slack behind a row is a multiple of this
 KEPT_PLANS = 8  # split plans of a layer, of steps that bring other numbers of tokens
@@ -128,6 +132,13 @@ class RowLayer:
         # the expert group of each token since compaction, by cell, if there are several
         self.taken: list[list[int]] = [[] for _ in range(cells)]
         self._plans: dict[bytes, DevicePlan] = {}
+        self.memory: Memory | None = None  # of cells that evict while decoding
+
+    @property
+    def columns(self) -> list[Tensor]:
+        """Everything that the pool holds of an entry, [P, ...] each."""
+        mass = [] if self.memory is None or self.memory.mass is None else [self.memory.mass]
+        return [self.keys, self.values, self.positions, *mass]
 
     @property
     def routed(self) -> bool:
@@ -178,6 +189,8 @@ class RowLayer:
             self.keys.index_copy_(0, where, new[0])
             self.values.index_copy_(0, where, new[1])
         self.positions.index_copy_(0, where, self._index(step.positions[token]).int())
+        if self.memory is not None and self.memory.mass is not None:
+            self.memory.mass[where] = 0.0
         table.length[:] += added
 
     def pairs(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
@@ -245,6 +258,8 @@ class RowLayer:
         self.table = self.table.of(np.isin(self.table.cell, list(cells)))
         self.taken = [self.taken[cell] for cell in cells] if self.routed else []
         self._plans.clear()
+        if self.memory is not None:
+            self.memory.keep(cells)
         self.table.cell[:] = [number[cell] for cell in self.table.cell.tolist()]
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -257,6 +272,8 @@ class RowLayer:
 
 class MixedLayer:
     """A layer whose rows are held in several ways: one part for each. It answers as a `RowLayer` does."""
+
+    memory = None  # cells that evict while decoding are not packed, and go among themselves
 
     def __init__(self, parts: Sequence[RowLayer]) -> None:
         self.parts = tuple(parts)
@@ -292,6 +309,11 @@ class RowCache:
     @property
     def cells(self) -> int:
         return len(self.seen)
+
+    @property
+    def parts(self) -> list[RowLayer]:
+        """The layers, or the parts of those whose rows are held in several ways."""
+        return [part for layer in self.layers for part in layer.parts]
 
     def step(self, counts: Sequence[int]) -> Step:
         """The next `counts[cell]` tokens of each cell, not yet read."""
@@ -336,10 +358,13 @@ def slack_for(tokens: int) -> int:
     return -(-tokens // SLACK_STEP) * SLACK_STEP
 
 
-def compact(prefill: Prefill, selections: Sequence[Selection], tokens: int, arena: Arena | None = None) -> RowCache:
-    """Copies each cell's entries out of the prefill, one cell a selection, with slack for `tokens` more tokens."""
+def compact(
+    prefill: Prefill, selections: Sequence[Selection], tokens: int | Sequence[int], arena: Arena | None = None
+) -> RowCache:
+    """Copies each cell's entries out of the prefill, one cell a selection, with slack for so many more tokens (of each cell)."""
     arena = arena or Arena()
-    plans = [_plans(kv, [s[kv.index] for s in selections], slack_for(tokens)) for kv in prefill.layers]
+    slack = [slack_for(tokens)] * len(selections) if isinstance(tokens, int) else [slack_for(some) for some in tokens]
+    plans = [_plans(kv, [s[kv.index] for s in selections], slack) for kv in prefill.layers]
     plain = [sum(int(plan.table.capacity.sum()) for plan in layer if plan.storage is None) for layer in plans]
     like = prefill.layers[0].keys[0]
     keys, values = arena.take("keys", sum(plain), like), arena.take("values", sum(plain), like)
@@ -369,7 +394,7 @@ def compact_and_free(
     seen = 0
     for index, kv in enumerate(held):
         assert kv is not None
-        found = _plans(kv, [selection[index] for selection in selections], slack_for(tokens))
+        found = _plans(kv, [selection[index] for selection in selections], [slack_for(tokens)] * len(selections))
         size, seen = sum(int(plan.table.capacity.sum()) for plan in found), kv.tokens
         own = sum(int(plan.table.capacity.sum()) for plan in found if plan.storage is None)
         keys, values = (kv.keys.new_empty(own, shape.head_dim) for _ in range(2))
@@ -386,10 +411,10 @@ class _Plan:
     storage: Storage | None
     table: RowTable
     rows: list[Row]
-    slack: int
+    slack: np.ndarray  # [R]
 
 
-def _plans(kv: LayerKV, cells: Sequence[tuple[Row, ...]], slack: int) -> list[_Plan]:
+def _plans(kv: LayerKV, cells: Sequence[tuple[Row, ...]], slack: Sequence[int]) -> list[_Plan]:
     """One for each storage, the model's own type first."""
     candidates = kv.keys.shape[1]
     by_storage: dict[Storage | None, list[tuple[int, Row, int]]] = {}
@@ -401,9 +426,10 @@ def _plans(kv: LayerKV, cells: Sequence[tuple[Row, ...]], slack: int) -> list[_P
         rows = sorted(by_storage.get(storage, []), key=lambda item: (item[1].width, item[2], item[0], item[1].first))
         numbers = [(cell, row.expert_group, row.first, row.width, length) for cell, row, length in rows]
         of_cell, of_group, first, width, length = np.array(numbers, dtype=np.int64).reshape(-1, 5).T.copy()
-        capacity = length + slack
+        behind = np.array(slack, dtype=np.int64)[of_cell]
+        capacity = length + behind
         table = RowTable(of_cell, of_group, first, width, np.cumsum(capacity) - capacity, capacity, length)
-        plans.append(_Plan(storage, table, [row for _, row, _ in rows], slack))
+        plans.append(_Plan(storage, table, [row for _, row, _ in rows], behind))
     return plans
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from harness.engine.evict import Turns
 from harness.engine.model import Model
 from harness.engine.rows import RowCache
 
@@ -35,17 +36,26 @@ class Likelihood:
         return cls(float(chosen), bool((logits.argmax(-1) == tokens).all()), len(tokens))
 
 
-def forced(model: Model, cache: RowCache, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+def forced(model: Model, cache: RowCache, tokens: Sequence[int], turns: Turns | None = None) -> Iterator[tuple[int, Tensor]]:
     """Feeds the same tokens to every cell, in pieces that fit in memory, and takes them back.
+
+    Args:
+        turns: of cells that evict while decoding: pieces end where one of them does, and nothing is taken back.
 
     Yields:
         where a piece starts, and the log-probabilities of what follows each of its tokens, [C, piece, V].
     """
     wide = max(1, FORCED_NUMBERS // (cache.cells * model.network.config.vocab_size))
-    for start in range(0, len(tokens), wide):
-        piece = torch.tensor(tokens[start : start + wide], device=model.device).expand(cache.cells, -1)
+    start = 0
+    while start < len(tokens):
+        stop = start + (wide if turns is None else min(wide, turns.room))
+        piece = torch.tensor(tokens[start:stop], device=model.device).expand(cache.cells, -1)
         yield start, model.decode(cache, piece, keep=piece.shape[1]).float().log_softmax(-1)
-    cache.crop([len(tokens)] * cache.cells)
+        start = stop
+        if turns is not None:
+            turns.took(piece.shape[1])
+    if turns is None:
+        cache.crop([len(tokens)] * cache.cells)
 
 
 def branch(model: Model, cache: RowCache, lead: Tensor, tokens: Sequence[int], scored: int) -> list[Likelihood]:
@@ -84,11 +94,12 @@ class FullAnswer:
         empty = torch.zeros(0, model.network.config.vocab_size)
         return cls(tokens, torch.cat(parts) if parts else empty)
 
-    def fidelity(self, model: Model, cache: RowCache, lead: Tensor | None) -> list[dict[str, float]]:
+    def fidelity(self, model: Model, cache: RowCache, lead: Tensor | None, turns: Turns | None = None) -> list[dict[str, float]]:
         """How far each cell's predictions lie from the full cache's, all fed the full cache's answer.
 
         Args:
             lead: [C, V] or None, as above.
+            turns: of cells that evict while decoding; their cache is not left as it was.
 
         Returns:
             of each cell, kl: mean KL of the full cache's distribution to the cell's, nats; top1: share of places at which
@@ -102,7 +113,7 @@ class FullAnswer:
         if lead is not None:
             sums += self._compare(lead[:, None], 0)
             done = 1
-        for start, logprobs in forced(model, cache, self.tokens[:-1]):
+        for start, logprobs in forced(model, cache, self.tokens[:-1], turns):
             sums += self._compare(logprobs, done + start)
         means = sums / len(self.logprobs)
         means[:, 0].clamp_(min=0.0)  # what is no number stays none

@@ -135,7 +135,19 @@ def suite_of(request: RunRequest, registry: Registry) -> Suite:
     suite = SUITES[request.suite]
     changes: dict[str, Any] = {
         name: value
-        for name in ("models", "methods", "budgets", "benchmarks", "prompts", "limit", "seeds", "temperature", "fidelity", "chat")
+        for name in (
+            "models",
+            "methods",
+            "budgets",
+            "benchmarks",
+            "prompts",
+            "limit",
+            "seeds",
+            "temperature",
+            "fidelity",
+            "chat",
+            "truncation",
+        )
         if (value := getattr(request, name)) not in (None, ())
     }
     if request.models or request.methods:
@@ -185,7 +197,7 @@ def grid_of(request: RunRequest, suite: Suite, registry: Registry) -> Grid:
     methods = dict(registry.method(text) for text in suite.methods)
     if not budgets and any(method.takes_budget for method in methods.values()):
         raise BadRequest("these methods need --budgets, such as 128,25%")
-    shared = (suite.chat, request.granularity, "eos", request.truncation, request.max_new_tokens, suite.temperature)
+    shared = (suite.chat, request.granularity, "eos", suite.truncation, request.max_new_tokens, suite.temperature)
     return Grid(
         tasks=tasks_of(request, suite, registry),
         methods=methods,

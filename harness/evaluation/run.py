@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from benchmarks.base import NLL, Task, embedded_can
+from benchmarks.data import BadData
 from harness.cache import Arena
 from harness.engine.generate import Answer
 from harness.engine.measure import keep_freed_memory
@@ -115,7 +116,7 @@ def run_behind(request: RunRequest, registry: Registry) -> int:
     for behind in requests_behind(request):
         try:
             failed += run_request(behind, registry).failed
-        except BadGguf as missing:
+        except (BadGguf, BadData) as missing:
             print(f"suite {behind.suite} is left out: {missing}", file=sys.stderr)
     return failed
 
@@ -242,7 +243,7 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
         return Record(key, status, env, reason=reason, columns=unit.example.columns, embedded_can=can)
     assert outcome.answer is not None and outcome.counts is not None
     text = said(model, prompts[0], outcome.answer)
-    end = outcome.answer.end
+    end, held = outcome.answer.end, outcome.answer.held
     shape = model.parent_shape
     full = sum(shape.full_entries(prompt.context) for prompt in prompts)
     scored = (NLL,) if prompts[0].forced else unit.task.metrics
@@ -270,6 +271,10 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
         bytes_allocated=outcome.counts.bytes_allocated,
         entries_end=end.entries if end else None,
         bytes_kept_end=end.bytes_kept if end else None,
+        entries_peak=held.entries_peak if held else None,
+        bytes_kept_peak=held.bytes_peak if held else None,
+        entries_mean=held.entries_mean if held else None,
+        bytes_kept_mean=held.bytes_mean if held else None,
         bytes_full=full * (shape.deployed_bytes() if outcome.packed else shape.entry_bytes()),
         kept=outcome.kept if key.example == 0 else None,
     )

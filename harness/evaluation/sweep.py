@@ -14,7 +14,8 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from harness.cache import Arena, Budget, Needs, Prefill, Selection, keep_all
+from harness.cache import Arena, Budget, Keeper, Needs, Prefill, Selection, keep_all
+from harness.engine.evict import Turns, remember
 from harness.engine.generate import MOST_DRAFTS, Answer, Decoder, NgramTable, Sampler, Stop, generate
 from harness.engine.measure import Lap, OutOfMemory, memory_errors, stopwatch
 from harness.engine.model import Model
@@ -202,6 +203,13 @@ class _Example:
         for batch in self._batches(cells):
             yield from self._answer_or_split(batch)
 
+    def keeper(self, cell: Cell) -> Keeper | None:
+        """What the cell's method does while the answer is decoded."""
+        return cell.method.while_decoding(partial(self._cap, cell.budget)) if cell.budget is not None else None
+
+    def _cap(self, budget: Budget, tokens: int) -> int:
+        return budget.entries(self.sweep.model.parent_shape, tokens, self.sweep.protocol.granularity)
+
     def _answer_full(self) -> Outcome:
         """Full first: the others' fidelity is measured against its answer."""
         everything = keep_all(self.prefill)
@@ -226,19 +234,34 @@ class _Example:
 
         Small cells go first: their steps are cheap, and what they say are the draft tokens of the large ones.
         """
-        batch: list[tuple[Cell, Selection]] = []
-        held = 0
-        for size, cell, selection in sorted(((self._bytes(s), c, s) for c, s in cells), key=lambda item: item[0]):
-            if batch and held + size > self.sweep.cell_bytes:
+        for evicting in (False, True):  # cells that evict while decoding go among themselves: they make no drafts
+            batch: list[tuple[Cell, Selection]] = []
+            held = 0
+            mine = [(self._bytes(c, s), c, s) for c, s in cells if (self.keeper(c) is not None) == evicting]
+            for size, cell, selection in sorted(mine, key=lambda item: item[0]):
+                if batch and held + size > self.sweep.cell_bytes:
+                    yield batch
+                    batch, held = [], 0
+                batch.append((cell, selection))
+                held += size
+            if batch:
                 yield batch
-                batch, held = [], 0
-            batch.append((cell, selection))
-            held += size
-        if batch:
-            yield batch
 
-    def _bytes(self, selection: Selection) -> int:
-        shape, slack, total = self.prefill.shape, slack_for(self.to_come), 0
+    def _room(self, cell: Cell) -> int:
+        """Tokens that a row of the cell must have room for behind what it keeps of the prefill."""
+        keeper = self.keeper(cell)
+        if keeper is None or self.prompt.asks_likelihoods:
+            return self.to_come
+        assert cell.budget is not None
+        question = len(self.prompt.ids) - self.prompt.context
+        grown = self._cap(cell.budget, self.prefill.tokens + self.to_come) - self.asked(
+            cell
+        )  # a share's cap grows with the answer
+        rows = sum(len(rows) for rows in keep_all(self.prefill))
+        return min(self.to_come, max(question, keeper.every) - (-grown // rows))
+
+    def _bytes(self, cell: Cell, selection: Selection) -> int:
+        shape, slack, total = self.prefill.shape, slack_for(self._room(cell)), 0
         for kv, rows in zip(self.prefill.layers, selection, strict=True):
             for row in rows:
                 entries = row.entries(kv.keys.shape[1])
@@ -252,7 +275,7 @@ class _Example:
         """Answers a batch; one that does not fit in memory is tried in halves, down to single cells."""
         try:
             with memory_errors():
-                outcomes = self._answer([selection for _, selection in batch])
+                outcomes = self._answer([cell for cell, _ in batch], [selection for _, selection in batch])
         except OutOfMemory as error:
             if len(batch) == 1:
                 yield batch[0][0], Outcome(failed=str(error))
@@ -262,24 +285,45 @@ class _Example:
             return
         yield from ((cell, outcome) for (cell, _), outcome in zip(batch, outcomes, strict=True))
 
-    def _answer(self, selections: list[Selection]) -> list[Outcome]:
-        cache, logits = self._open(selections)
+    def _answer(self, cells: list[Cell], selections: list[Selection]) -> list[Outcome]:
+        """All of the cells evict while decoding, or none does."""
+        keepers = [keeper for cell in cells if (keeper := self.keeper(cell)) and not self.prompt.asks_likelihoods]
+        rooms = [self._room(cell) for cell in cells]
+        cache, logits = self._open(selections, rooms, keepers)
         outcomes = self._outcomes(selections)
         if self.full is not None:
+            turns = self._turns(cache, keepers)
             with stopwatch(self.sweep.model.device, self.sweep.laps.fidelity):
-                measured = self.full.fidelity(self.sweep.model, cache, self._lead(logits))
+                measured = self.full.fidelity(self.sweep.model, cache, self._lead(logits), turns)
             for outcome, numbers in zip(outcomes, measured, strict=True):
                 outcome.fidelity = numbers
-        for outcome, answer in zip(outcomes, self._generate(cache, logits), strict=True):
+            if turns is not None and self.prompt.forced:
+                for outcome, held in zip(outcomes, turns.held, strict=True):
+                    outcome.answer = Answer(list(self.prompt.forced), "forced", held=held)
+                return [outcome.checked() for outcome in outcomes]
+            if turns is not None:  # what was evicted for the full cache's answer is there for the cell's own
+                cache, logits = self._open(selections, rooms, keepers)
+        for outcome, answer in zip(outcomes, self._generate(cache, logits, self._turns(cache, keepers)), strict=True):
             outcome.answer = answer
         return [outcome.checked() for outcome in outcomes]
 
-    def _open(self, selections: list[Selection]) -> tuple[RowCache, Tensor]:
-        """A cache that has read the whole prompt, and each cell's logits for the first token, [C, V]."""
+    def _turns(self, cache: RowCache, keepers: list[Keeper]) -> Turns | None:
+        return Turns(cache, keepers, len(self.prompt.ids) - self.prompt.context) if keepers else None
+
+    def _open(
+        self, selections: list[Selection], rooms: Sequence[int] | None = None, keepers: Sequence[Keeper] = ()
+    ) -> tuple[RowCache, Tensor]:
+        """A cache that has read the whole prompt, and each cell's logits for the first token, [C, V].
+
+        Args:
+            rooms: tokens of each cell that its rows have room for; None: for all that may come.
+        """
         laps, model = self.sweep.laps, self.sweep.model
         with stopwatch(model.device, laps.compact):
-            cache = compact(self.prefill, selections, self.to_come, self.sweep.arena)
+            cache = compact(self.prefill, selections, rooms or self.to_come, self.sweep.arena)
             self.counts = cache.counts()
+            if keepers:
+                remember(cache, self.prefill, keepers)
         question = self.prompt.ids[self.prompt.context :]
         if not question:
             return cache, self.prefill.logits.expand(len(selections), -1)
@@ -299,7 +343,7 @@ class _Example:
         """The first token's log-probabilities, where they depend on the cell's cache."""
         return None if self.prompt.context == len(self.prompt.ids) else logits.float().log_softmax(-1)
 
-    def _generate(self, cache: RowCache, logits: Tensor) -> list[Answer]:
+    def _generate(self, cache: RowCache, logits: Tensor, turns: Turns | None = None) -> list[Answer]:
         if self.prompt.forced:
             return [Answer(list(self.prompt.forced), "forced") for _ in range(cache.cells)]
         if self.prompt.asks_likelihoods:
@@ -310,7 +354,7 @@ class _Example:
         sampler = Sampler(protocol.temperature, f"{self.sweep.seed}/{self.prompt.ids}" if protocol.temperature else "")
         with stopwatch(model.device, self.sweep.laps.decode):
             first = sampler.sample(logits, [0] * cache.cells)
-            return generate(model, cache, first, Decoder(self.ngrams, stop, sampler))
+            return generate(model, cache, first, Decoder(self.ngrams, stop, sampler), turns)
 
     def _likelihoods(self, cache: RowCache, logits: Tensor) -> list[Answer]:
         answers = [Answer([], "forced") for _ in range(cache.cells)]

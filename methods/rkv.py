@@ -1,0 +1,86 @@
+"""R-KV: keep keys that matter to the newest queries and do not repeat what other keys say, again while the answer grows.
+
+Cai et al., "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models", 2025. arxiv.org/abs/2505.24133
+Settings are those of the authors' code: every 128 tokens, the newest 8 kept, importance weighed by 0.07 (their README and later
+comparisons say 0.1). Importance: of a group's query heads the largest logit counts, its softmax over the older keys is averaged
+over the last 8 queries and max-pooled over 7. Redundancy: a key's mean cosine similarity to the others, where of all that are
+alike (over 0.5) the latest does not count, softmaxed over the keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness.cache import LayerKV, Needs
+from harness.logits import hidden, softcapped
+from methods.base import Protected
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 2**22  # similarities held at once: bounds the memory where a whole prompt is compared with itself
+
+
+@dataclass(frozen=True)
+class ImportantAndUnlike:
+    importance: float = 0.07  # its weight; redundancy's is what is left of 1
+    window: int = 8  # last queries looked at; their own entries are never evicted
+    kernel: int = 7  # odd: neighbours pooled
+    alike: float = 0.5  # cosine similarity from which on two keys say the same
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.importance <= 1:
+            raise ValueError(f"importance {self.importance} must lie between 0 and 1")
+        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"window {self.window} must be at least 1 and kernel {self.kernel} odd")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(window=self.window)
+
+    @property
+    def protected(self) -> Protected:
+        return Protected(last=self.window)
+
+    def score(self, layer: LayerKV) -> Tensor:
+        import torch
+
+        older = max(0, layer.keys.shape[1] - self.window)
+        keys = layer.stored_keys[:, :older].float()
+        if older == 0:
+            return torch.zeros(layer.stored_keys.shape[:2], device=layer.keys.device)
+        scores = self.importance * self._importance(layer, keys) - (1 - self.importance) * self._redundancy(keys)
+        return torch.nn.functional.pad(scores, (0, layer.keys.shape[1] - older))  # the newest are protected
+
+    def _importance(self, layer: LayerKV, keys: Tensor) -> Tensor:
+        """keys: [S, m, D] -> [S, m]"""
+        from torch.nn.functional import max_pool1d
+
+        if layer.queries is None:
+            raise ValueError("the last queries were not observed: the method must declare Needs(window=...)")
+        import torch
+
+        queries = layer.queries[:, -self.window :].float().unflatten(0, (len(keys), -1))  # [S, readers, W, D]
+        logits = softcapped(queries * layer.scaling @ keys.transpose(1, 2)[:, None], layer.softcap)  # [S, readers, W, m]
+        asking = torch.arange(layer.tokens - queries.shape[2], layer.tokens, device=keys.device)[:, None]
+        unseen = hidden(layer.positions[: keys.shape[1]], asking, layer.window)
+        weights = logits.amax(1).masked_fill(unseen, float("-inf")).softmax(-1).nan_to_num(0.0)  # [S, W, m]
+        return max_pool1d(weights.mean(1)[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
+
+    def _redundancy(self, keys: Tensor) -> Tensor:
+        """keys: [S, m, D] -> [S, m]"""
+        import torch
+
+        unit = torch.nn.functional.normalize(keys, dim=-1)
+        heads, count, _ = unit.shape
+        sums = unit.new_zeros(heads, count)
+        step = max(1, BLOCK // (heads * count))
+        places = torch.arange(count, device=keys.device)
+        for start in range(0, count, step):
+            alike = unit[:, start : start + step] @ unit.transpose(1, 2)  # [S, b, m]
+            alike[:, places[: alike.shape[1]], places[start : start + step]] = 0.0  # not with oneself
+            latest = torch.where(alike > self.alike, places, -1).amax(-1, keepdim=True)  # [S, b, 1]
+            alike.scatter_(2, latest.clamp_min(0), alike.gather(2, latest.clamp_min(0)).masked_fill(latest >= 0, 0.0))
+            sums += alike.sum(1)
+        return (sums / count).softmax(-1)
