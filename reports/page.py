@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from reports import plots
+from reports.bits import is_packed
 from reports.formats import Table, TableCell, words
 from reports.keys import PanelKey
 from reports.names import named
@@ -47,13 +48,21 @@ READING = (
 )
 
 
+FEWER_BITS = (
+    "Caches of fewer bits (`int4`, `snapkv+int4`) are counted with their scales and with what stays in 16 bits, as a share of the "
+    "full cache in 16 bits, which is what is deployed, whatever type was computed in. A budget is the same share of the bytes "
+    "for all: behind a storage it holds more entries."
+)
+
+
 def reading(found: Sequence[Line]) -> list[str]:
     """How the numbers are to be read."""
     lower = sorted({line.metric for line in found if line.metric and line.lower_is_better})
     direction = (
         f"For {' and '.join(lower)} lower is better, for every other score higher." if lower else "Higher scores are better."
     )
-    return [text.format(direction=direction) for text in READING]
+    packed = [FEWER_BITS] if any(is_packed(line.at) for line in found) else []
+    return [*(text.format(direction=direction) for text in READING), *packed]
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,18 @@ class Style:
 
 
 def style_of(label: Label) -> Style:
-    name = label.plain
+    name = label.plain.partition("+")[0]  # the same method whose rows a storage packs: its colour, as another setting of it
+    changed = label.has_settings or name != label.plain
     number = KNOWN.index(name) if name in KNOWN else len(KNOWN) + sum(map(ord, name))
     style, turn = number % len(COLOURS), number // len(COLOURS)
-    settings = sum(map(ord, label.method[len(name) :])) % (len(MARKERS) - 1) + 1 if label.has_settings else 0
+    settings = sum(map(ord, label.method[len(name) :])) % (len(MARKERS) - 1) + 1 if changed else 0
     dash = DASHES[(style + turn + settings + sum(map(ord, label.where))) % len(DASHES)]
     mark = VARIANTS.get(label.conversion, "P") if label.variant else MARKERS[(style + 3 * turn + settings) % len(MARKERS)]
-    return Style(COLOURS[style], mark, dash, not (label.has_settings or label.variant))
+    return Style(COLOURS[style], mark, dash, not (changed or label.variant))
 
 
 def order_of(label: Label) -> tuple[int, str]:
     """In legends: known methods in their order, then others, then those on variants."""
-    known = KNOWN.index(label.plain) if label.plain in KNOWN else len(KNOWN)
+    name = label.plain.partition("+")[0]
+    known = KNOWN.index(name) if name in KNOWN else len(KNOWN)
     return (len(KNOWN) * bool(label.variant) + known, str(label))

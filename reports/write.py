@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reports import plots
+from reports.bits import ABOUT, bits_maps
 from reports.cost import Cost, costs
 from reports.cost_plots import cost_pictures
 from reports.cost_tables import cost_sentences, cost_tables
@@ -48,7 +49,7 @@ def write_report(out: Path) -> list[Path]:
         frame(found).to_csv(table, index=False)
         text.write_text(_head(found, averaged, said, judged) + markdown([*several, *score_tables(found), *cost, *rest]))
         paper.write_text(latex([*several, *score_tables(found), *cost]))
-        pictures = _pictures(out, records, plotted, measured)
+        pictures = [Pictures("Bits", ABOUT, bits_maps(found, plotted)), *_pictures(out, records, plotted, measured)]
         for panel in plots.panels(found):
             plots.save(panel, plotted)
         title = f"KV-cache methods: {out.name}"
