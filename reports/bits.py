@@ -6,7 +6,7 @@ budget, from the fewest entries in 16 bits to the most in few. What stands at on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 from reports.formats import literal
 from reports.keys import LineKey, PanelKey
@@ -23,6 +24,7 @@ from reports.style import COLOURS, DASHES, MARKERS
 from reports.tables import Line
 
 LEAST_KL = 1e-7
+TICKS = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
 ABOUT = (
     "Bits against entries at equal bytes: each line is a budget, each point a storage behind one method, from few entries in 16 "
     "bits on the left to many in few bits. Storages alone keep every entry and stand where their bytes are."
@@ -53,29 +55,38 @@ def bits_maps(found: Sequence[Line], folder: Path) -> list[Path]:
 def _picture(panel: PanelKey, method: str, lines: list[Line], alone: list[Line], full: Line, folder: Path) -> Path:
     metric = next((line.metric for line in lines if line.metric), None) or "score"
     shown = [(name, what) for name, what in (("score", metric), ("kl", "KL to the full cache, nats")) if getattr(lines[0], name)]
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.0 * len(shown) + 1.6, 4.2), squeeze=False, layout="constrained")
     every = full.entries or 1.0
     budgets = sorted({line.budget for line in lines}, key=lambda text: -_largest(lines, text))
+    colours = {budget: COLOURS[number % len(COLOURS)] for number, budget in enumerate(budgets)}
+    marks = {
+        name: MARKERS[number % len(MARKERS)] for number, name in enumerate(sorted({_storage(one) for one in [*lines, *alone]}))
+    }
     for axis, (name, what) in zip(axes[0], shown, strict=True):
         for number, budget in enumerate(budgets):
-            mine = [line for line in lines if line.budget == budget]
-            _draw(axis, _points(mine, name, every), number, budget)
-        _draw(axis, _points(alone, name, every), len(budgets), "storages alone", joined=False)
-        axis.set(xlabel="entries kept, share of all", ylabel=literal(what), xscale="log")
+            points = _points([line for line in lines if line.budget == budget], name, every)
+            _draw(axis, points, colours[budget], DASHES[number % len(DASHES)], marks)
+        _draw(axis, _points(alone, name, every), "black", "", marks)
+        least = min(line.entries or every for line in lines) / every / 1.3
+        ticks = [tick for tick in TICKS if tick >= least]
+        axis.set(xlabel="entries kept, share of all", ylabel=literal(what), xscale="log", xlim=(least, 1.15))
         if name == "kl":
             axis.set_yscale("log")
-        ticks = [
-            tick for tick in (0.03, 0.0625, 0.125, 0.25, 0.5, 1.0) if tick >= min(p.entries or 1 for p in lines) / every / 1.5
-        ]
-        axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axis.set_xticks(ticks, [f"{tick:.1%}" if tick < 0.1 else f"{tick:.0%}" for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.5)
-    axes[0][0].legend(fontsize=7, frameon=False, title="bytes", title_fontsize=7)
+    _legend(figure, colours, marks, bool(alone))
     figure.suptitle(literal(f"{panel.title}: {method}"), fontsize=9)
     path = place(folder, f"bits_{panel.model}_{panel.task}_{panel.protocol.prompt}_{method}", mark=f"_{panel.protocol.short}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+def _storage(line: Line) -> str:
+    """How its rows are held, in short: without settings."""
+    name = line.label.method.partition("+")[2] if line.budget else line.label.method
+    return name.partition("(")[0] or "16 bits"
 
 
 def _largest(lines: Sequence[Line], budget: str) -> float:
@@ -87,25 +98,24 @@ def _points(lines: Sequence[Line], name: str, every: float) -> list[Point]:
     for line in lines:
         value: Estimate | None = getattr(line, name)
         if value is not None and line.entries:
-            storage = line.label.name.partition("+")[2] if line.budget else line.label.name
-            found.append((line.entries / every, value, storage or "16 bits"))
+            found.append((line.entries / every, value, _storage(line)))
     return sorted(found, key=lambda point: point[0])
 
 
-def _draw(axis: Any, points: Sequence[Point], number: int, label: str, joined: bool = True) -> None:
-    if not points:
-        return
-    colour = COLOURS[number % len(COLOURS)]
+def _draw(axis: Any, points: Sequence[Point], colour: str, dash: str, marks: Mapping[str, str]) -> None:
     means = [max(value.mean, LEAST_KL) for _, value, _ in points]
-    spread = [
-        [max(0.0, mean - max(value.low, LEAST_KL)) for mean, (_, value, _) in zip(means, points, strict=True)],
-        [max(0.0, value.high - mean) for mean, (_, value, _) in zip(means, points, strict=True)],
-    ]
-    dash = DASHES[number % len(DASHES)] if joined else ""
-    marker = MARKERS[number % len(MARKERS)]
-    style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 4, "linewidth": 1.2}
-    shares = [share for share, _, _ in points]
-    axis.errorbar(shares, means, yerr=spread, label=literal(label), capsize=1.5, elinewidth=0.6, **style)
-    for turn, (share, mean, (_, _, storage)) in enumerate(zip(shares, means, points, strict=True)):
-        below = 7 if turn % 2 else -11
-        axis.annotate(literal(storage), (share, mean), textcoords="offset points", xytext=(3, below), fontsize=5.5, color=colour)
+    axis.plot([share for share, _, _ in points], means, color=colour, linestyle=dash or "none", linewidth=1.2)
+    for mean, (share, value, storage) in zip(means, points, strict=True):
+        spread = [[max(0.0, mean - max(value.low, LEAST_KL))], [max(0.0, value.high - mean)]]
+        style: dict[str, Any] = {"color": colour, "marker": marks[storage], "markersize": 5, "elinewidth": 0.6, "capsize": 1.5}
+        axis.errorbar([share], [mean], yerr=spread, fillstyle="full" if dash else "none", **style)
+
+
+def _legend(figure: Any, colours: Mapping[str, str], marks: Mapping[str, str], alone: bool) -> None:
+    """Colours are budgets, marks are storages."""
+    handles = [Line2D([], [], color=colour, label=f"{budget} of the bytes") for budget, colour in colours.items()]
+    handles += [Line2D([], [], color="grey", marker=mark, linestyle="none", label=literal(name)) for name, mark in marks.items()]
+    if alone:
+        hollow: dict[str, Any] = {"marker": "o", "fillstyle": "none", "linestyle": "none"}
+        handles.append(Line2D([], [], color="black", label="hollow: every entry", **hollow))
+    figure.legend(handles=handles, loc="outside right center", fontsize=7, frameon=False)

@@ -49,9 +49,9 @@ READING = (
 
 
 FEWER_BITS = (
-    "Caches of fewer bits (`int4`, `snapkv+int4`) are counted with their scales and with what stays in 16 bits, as a share of the "
-    "full cache in 16 bits, which is what is deployed, whatever type was computed in. A budget is the same share of the bytes "
-    "for all: behind a storage it holds more entries."
+    "Caches of fewer bits (`int4`, `snapkv+int4`) are counted with their scales and with what stays in 16 bits, as a share "
+    "of the full cache in 16 bits, which is what is deployed, whatever type was computed in. A budget is the same share of the "
+    "bytes for all: behind a storage it holds more entries."
 )
 
 
