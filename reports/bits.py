@@ -72,7 +72,7 @@ def _picture(panel: PanelKey, method: str, lines: list[Line], alone: list[Line],
         axis.set(xlabel="entries kept, share of all", ylabel=literal(what), xscale="log", xlim=(least, 1.15))
         if name == "kl":
             axis.set_yscale("log")
-        axis.set_xticks(ticks, [f"{tick:.1%}" if tick < 0.1 else f"{tick:.0%}" for tick in ticks])
+        axis.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.5)
     _legend(figure, colours, marks, bool(alone))
