@@ -25,11 +25,13 @@ DIM = 16
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize(("routed", "window", "softcap"), [(False, None, None), (True, 30, 5.0)])
 def test_the_kernel_reads_what_plain_torch_reads(name: str, routed: bool, window: int | None, softcap: float | None) -> None:
+    if routed and name not in ("kivi-4", "turbo-3"):
+        pytest.skip("an interpreter is slow: experts and windows are the same code for all")
     rng = random.Random(f"{name}/{routed}")
     cache = cache_of(rng, [PACKED[name], PACKED[name]], window, routed)
     poison(cache)
     (layer,) = cache.layers
-    for counts in ((1, 1), (9, 4)):
+    for counts in ((1, 1), (5, 2)) if name == "kivi-4" else ((1, 2),):
         step = cache.step(counts)
         new, queries = torch.randn(2, KV_HEADS, sum(counts), DIM), torch.randn(HEADS, sum(counts), DIM)
         experts = np.array([rng.randrange(3) for _ in range(sum(counts))]) if routed else None

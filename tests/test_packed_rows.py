@@ -90,26 +90,23 @@ def length_at_first(packed, row: int, many: int) -> int:
 
 
 @pytest.mark.parametrize("name", PACKED)
-@pytest.mark.parametrize(
-    ("routed", "window", "softcap"), [(False, None, None), (True, None, 5.0), (False, 30, 5.0), (True, 30, None)]
-)
+@pytest.mark.parametrize(("routed", "window", "softcap"), [(False, 30, 5.0), (True, None, None)])
 def test_attention_equals_that_over_dequantised_entries(
     name: str, routed: bool, window: int | None, softcap: float | None
 ) -> None:
-    for seed in range(2):
-        rng = random.Random(f"{name}/{routed}/{window}/{seed}")
-        cache = cache_of(rng, [PACKED[name], None, PACKED[name]], window, routed)
-        poison(cache)
-        (layer,) = cache.layers
-        for counts in ((3, 3, 3), (1, 1, 1), (1, 4, 2), (7, 7, 20), (1, 1, 1)):
-            step = cache.step(counts)
-            new, queries = torch.randn(2, KV_HEADS, sum(counts), DIM), torch.randn(HEADS, sum(counts), DIM)
-            experts = np.array([rng.randrange(3) for _ in range(sum(counts))]) if routed else None
-            layer.append(new[0], new[1], step, experts)
-            cache.seen = cache.seen + step.counts
-            wanted = attend_reference(layer, queries, step, 0.25, softcap)
-            assert not wanted.isnan().any()
-            assert torch.allclose(attend(layer, queries, step, 0.25, softcap), wanted, atol=5e-6)
+    rng = random.Random(f"{name}/{routed}/{window}")
+    cache = cache_of(rng, [PACKED[name], None, PACKED[name]], window, routed)
+    poison(cache)
+    (layer,) = cache.layers
+    for counts in ((3, 3, 3), (1, 4, 17), (1, 1, 1)):
+        step = cache.step(counts)
+        new, queries = torch.randn(2, KV_HEADS, sum(counts), DIM), torch.randn(HEADS, sum(counts), DIM)
+        experts = np.array([rng.randrange(3) for _ in range(sum(counts))]) if routed else None
+        layer.append(new[0], new[1], step, experts)
+        cache.seen = cache.seen + step.counts
+        wanted = attend_reference(layer, queries, step, 0.25, softcap)
+        assert not wanted.isnan().any()
+        assert torch.allclose(attend(layer, queries, step, 0.25, softcap), wanted, atol=5e-6)
 
 
 @pytest.mark.parametrize("name", PACKED)
