@@ -14,7 +14,7 @@ from fractions import Fraction
 from math import floor
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from harness.logits import hidden, softcapped
+from harness.logits import Chunk, hidden, softcapped, with_sinks
 from harness.storage import HALF, Storage
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ class ModelShape:
     query_heads: int
     kv_heads: int
     head_dim: int
-    windows: tuple[int | None, ...]  # sliding window of each layer
+    windows: tuple[int | None, ...]  # sliding window of each layer, or the chunk that it attends within
     itemsize: int  # bytes of one number in the cache
+    head_dims: tuple[int, ...] = ()  # of each layer, where layers differ (Gemma 4); `head_dim` is then the largest
 
     @property
     def group(self) -> int:
@@ -75,17 +76,29 @@ class ModelShape:
     def candidates(self, layer: int, tokens: int) -> int:
         """Entries that one KV head of `layer` holds after `tokens` tokens."""
         window = self.windows[layer]
+        if isinstance(window, Chunk):  # what the last token sees
+            return (tokens - 1) % window + 1 if tokens else 0
         return tokens if window is None else min(tokens, window)
+
+    def dim_of(self, layer: int) -> int:
+        """Size of a head of `layer`."""
+        return self.head_dims[layer] if self.head_dims else self.head_dim
 
     def full_entries(self, tokens: int) -> int:
         return self.kv_heads * sum(self.candidates(layer, tokens) for layer in range(self.layers))
 
     def entry_bytes(self) -> int:
+        """Of one entry; where layers differ, of the widest layer's."""
         return 2 * self.head_dim * self.itemsize
 
     def deployed_bytes(self) -> int:
         """Of an entry in 16 bits, whatever type is computed in: what budgets and shares of packed caches are counted in."""
         return 2 * self.head_dim * HALF
+
+    def full_bytes(self, tokens: int) -> int:
+        """Of the full cache after `tokens` tokens."""
+        numbers = sum(self.candidates(layer, tokens) * self.dim_of(layer) for layer in range(self.layers))
+        return 2 * self.kv_heads * numbers * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -167,6 +180,7 @@ class LayerKV:
     query_heads: int = 0
     readers: int = 1  # layers of the model that read it
     prompt: int = 0  # a checksum of the prompt's ids: the seed of what is drawn at random
+    sinks: Tensor | None = None  # [Hq], a logit of each head that is in every softmax and reads no value (gpt-oss)
     held: Tensor | None = None  # [n] positions where entries were evicted before; [S, n] for scorers that are not `ordered`
 
     @property
@@ -207,7 +221,7 @@ class LayerKV:
         logits = logits.view(self.query_heads, queries.shape[1], -1)  # [Hq, last, n]
         asking = torch.arange(self.tokens - queries.shape[1], self.tokens, device=logits.device)[:, None]
         unseen = hidden(self.positions, asking, self.window)
-        weights = softcapped(logits, self.softcap).masked_fill(unseen, float("-inf")).softmax(-1)
+        weights = with_sinks(softcapped(logits, self.softcap).masked_fill(unseen, float("-inf")), self.sinks)
         return weights.nan_to_num(0.0)  # a query that sees no candidate
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from results.store import write_json
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "accelerate", "datasets", "lm-eval", "triton", "flash-attn", "gguf")
 
 
-def environment(device: torch.device) -> dict[str, object]:
+def environment(device: torch.device, checked: Mapping[str, object] | None = None) -> dict[str, object]:
+    """`checked`: what the check of a model's attention found, where one is there."""
     return {
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
@@ -26,16 +28,17 @@ def environment(device: torch.device) -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **_commit(),
+        **({"attention": dict(checked)} if checked else {}),
     }
 
 
-def record_environment(out: Path, device: torch.device) -> str:
+def record_environment(out: Path, device: torch.device, checked: Mapping[str, object] | None = None) -> str:
     """Writes `<out>/env/<id>.json` if it is not there, and gives the id.
 
     Raises:
         StoreError: the folder cannot be written to.
     """
-    found = environment(device)
+    found = environment(device, checked)
     name = environment_id(found)
     if not (path := out / "env" / f"{name}.json").exists():
         write_json(path, found)

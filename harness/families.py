@@ -15,24 +15,19 @@ from transformers import PreTrainedModel
 
 from harness.cache import ModelShape
 from harness.errors import UserError
+from harness.logits import Chunk
 
-Layout = Literal["apart", "phi3", "neox"]
-LAYOUTS: dict[str, Layout] = {
-    "llama": "apart",
-    "mistral": "apart",
-    "qwen2": "apart",
-    "qwen3": "apart",
-    "gemma2": "apart",
-    "opt": "apart",
-    "phi3": "phi3",
-    "gpt_neox": "neox",
-}
-SAYS_GROUPS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")  # a config can say how many KV heads there are
+Layout = Literal["apart", "joined", "interleaved"]  # of query, key and value projections: one each; Q|K|V; head by head
+PROJECTIONS: dict[str, Layout] = {"k_proj": "apart", "qkv_proj": "joined", "query_key_value": "interleaved"}
 How = Literal["mean", "first", "random"]
 
 
 class CannotConvert(UserError):
     """No handles for this model, or groups that its heads cannot form."""
+
+
+class CannotStore(UserError):
+    """Keys and values that rows of this suite do not hold."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +47,23 @@ class Handle:
 
     @property
     def fused(self) -> Any:
-        return self.attention.qkv_proj if self.layout == "phi3" else self.attention.query_key_value
+        return getattr(self.attention, self.fused_name)
+
+    @property
+    def fused_name(self) -> str:
+        return next(name for name, layout in PROJECTIONS.items() if layout == self.layout)
+
+    @property
+    def projections(self) -> list[Any]:
+        """Those that make keys and values."""
+        return [self.attention.k_proj, self.attention.v_proj] if self.layout == "apart" else [self.fused]
 
     def split(self, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The last axis of a fused projection's output, or its weight's first (moved last): queries, keys, values.
 
         Views, [..., heads, D] each.
         """
-        if self.layout == "neox":
+        if self.layout == "interleaved":
             apart = out.unflatten(-1, (self.kv_heads, 3, self.head_dim))
             return apart[..., 0, :], apart[..., 1, :], apart[..., 2, :]
         sizes = [heads * self.head_dim for heads in (self.query_heads, self.kv_heads, self.kv_heads)]
@@ -67,7 +71,7 @@ class Handle:
         return queries, keys, values
 
     def join(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if self.layout == "neox":
+        if self.layout == "interleaved":
             return torch.stack((queries, keys, values), -2).flatten(-3)
         return torch.cat([part.flatten(-2) for part in (queries, keys, values)], -1)
 
@@ -90,40 +94,105 @@ class Handle:
         return found
 
 
-def shape_of(network: PreTrainedModel) -> ModelShape:
-    """The shape of a model as its configuration tells it: every layer attends, and stores what it projects."""
-    config = network.config
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    window = getattr(config, "sliding_window", None)
+def text_config(config: Any) -> Any:
+    """The configuration of the part that reads and writes text; an ordinary one is its own."""
+    return config.get_text_config(decoder=True)
+
+
+def window_of(config: Any, layer: int) -> int | None:
+    """What a layer sees besides itself: a sliding window, a chunk, or all (None), as a text configuration tells it."""
     kinds = getattr(config, "layer_types", None)
-    sliding = [kinds is None or kind == "sliding_attention" for kind in kinds or range(layers)]
+    if kinds is not None and kinds[layer] == "chunked_attention":
+        return Chunk(config.attention_chunk_size)
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if kinds is None or kinds[layer] == "sliding_attention" else None
+
+
+def shape_of(network: PreTrainedModel) -> ModelShape:
+    """The shape of a model as its configuration tells it: every layer attends, and stores what it projects.
+
+    Raises:
+        CannotStore: its layers have different numbers of heads.
+    """
+    config = text_config(network.config)
+    layers = config.num_hidden_layers
+    per_layer = list(getattr(config, "per_layer_config", None) or ()) or [config] * layers
+    heads = {(one.num_attention_heads, getattr(one, "num_key_value_heads", None) or one.num_attention_heads) for one in per_layer}
+    if len(heads) > 1:
+        raise CannotStore(f"its layers have different numbers of query and KV heads: {sorted(heads)}")
+    ((query_heads, kv_heads),) = heads
+    dims = tuple(getattr(one, "head_dim", None) or config.hidden_size // query_heads for one in per_layer)
     return ModelShape(
         layers=layers,
-        query_heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        windows=tuple(window if slides else None for slides in sliding),
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_dim=max(dims),
+        windows=tuple(window_of(config, layer) for layer in range(layers)),
         itemsize=network.dtype.itemsize,
+        head_dims=dims if len(set(dims)) > 1 else (),
     )
 
 
 def handles(network: PreTrainedModel) -> list[Handle]:
-    """
+    """Found by what attention modules hold, whatever the family is called.
+
     Raises:
-        CannotConvert: a family without handles, or a model that was converted before.
+        CannotConvert: projections that are not known here, or a model that was converted before.
     """
-    config = network.config
-    if config.model_type not in LAYOUTS:
-        raise CannotConvert(f"no attention handles for the family {config.model_type!r}; there are for {', '.join(LAYOUTS)}")
-    layout, shape = LAYOUTS[config.model_type], shape_of(network)
-    wanted = {"apart": "k_proj", "phi3": "qkv_proj", "neox": "query_key_value"}[layout]
-    found = [module for module in network.modules() if hasattr(module, wanted)]
-    if len(found) != config.num_hidden_layers:
-        raise CannotConvert(f"{len(found)} attention layers were found in {config.num_hidden_layers} layers")
+    shape, family = shape_of(network), network.config.model_type
+    modules = list(network.get_decoder().modules())
+    if any(getattr(module, "is_kv_shared_layer", False) for module in modules):
+        raise CannotConvert(f"layers of the family {family!r} share keys and values already")
+    if shape.head_dims:
+        raise CannotConvert(f"heads of the family {family!r} differ in size by layer")
     if wrapped(network):
         raise CannotConvert("the model is converted already: convert its parent")
+    found = [(module, name) for module in modules for name in PROJECTIONS if _holds(module, name)]
+    if len(found) != shape.layers:
+        raise CannotConvert(
+            f"no attention handles for the family {family!r}: projections by the names {', '.join(PROJECTIONS)} were found in "
+            f"{len(found)} of {shape.layers} layers"
+        )
     sizes = (shape.query_heads, shape.kv_heads, shape.head_dim)
-    return [Handle(number, module, layout, *sizes) for number, module in enumerate(found)]
+    made = [Handle(number, module, PROJECTIONS[name], *sizes) for number, (module, name) in enumerate(found)]
+    for handle in made:
+        _check_handle(handle, family)
+    return made
+
+
+def _holds(module: nn.Module, name: str) -> bool:
+    """Queries, keys and values in one, and of fewer KV heads, are of a layer that says how many queries read a head (Phi-3)."""
+    return hasattr(module, name) and (PROJECTIONS[name] != "joined" or hasattr(module, "num_key_value_groups"))
+
+
+def _check_handle(handle: Handle, family: str) -> None:
+    """
+    Raises:
+        CannotConvert: heads of one group would not be alike behind these projections.
+    """
+    both = handle.query_heads + 2 * handle.kv_heads
+    wanted = (handle.kv_heads if handle.layout == "apart" else both) * handle.head_dim
+    for projection in handle.projections:
+        if type(projection) is not nn.Linear:
+            raise CannotConvert(f"projections of the family {family!r} are {type(projection).__name__}, not plain weights")
+        if projection.out_features != wanted:
+            raise CannotConvert(f"a projection of the family {family!r} has {projection.out_features} outputs, not {wanted}")
+    for name in key_norms(handle.attention):
+        weight = getattr(getattr(handle.attention, name), "weight", None)
+        if weight is not None and weight.numel() != handle.head_dim:
+            raise CannotConvert(f"{name} of the family {family!r} has {weight.numel()} weights, not one head's {handle.head_dim}")
+
+
+def key_norms(attention: Any) -> list[str]:
+    """Names of the modules that norm keys, of one attention layer."""
+    names = (name for name, _ in attention.named_children())
+    return [name for name in names if name.startswith("k") and "norm" in name]
+
+
+def _says_groups(handle: Handle, config: Any) -> bool:
+    """Can the configuration say how many KV heads there are, and does the layer follow it?"""
+    known = handle.layout != "interleaved" and hasattr(handle.attention, "num_key_value_groups")
+    return known and isinstance(getattr(config, "num_key_value_heads", None), int)
 
 
 def check_groups(network: PreTrainedModel, groups: Sequence[int]) -> list[Handle]:
@@ -150,17 +219,18 @@ def group_heads(network: PreTrainedModel, group: int, how: How = "mean", seed: i
     Raises:
         CannotConvert: see `check_groups`.
     """
-    found = check_groups(network, [group])
+    found, config = check_groups(network, [group]), text_config(network.config)
+    says = all(_says_groups(handle, config) for handle in found)
     generator = torch.Generator().manual_seed(seed)
     for handle in found:
         for part in handle.key_values():
             _pool(part, group, how, generator)
-        if network.config.model_type in SAYS_GROUPS:
+        if says:
             _shrink(handle, group)
         else:
             wrap(handle, Grouping((group,), None))
-    if network.config.model_type in SAYS_GROUPS:
-        network.config.num_key_value_heads = found[0].kv_heads // group
+    if says:
+        config.num_key_value_heads = found[0].kv_heads // group
 
 
 def _pool(part: Tensor, group: int, how: How, generator: torch.Generator) -> None:
@@ -184,8 +254,10 @@ def _shrink(handle: Handle, group: int) -> None:
             projection = getattr(attention, name)
             setattr(attention, name, _linear_of(projection, lambda part: _first_heads(part, handle.head_dim, group)))
     else:
-        attention.qkv_proj = _linear_of(handle.fused, lambda part: _shrunk_fused(handle, part, group))
-        attention.num_key_value_heads = handle.kv_heads // group
+        setattr(attention, handle.fused_name, _linear_of(handle.fused, lambda part: _shrunk_fused(handle, part, group)))
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if hasattr(attention, name):
+            setattr(attention, name, handle.kv_heads // group)
     attention.num_key_value_groups = handle.query_heads // (handle.kv_heads // group)
 
 
@@ -293,10 +365,8 @@ def wrap(handle: Handle, grouping: Grouping) -> None:
     if handle.layout == "apart":  # every family projects keys before values
         attention.k_proj = GroupedProjection(attention.k_proj, grouping, handle.head_dim, routes=True)
         attention.v_proj = GroupedProjection(attention.v_proj, grouping, handle.head_dim, routes=False)
-    elif handle.layout == "phi3":
-        attention.qkv_proj = GroupedFused(attention.qkv_proj, grouping, handle)
     else:
-        attention.query_key_value = GroupedFused(attention.query_key_value, grouping, handle)
+        setattr(attention, handle.fused_name, GroupedFused(handle.fused, grouping, handle))
 
 
 def wrapped(network: nn.Module) -> bool:

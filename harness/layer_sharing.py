@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.cache import ModelShape
-from harness.families import Handle, handles
+from harness.families import CannotConvert, Handle, handles, key_norms
 
 Initial = Literal["mean", "first"]
 
@@ -133,6 +133,8 @@ def share_layers(network: PreTrainedModel, groups: Sequence[Sequence[int]], init
     found = handles(network)
     for number, group in enumerate(groups):
         members = [found[layer] for layer in group]
+        if len({getattr(member.attention, "use_rope", True) for member in members}) > 1:
+            raise CannotConvert(f"layers {', '.join(map(str, group))} cannot share keys: some turn them by position, some do not")
         if initial == "mean":
             for parts in zip(*(member.key_values() for member in members), strict=True):
                 parts[0].copy_(torch.stack([part.float() for part in parts]).mean(0))
@@ -149,11 +151,32 @@ def _share(member: Handle, first: Handle, handed: Handed) -> None:
         for name in ("k_proj", "v_proj"):
             shared = Projecting(getattr(attention, name), name, handed) if member is first else Reading(name, handed)
             setattr(attention, name, shared)
-        if member is not first and hasattr(attention, "k_norm"):
-            attention.k_norm = NormOf(first.attention.k_norm)
+        for name in key_norms(attention) if member is not first else ():
+            setattr(attention, name, NormOf(getattr(first.attention, name)))
         return
     fused = ProjectingFused(member, handed) if member is first else ReadingFused(member, handed)
-    setattr(attention, "qkv_proj" if member.layout == "phi3" else "query_key_value", fused)
+    setattr(attention, member.fused_name, fused)
+
+
+def mark_shared(network: PreTrainedModel) -> bool:
+    """Marks the layers of a model that was made with shared keys and values (Gemma 3n, Gemma 4); is it one?
+
+    There a layer that reuses them is handed those of the last layer of its kind that stored them, keys behind RoPE and norm.
+    """
+    layers = [module for module in network.get_decoder().modules() if hasattr(module, "is_kv_shared_layer")]
+    if not any(layer.is_kv_shared_layer for layer in layers):
+        return False
+    stored: dict[str, int] = {}
+    writers = 0
+    for number, layer in enumerate(layers):
+        if layer.is_kv_shared_layer:
+            layer.kv_place = Place(number, stored[layer.layer_type], writes=False)  # type: ignore[index, assignment]
+            continue
+        layer.kv_place = Place(number, writers, writes=True)  # type: ignore[assignment]
+        if layer.store_full_length_kv:
+            stored[layer.layer_type] = writers  # type: ignore[index]
+        writers += 1
+    return True
 
 
 def place_of(attention: nn.Module, layer: int) -> Place:
@@ -173,4 +196,6 @@ def stored_shape(network: PreTrainedModel, whole: ModelShape) -> ModelShape:
     writers = [place.layer for place in places(network) if place.writes]
     if not writers:
         return whole
-    return replace(whole, layers=len(writers), windows=tuple(whole.windows[layer] for layer in writers))
+    dims = tuple(whole.head_dims[layer] for layer in writers) if whole.head_dims else ()
+    windows = tuple(whole.windows[layer] for layer in writers)
+    return replace(whole, layers=len(writers), windows=windows, head_dims=dims)

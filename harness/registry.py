@@ -35,7 +35,10 @@ T = TypeVar("T")
 TABLES = ("METHODS", "ALLOCATORS", "STORAGES", "BENCHMARKS", "CONVERSIONS")  # as a plugin's file names them
 ENTRY_POINTS = {f"kv_cache_scale.{table.lower()}": table for table in TABLES}  # group of entry points -> table
 MEMBERS = {  # what an entry of a table must have
-    "METHODS": ("version", "takes_budget", "is_reference", "needs", "scorer", "head_scores", "cannot_run", "compress"),
+    "METHODS": (
+        *("version", "takes_budget", "is_reference", "needs", "scorer", "head_scores"),
+        *("cannot_run", "compress", "while_decoding"),
+    ),
     "ALLOCATORS": ("counts",),
     "STORAGES": ("version", "keys", "values", "residual", "spared"),
     "BENCHMARKS": ("name", "metrics", "size", "forced", "chat", "data", "example", "score"),

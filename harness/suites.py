@@ -254,6 +254,18 @@ SUITES: dict[str, Suite] = {
         budgets=("64", "25%"),
         benchmarks=("perplexity", "perplexity_windows"),
     ),
+    "decoding": Suite(
+        about="eviction while decoding beside eviction once, over a long continuation of a short prompt, on the embedded model",
+        methods=(
+            "full",
+            *("streaming_llm", "h2o", "tova", "snapkv"),
+            *("streaming_llm(every=1)", "h2o(every=1)", "tova(every=1)"),
+            *("random(every=32)", "knorm(every=32)", "snapkv(every=32)", "ada_snapkv(every=32)", "rkv(every=32)"),
+        ),
+        budgets=("64", "128", "256"),
+        benchmarks=("perplexity_own(length=256,scored=1536)",),
+        limit=10,
+    ),
     "lm-eval": Suite(
         about="lm-eval's HellaSwag, PIQA, WinoGrande and ARC under a compressed cache",
         methods=COMPARED,

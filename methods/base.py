@@ -114,7 +114,11 @@ class Method(Protocol):
 
 
 class Scorer(Protocol):
-    """Which entries matter."""
+    """Which entries matter.
+
+    One that scores each entry by itself, whatever its neighbours, may say `ordered = False`: while decoding it is then shown
+    entries as they lie in the cache, with positions [n] or [S, n], which saves a copy at every eviction.
+    """
 
     @property
     def needs(self) -> Needs: ...

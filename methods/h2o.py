@@ -1,7 +1,7 @@
 """H2O: keep the keys that have received the most attention, and as many of the newest.
 
 Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of LLMs", 2023. arxiv.org/abs/2306.14048
-Differs from the paper: scored once, after the prefill; the paper also evicts while decoding.
+As it stands it is scored once, after the prefill; with `every=1` it evicts at every step of the answer, as in the paper.
 """
 
 from __future__ import annotations

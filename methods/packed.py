@@ -100,6 +100,8 @@ class Packed:
                 f"the first and the last {spared} layers stay in 16 bits, and this model has {shape.layers}: nothing would be "
                 "packed; spared=0 packs all, as in turbo-3(spared=0)"
             )
+        if len(set(shape.head_dims)) > 1:
+            return "the model's layers have heads of several sizes: entries of fewer bits have no one number of bytes then"
         return cannot_hold(self.storage, shape.head_dim)
 
     def compress(self, prefill: Prefill, total: int, scores: Scores | None) -> Selection:

@@ -1,7 +1,8 @@
 """StreamingLLM: keep the first tokens and the newest ones.
 
 Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023. arxiv.org/abs/2309.17453
-Differs from the paper: kept entries stay at their original positions; the paper renumbers them inside the cache.
+With `every=1` it evicts at every step of the answer, as in the paper. Differs from it: kept entries stay at their original
+positions; the paper renumbers them inside the cache.
 """
 
 from __future__ import annotations

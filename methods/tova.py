@@ -1,7 +1,7 @@
 """TOVA: keep what the newest query attends to, the same positions for all heads of a layer.
 
 Oren et al., "Transformers are Multi-State RNNs", 2024. arxiv.org/abs/2401.06104
-Differs from the paper: scored once, after the prefill; the paper also evicts while decoding.
+As it stands it is scored once, after the prefill; with `every=1` it evicts at every step of the answer, as in the paper.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
 from reports.more_tables import length_tables, lm_eval_table, missing_table
 from reports.needles import needle_maps
+from reports.over_answer import over_answer_table
 from reports.page import Made, Pictures, page, reading
 from reports.present import mean_tables, score_tables
 from reports.summary import Family, families, sentence, verdicts
@@ -39,7 +40,12 @@ def write_report(out: Path) -> list[Path]:
     averaged, measured = families(found), costs(rows)
     several = mean_tables([family for family in averaged if len(family.tasks) > 1])
     cost, said = cost_tables(measured, rows), cost_sentences(measured)
-    rest = [*length_tables(records), *lm_eval_table(read_folder(out, "lm_eval"), records), *missing_table(records)]
+    rest = [
+        *over_answer_table(records),
+        *length_tables(records),
+        *lm_eval_table(read_folder(out, "lm_eval"), records),
+        *missing_table(records),
+    ]
     judged = _judged_by(ratings, read_verdicts(out))
     made = Made(read_commands(out), read_folder(out, "env"), read_folder(out, "data"), judged)
     files = ("scores.html", "scores.md", "scores.csv", "scores.tex", "plots")

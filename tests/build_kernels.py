@@ -22,7 +22,7 @@ from harness.engine.split_plan import BLOCK, TILE
 READER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGET = GPUTarget("cuda", 90, 32)
 INTEGERS = ("LENGTH", "ASKING", "ROW", "ITEM", "READER", "PARTS_OF", "SPAN", "SEEN", "EXPERTS")
-TYPES = dict.fromkeys(INTEGERS, "*i64") | {"POSITIONS": "*i32", "PART": "*fp32", "WEIGHT": "*fp32"}
+TYPES = dict.fromkeys(INTEGERS, "*i64") | {"POSITIONS": "*i32", "PART": "*fp32", "WEIGHT": "*fp32", "SINK": "*fp32"}
 TYPES |= dict.fromkeys(("rows", "items", "window"), "i32") | dict.fromkeys(("scaling", "softcap"), "fp32")
 
 
@@ -54,9 +54,10 @@ def main() -> None:
         padded = kernels._power_of_two(dim)
         sizes = {"D": dim, "DP": padded, "TILE": TILE, "BLOCK": BLOCK // 2 if padded > 128 else BLOCK}
         for hides in (False, True):
-            how = {"CAP": hides, "MASKED": hides, "WINDOWED": hides, "WIDE": False}
+            how = {"CAP": hides, "MASKED": hides, "WINDOWED": hides, "CHUNKED": hides and dim == 80, "WIDE": False}
             build(partial, numbers, sizes | how, num_stages=stages)
-    build(merge, "bf16", {"D": 128, "DP": 128, "PARTS": kernels.PARTS})
+    for sunk in (False, True):
+        build(merge, "bf16", {"D": 128, "DP": 128, "PARTS": kernels.PARTS, "SUNK": sunk})
     for routed in (False, True):
         build(append, "bf16", {"D": 128, "DP": 128, "STRIPED": routed}, num_warps=1)
 

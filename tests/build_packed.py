@@ -23,7 +23,9 @@ def main() -> None:
         *formats, residual = astuple(Constants.of(STORAGES[name], 128))
         how: dict[str, Any] = {"D": 128, "DP": padded, "TILE": TILE, "BLOCK": block_of(padded), "WIDE": False}
         how |= dict(zip(NAMES, formats, strict=True)) | {"TAILED": residual > 0}
-        build(packed_kernels._kernel(), "bf16", how | dict.fromkeys(("CAP", "MASKED", "WINDOWED"), hides), num_stages=1)
+        build(
+            packed_kernels._kernel(), "bf16", how | dict.fromkeys(("CAP", "MASKED", "WINDOWED", "CHUNKED"), hides), num_stages=1
+        )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from harness.cost.request import run_cell
 from harness.engine.attention import attend
 from harness.engine.measure import OutOfMemory
 from harness.engine.model import Model
+from harness.engine.observe import AttentionSettings
 from harness.engine.rows import RowCache, Step, compact
 from harness.engine.static_decode import CannotCapture, StaticDecode, StaticLayer
 from methods import METHODS
@@ -126,7 +127,7 @@ def test_large_numbers_of_half_types_do_not_overflow() -> None:
     layer.keys, layer.values = (torch.randn(part.shape).half() * 100 for part in (layer.keys, layer.values))
     mine, queries = StaticLayer(layer, 3, STEPS, by_kernel=False), torch.randn(4, 3, 16).half() * 100
     seen = torch.full((3,), 10**6)
-    found = mine.attend(queries, seen, 0.25, None)
+    found = mine.attend(queries, seen, AttentionSettings(0.25))
     assert found.abs().max() > 0 and torch.isfinite(found).all()
     step = Step(np.ones(3, np.int64), np.full(3, 10**6))
     assert torch.allclose(found, attend(layer, queries, step, 0.25), rtol=1e-2, atol=1.0)

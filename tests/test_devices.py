@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers import FAMILIES, SCORED, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +19,7 @@ from harness.cache import Needs, keep_all
 from harness.engine.attention import attend, attend_by_kernel
 from harness.engine.model import Model
 from harness.engine.rows import compact
+from harness.engine.static_decode import CannotCapture, StaticDecode
 from methods.base import Eviction
 
 
@@ -28,6 +32,12 @@ class Apart(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
         assert func in self.copies or len({tensor.device.type for tensor in tensors}) < 2, f"{func} was given both devices"
         return func(*args, **(kwargs or {}))
+
+
+class IndexedFromTheHost(Apart):
+    """Lets numbers on the host index a tensor of the device, as a GPU does."""
+
+    copies = (*Apart.copies, torch.ops.aten.index.Tensor)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -62,3 +72,36 @@ def test_a_prefill_its_scores_and_decoding_stay_on_the_device(there: Model, path
         cache.crop([1, 0])
         cache.keep([1])
         assert there.decode(cache, torch.zeros(1, 1, dtype=torch.int64, device="meta")).device.type == "meta"
+
+
+def test_rows_and_observations_live_where_their_layer_lives() -> None:
+    """The first layer on the host, the others on the device, as a device map spreads them."""
+    net: Any = copy.deepcopy(tiny("qwen3").network)
+    for part in (*net.model.layers[1:], net.model.norm, net.lm_head):
+        add_hook_to_module(part.to("meta"), AlignDevicesHook(execution_device="meta", place_submodules=False))
+    net.hf_device_map = {"the first layer": "cpu", "others": "meta"}
+    model = Model(net, None, "spread", "0")
+    wanted = ["cpu", "meta", "meta"]
+    with IndexedFromTheHost(), torch.no_grad():
+        prefill = model.prefill(torch.zeros(60, dtype=torch.int64), Needs(16, column_sums=True))[0]
+        for layer, where in zip(prefill.layers, wanted, strict=True):
+            assert {part.device.type for part in (layer.keys, layer.values, layer.queries, layer.column_sums)} == {where}  # type: ignore[union-attr]
+        scores = [
+            [method.scorer.score(kv).device.type for kv in prefill.layers]
+            for method in SCORED.values()
+            if isinstance(method, Eviction)
+        ]
+        assert all(found == wanted for found in scores)
+        part = tuple(
+            tuple(replace(row, kept=torch.arange(7)) for row in rows) for rows in keep_all(prefill)
+        )  # chosen on the host
+        cache = compact(prefill, [part, keep_all(prefill)], 64)
+        assert [layer.keys.device.type for layer in cache.layers] == wanted
+        model.decode(cache, torch.zeros(2, 3, dtype=torch.int64), keep=2)
+        model.decode_ragged(cache, [[1, 2], [3]])
+        cache.crop([1, 0])
+        assert np.array_equal(cache.seen, [64, 64])
+        with pytest.raises(CannotCapture, match="GPU"):
+            StaticDecode(model, cache, torch.zeros(2, dtype=torch.int64), 4, "graph")
+        static = StaticDecode(model, cache, torch.zeros(2, dtype=torch.int64), 4)
+        model.extend(static.next, static.seen, static)

@@ -66,7 +66,7 @@ def prepared(model: Model, given: str | Eviction, every: int, cap: Callable[[int
     assert keeper is not None
     logged = Logged(keeper, [])
     cache = compact(prefill, [kept], every)
-    remember(cache, prefill, [logged])
+    remember(cache, prefill.layers, [logged])
     return cache, logged, kept
 
 

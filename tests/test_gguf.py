@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
         (empty, "is no whole GGUF file"),
         (write(tmp_path / "part.gguf", parts=3), "is one of 3 parts: merge them first"),
         (write(tmp_path / "mute.gguf", tokenizer=False), "holds no tokenizer"),
-        (write(tmp_path / "other.gguf", family="gpt2"), "is of the family 'gpt2', which the harness does not reach"),
+        (write(tmp_path / "other.gguf", family="mamba"), "whose layers hold state outside of keys and values"),
         (tmp_path / "absent.gguf", "no such file"),
     ):
         assert call("run", "--suite", "smoke", "--model", str(path), "--out", str(tmp_path / "o")) == 2

@@ -226,8 +226,8 @@ def test_a_model_out_of_reach_is_refused_by_name() -> None:
 
 def test_an_unknown_attention_feature_is_refused() -> None:
     model = Model(network("llama"), None, "m", "0")
-    with pytest.raises(UnsupportedModel, match="s_aux"):
-        model.network(tokens(4)[None], use_cache=False, s_aux=torch.zeros(4))
+    with pytest.raises(UnsupportedModel, match="alibi"):
+        model.network(tokens(4)[None], use_cache=False, alibi=torch.zeros(4))
 
 
 def test_a_layer_that_attention_does_not_reach_is_noticed() -> None:

@@ -198,6 +198,9 @@ class EveryOther:
     def cannot_run(self, *_: object) -> str | None:
         return None
 
+    def while_decoding(self, _: object) -> None:
+        return None
+
     def compress(self, prefill: Prefill, total: int, scores: object) -> Selection:
         kept = torch.arange(1, prefill.tokens, 2)
         return tuple(

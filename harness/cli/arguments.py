@@ -207,7 +207,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, auto: layers over all GPUs (default: cuda if there is one)")
     command.add_argument("--dtype", choices=DTYPES, help="(default: float32 on a CPU, bfloat16 on a GPU)")
 
 

@@ -24,12 +24,14 @@ from harness.cache import Arena, Budget, LayerKV, Prefill, Selection
 from harness.cost.meters import CpuMeter, CudaMeter, DeviceClock, free_bytes
 from harness.cost.request import CostCell
 from harness.cost.roofline import copy_bandwidth, matmul_rate, rooflines, weight_bytes
+from harness.engine.evict import Turns, remember, without_entries
 from harness.engine.measure import OutOfMemory, memory_errors
 from harness.engine.model import Model
 from harness.engine.rows import Counts, RowCache, compact_and_free
 from harness.engine.static_decode import CannotCapture, Mode, StaticDecode, captures
 from harness.models.load import load
 from harness.registry import BUILTIN, Registry, registry_of
+from harness.storage import HALF
 from methods.base import CannotRun, Method, Scores, scores_for
 
 
@@ -53,6 +55,7 @@ class CacheSubject:
     static: StaticDecode | None = None
     observed: dict[str, float] = field(default_factory=dict)
     counts: list[Counts] = field(default_factory=list)  # right after compaction
+    turns: Turns | None = None  # of a method that evicts while decoding
     packed: bool = False  # does a storage hold its rows? Then they are counted against the full cache in 16 bits
 
     @property
@@ -100,13 +103,28 @@ class CacheSubject:
         self.next = self.prefill.logits.argmax().expand(self.batch)[:, None]
         held: list[LayerKV | None] = list(self.prefill.layers)
         expert_groups, shape = self.prefill.expert_groups, self.prefill.shape
+        keeper = None if self.budget is None else self.method.while_decoding(self._cap)
+        seen = [without_entries(kv) for kv in self.prefill.layers] if keeper else []
         self.prefill = self.selection = None
-        self.cache = compact_and_free(held, expert_groups, shape, selections, self.new_tokens)
+        if keeper is None:
+            self.cache = compact_and_free(held, expert_groups, shape, selections, self.new_tokens)
+        else:
+            grown = self._cap(len(self.ids) + self.new_tokens) - self.total
+            room = keeper.every - (-grown // (shape.layers * shape.kv_heads))
+            self.cache = compact_and_free(held, expert_groups, shape, selections, min(self.new_tokens, room))
+            remember(self.cache, seen, [keeper] * self.batch)
+            self.turns = Turns(self.cache, [keeper] * self.batch)
         self.counts = self.cache.counts()
         self.packed = any(part.packed is not None for layer in self.cache.layers for part in layer.parts)
 
+    def _cap(self, tokens: int) -> int:
+        assert self.budget is not None
+        return self.budget.entries(self.model.parent_shape, tokens, "kv")
+
     def _capture(self) -> None:
         assert self.cache is not None and self.next is not None
+        if self.turns is not None:
+            raise CannotCapture("what a method evicts while decoding is chosen outside of captured steps")
         mode: Mode = "compiled" if self.decode == "compiled" else "graph"
         self.static = StaticDecode(self.model, self.cache, self.next[:, 0], self.new_tokens, mode)
 
@@ -116,9 +134,11 @@ class CacheSubject:
             self.static.step()
             return
         self.next = self.model.decode(self.cache, self.next)[:, -1].argmax(-1, keepdim=True)
+        if self.turns is not None:
+            self.turns.took(1)
 
     def reset(self) -> None:
-        self.prefill = self.scores = self.selection = self.cache = self.next = self.static = None
+        self.prefill = self.scores = self.selection = self.cache = self.next = self.static = self.turns = None
         gc.collect()
 
 
@@ -156,7 +176,7 @@ def _measured(cell: CostCell, model: Model, method: Method, device: torch.device
         if why:
             return {"status": "skipped", "reason": why}
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, model.network.config.vocab_size, (cell.context,), generator=generator).to(device)
+    ids = torch.randint(3, model.config.vocab_size, (cell.context,), generator=generator).to(device)
     if cell.batch == 0:
         return _largest(cell, CacheSubject(model, method, budget, ids, 1, cell.new_tokens, reads=1, decode=cell.decode), device)
     return _rows_of(cell, CacheSubject(model, method, budget, ids, cell.batch, cell.new_tokens, decode=cell.decode), device)
@@ -175,9 +195,9 @@ def _largest(cell: CostCell, subject: CacheSubject, device: torch.device) -> dic
     free = free_bytes(device)
     for _, work in subject.to_a_cache:
         work()
-    logits = 3 * 4 * subject.model.network.config.vocab_size
+    logits = 3 * 4 * subject.model.config.vocab_size
     each = sum(count.bytes_allocated for count in subject.counts) + logits
-    prefill = 2 * subject.model.shape.full_entries(cell.context) * subject.model.shape.entry_bytes()  # with what a layer needs
+    prefill = 2 * subject.model.shape.full_bytes(cell.context)  # with what a layer needs
     subject.reset()
     batch = max(1, int((free - prefill) // each))
     for _ in range(TRIES):
@@ -224,16 +244,16 @@ def footprint(model: Model, cell: CostCell, kept: int, end: int) -> list[list[in
 
     While the prompts are read, dense and a sequence at a time, whatever the layers project; compressed; and at the last token.
     """
-    entry, last = model.shape.entry_bytes(), cell.context + cell.new_tokens
+    last = cell.context + cell.new_tokens
     read = [number * cell.context // READ_IN for number in range(READ_IN + 1)]
-    dense = [[tokens, model.shape.full_entries(tokens) * entry] for tokens in read]
+    dense = [[tokens, model.shape.full_bytes(tokens)] for tokens in read]
     return [*dense, [cell.context, kept], [last, end]]
 
 
 def _bytes(subject: CacheSubject, model: Model, cell: CostCell) -> dict[str, int]:
     counts = subject.counts
-    shape = model.parent_shape
-    full = shape.full_entries(cell.context) * (shape.deployed_bytes() if subject.packed else shape.entry_bytes()) * cell.batch
+    whole = model.parent_shape.full_bytes(cell.context)
+    full = (whole * HALF // model.parent_shape.itemsize if subject.packed else whole) * cell.batch
     return {
         "bytes_kept": sum(count.bytes_kept for count in counts),
         "bytes_allocated": sum(count.bytes_allocated for count in counts),

@@ -50,7 +50,7 @@ def _lap(model: Model, prefill: Prefill, method: Any, every: int) -> float:
     cache = compact(prefill, [kept], TOKENS + every)
     keeper = replace(method, every=every).while_decoding(lambda _: ENTRIES * rows) if every else None
     if keeper is not None:
-        remember(cache, prefill, [keeper])
+        remember(cache, prefill.layers, [keeper])
     turns = Turns(cache, [keeper], every - 1 if every <= TOKENS else 0) if keeper is not None else None
     spent = 0.0
     for _ in range(TOKENS):

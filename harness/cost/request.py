@@ -109,10 +109,10 @@ def run_cost(request: CostRequest, registry: Registry) -> int:
     from tqdm import tqdm
 
     from harness.env import record_environment
-    from harness.models.load import device_of
+    from harness.models.load import one_device
     from results.store import append_line
 
-    env = record_environment(request.out, device_of(request.device))
+    env = record_environment(request.out, one_device(request.device, "a cost suite"))
     cells, _ = _left_to_do(request, registry, env)
     failed = 0
     with tqdm(cells.items(), unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar:
@@ -129,22 +129,22 @@ def run_cost(request: CostRequest, registry: Registry) -> int:
 def plan_cost(request: CostRequest, registry: Registry) -> CostPlan:
     """What `run_cost` would do; runs and writes nothing."""
     from harness.env import environment, environment_id
-    from harness.models.load import device_of
+    from harness.models.load import one_device
 
-    left, every = _left_to_do(request, registry, environment_id(environment(device_of(request.device))))
+    left, every = _left_to_do(request, registry, environment_id(environment(one_device(request.device, "a cost suite"))))
     memory, latency = (sum(cell.what == what for cell in left.values()) for what in ("memory", "latency"))
     return CostPlan(request.suite, len(left), memory, latency, every - len(left))
 
 
 def _left_to_do(request: CostRequest, registry: Registry, env: str) -> tuple[dict[str, CostCell], int]:
     """The cells without a row, by the row's id, and how many there are in all."""
-    from harness.models.load import check_name, device_of, dtype_of, source_of
+    from harness.models.load import check_name, dtype_of, one_device, source_of
     from results.store import read_costs
 
     suite = cost_suite_of(request, registry)
     for name in suite.models:
         check_name(name, registry)
-    device = device_of(request.device)
+    device = one_device(request.device, "a cost suite")
     dtype = str(dtype_of(request.dtype, device)).removeprefix("torch.")
     done = {row["id"] for row in read_costs(request.out) if row["status"] in ("ok", "skipped")}
     plugins = tuple(str(Path(path).resolve()) for path in request.plugins)

@@ -10,6 +10,7 @@ import torch
 
 from harness.engine.measure import seconds_of
 from harness.engine.model import Model
+from harness.logits import Chunk
 
 # bytes of the buffer that is copied to know the bandwidth; rows and columns of the matrices that are multiplied to know the rate.
 # On a GPU so much that a launch and a wait are nothing beside it.
@@ -32,13 +33,17 @@ def rooflines(sizes: dict[str, int], rate: dict[str, float], model: Model, conte
     head = model.network.get_output_embeddings().weight.numel()  # only the last token's logits are made
     parameters = sizes["weights"] / model.network.dtype.itemsize - head
     shape = model.shape
-    pairs = sum(pairs_of(context, window) for window in model.parent_shape.windows)  # every layer attends, stored or not
-    products = 2 * (parameters * context + head) + 4 * pairs * shape.query_heads * shape.head_dim
+    whole = model.parent_shape  # every layer attends, stored or not
+    pairs = sum(pairs_of(context, window) * whole.dim_of(layer) for layer, window in enumerate(whole.windows))
+    products = 2 * (parameters * context + head) + 4 * pairs * shape.query_heads
     return {"token_floor": token, "prefill_floor": batch * products / rate["flops"]}
 
 
 def pairs_of(tokens: int, window: int | None) -> int:
     """Query and key pairs of causal attention."""
+    if isinstance(window, Chunk):
+        whole, rest = divmod(tokens, window)
+        return whole * (window * (window + 1) // 2) + rest * (rest + 1) // 2
     if window is None or window >= tokens:
         return tokens * (tokens + 1) // 2
     return window * (window + 1) // 2 + (tokens - window) * window

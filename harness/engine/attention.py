@@ -15,16 +15,19 @@ from torch import Tensor
 from harness.engine import kernels, packed_kernels
 from harness.engine.packed_attention import bounds_of, found_by_readers, logits_of, mix_of, seen_by
 from harness.engine.rows import AnyLayer, RowBlock, RowLayer, Step
-from harness.logits import hidden, softcapped
+from harness.logits import earliest, hidden, softcapped, with_sinks
 
 
-def attend(layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
+def attend(
+    layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Attention over the rows of `layer`, into which the new tokens' keys have been written already.
 
     A query sees no later position than its own, and none that has left the layer's window.
 
     Args:
         queries: [Hq, N, D], of the tokens of `step`.
+        sinks: [Hq], see `harness.logits.with_sinks`.
 
     Returns:
         [Hq, N, D]
@@ -32,12 +35,12 @@ def attend(layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap
     heads, tokens, dim = queries.shape
     mass = None if layer.memory is None else layer.memory.mass
     if queries.is_cuda and kernels.can_run(queries.dtype, dim) and mass is None and _kernels_can_read(layer):
-        outs = [attend_by_kernel(part, queries, step, scaling, softcap) for part in layer.parts]  # it keeps its weights to itself
+        outs = [attend_by_kernel(part, queries, step, scaling, softcap, sinks) for part in layer.parts]
         return outs[0] if len(outs) == 1 else torch.stack(outs).sum(0)  # of what reads no row of a part there are zeros
     where = torch.as_tensor(np.concatenate([part.readers(step) for part in layer.parts]), device=queries.device)
     asked = (queries * scaling).reshape(heads * tokens, dim)[where]  # [M, D], in the order of rows
     out = torch.empty_like(asked)
-    lse = asked.new_empty(len(asked), dtype=torch.float32) if layer.merges else None
+    lse = asked.new_empty(len(asked), dtype=torch.float32) if layer.merges or sinks is not None else None
     given: list[tuple[RowBlock, slice, Tensor]] = []  # each block's readers and weights, where they are remembered
     done = 0
     for part in layer.parts:
@@ -49,28 +52,33 @@ def attend(layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap
                 weights = work(part, block, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
                 if mass is not None and weights is not None:
                     given.append((block, mine, weights))
+    beside = None if sinks is None else sinks.float().repeat_interleave(tokens)  # [Hq * N]
     if mass is not None:
-        _remember(mass, given, None if lse is None else _share(lse, where, heads * tokens))
-    placed = torch.empty_like(out).index_copy_(0, where, out) if lse is None else _merge(out, lse, where, heads * tokens)
-    return placed.view(heads, tokens, dim)
+        _remember(mass, given, None if lse is None else _share(lse, where, heads * tokens, beside))
+    if lse is None:
+        return torch.empty_like(out).index_copy_(0, where, out).view(heads, tokens, dim)
+    return _merge(out, lse, where, heads * tokens, beside).view(heads, tokens, dim)
 
 
-def attend_by_kernel(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None) -> Tensor:
+def attend_by_kernel(
+    layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None, sinks: Tensor | None = None
+) -> Tensor:
     """All rows of the layer in one launch. queries: [Hq, N, D]. Gives [Hq, N, D]."""
     heads, tokens, dim = queries.shape
     device = queries.device
     flat = queries.reshape(heads * tokens, dim).contiguous()  # a view where queries, keys and values came in one
     length = torch.as_tensor(layer.table.length).to(device, copy=True)  # lengths change in place
     plan = layer.split_plan(step, heads * tokens)
-    hide: tuple[Tensor, Tensor, int | None] | tuple[()] = ()
+    beside = None if sinks is None else sinks.float().repeat_interleave(tokens)  # [Hq * N]
+    hide: tuple[Tensor | None, Tensor | None, int | None] = (None, None, None)
     if layer.window is not None or (step.counts > 1).any():  # a lone new token lies behind all others
         hide = (layer.positions, torch.as_tensor(step.positions).to(device).repeat(heads), layer.window)
     if layer.packed is None:
-        out = kernels.attend_split(flat, layer.keys, layer.values, length, plan, scaling, softcap, *hide)
+        out = kernels.attend_split(flat, layer.keys, layer.values, length, plan, scaling, softcap, *hide, sinks=beside)
     else:
         before = torch.as_tensor(found_by_readers(layer, step)).to(device)
         where = (layer.packed.on_device(), length, before, plan)
-        out = packed_kernels.attend_packed(flat, layer.packed, *where, scaling, softcap, *hide)
+        out = packed_kernels.attend_packed(flat, layer.packed, *where, scaling, softcap, *hide, sinks=beside)
     return out.view(heads, tokens, dim)
 
 
@@ -128,11 +136,18 @@ def _remember(mass: Tensor, given: list[tuple[RowBlock, slice, Tensor]], share: 
         mass[block.start : block.start + rows * block.capacity].view(rows, -1)[:, :length] += received.sum(1)
 
 
-def _share(lse: Tensor, reader: Tensor, queries: int) -> Tensor:
-    """[M]: which part of its query's attention each reader's is."""
-    top = lse.new_full((queries,), float("-inf")).scatter_reduce_(0, reader, lse, "amax")
-    weight = torch.exp(lse - top[reader])
-    return weight / lse.new_zeros(queries).index_add_(0, reader, weight)[reader]
+def _share(lse: Tensor, reader: Tensor, queries: int, sinks: Tensor | None) -> Tensor:
+    """[M]: which part of its query's attention each reader's is. sinks: [queries], as for `_merge`."""
+    weight, total = _weights(lse, reader, queries, sinks)
+    return weight / total[reader]
+
+
+def _weights(lse: Tensor, reader: Tensor, queries: int, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of parts [M] the weights, and of queries their sums, sinks included, to one base a query."""
+    top = (lse.new_full((queries,), float("-inf")) if sinks is None else sinks.clone()).scatter_reduce_(0, reader, lse, "amax")
+    weight = torch.exp(lse - top[reader])  # [M]
+    total = lse.new_zeros(queries) if sinks is None else torch.exp(sinks - top)
+    return weight, total.index_add_(0, reader, weight)
 
 
 def _attend_packed_block(
@@ -183,7 +198,9 @@ def _later(tokens: int, device: torch.device) -> Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
 
 
-def probabilities(layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
+def probabilities(
+    layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Attention probabilities over the full cache of a single cell, by original position: what an observer of decoding sees.
 
     Args:
@@ -198,29 +215,30 @@ def probabilities(layer: RowLayer, queries: Tensor, step: Step, scaling: float, 
     logits = (asked @ keys.float().transpose(1, 2)).view(queries.shape[0], queries.shape[1], -1)  # [Hq, N, length]
     held = layer.positions[block.start : block.start + block.length].long()
     unseen = hidden(held, torch.as_tensor(step.positions, device=held.device)[:, None], layer.window)
-    weights = softcapped(logits, softcap).masked_fill_(unseen, float("-inf")).softmax(-1)
+    weights = with_sinks(softcapped(logits, softcap).masked_fill_(unseen, float("-inf")), sinks)
     if layer.window is None:
         return weights
     return weights.new_zeros(*weights.shape[:2], int(held[-1]) + 1).index_copy_(2, held, weights)
 
 
-def _merge(out: Tensor, lse: Tensor, reader: Tensor, queries: int) -> Tensor:
+def _merge(out: Tensor, lse: Tensor, reader: Tensor, queries: int, sinks: Tensor | None = None) -> Tensor:
     """The partial softmaxes of each query as one.
 
     Args:
         out: [M, D], lse: [M], reader: [M], the query of each part.
+        sinks: [queries], of each query's head: one more part, whose value is 0.
 
     Returns:
         [queries, D]
     """
-    top = lse.new_full((queries,), float("-inf")).scatter_reduce_(0, reader, lse, "amax")
-    weight = torch.exp(lse - top[reader])  # [M]
-    total = lse.new_zeros(queries).index_add_(0, reader, weight)
+    weight, total = _weights(lse, reader, queries, sinks)
     merged = lse.new_zeros((queries, out.shape[1])).index_add_(0, reader, out.float() * weight[:, None])
     return (merged / total[:, None]).to(out.dtype)
 
 
-def attend_reference(layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None) -> Tensor:
+def attend_reference(
+    layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """The same, the obvious way: one query at a time, over the entries of the rows that its head reads."""
     out = torch.zeros_like(queries)
     cells = np.repeat(np.arange(len(step.counts)), step.counts).tolist()
@@ -230,11 +248,12 @@ def attend_reference(layer: AnyLayer, queries: Tensor, step: Step, scaling: floa
             keys, values, held = (torch.cat(parts) for parts in zip(*found, strict=True))
             seen = held <= position
             if layer.window is not None:
-                seen &= held > position - layer.window
+                seen &= held >= earliest(position, layer.window)
             logits = keys[seen].float() @ queries[head, token].float() * scaling
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            out[head, token] = (logits.softmax(0) @ values[seen].float()).to(out.dtype)
+            weights = with_sinks(logits[None], None if sinks is None else sinks[head : head + 1])[0]
+            out[head, token] = (weights @ values[seen].float()).to(out.dtype)
     return out
 
 

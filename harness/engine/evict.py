@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.cache import HeldRows, Keeper, LayerKV, Needs, Prefill
+from harness.cache import HeldRows, Keeper, LayerKV, Needs
 from harness.engine.rows import Counts, RowCache, RowLayer, Step
+from harness.logits import earliest
 
 
 @dataclass
@@ -46,15 +47,21 @@ class Memory:
             self.queries = self.queries[list(cells)]
 
 
-def remember(cache: RowCache, prefill: Prefill, keepers: Sequence[Keeper]) -> None:
-    """Makes a cache that was just compacted remember what its cells' methods ask for, from the prefill on."""
+def remember(cache: RowCache, layers: Sequence[LayerKV], keepers: Sequence[Keeper]) -> None:
+    """Makes a cache that was just compacted remember what its cells' methods ask for, from the prefill's layers on."""
     needs = reduce(Needs.__or__, (keeper.needs for keeper in keepers), Needs())
-    for layer, kv in zip(cache.parts, prefill.layers, strict=True):
+    for layer, kv in zip(cache.parts, map(without_entries, layers), strict=True):
         layer.memory = Memory(
-            replace(kv, keys=kv.keys[:, :0], values=kv.values[:, :0], queries=None, column_sums=None),
+            replace(kv, queries=None, column_sums=None),
             _queries(kv, needs.window, cache.cells) if needs.window else None,
             _mass(layer, kv) if needs.column_sums else None,
         )
+
+
+def without_entries(kv: LayerKV) -> LayerKV:
+    """What was observed of a layer, so that its keys and values can be freed."""
+    nothing = kv.keys.new_empty(kv.keys.shape[0], 0, kv.keys.shape[2])  # a slice would keep the memory that it is of
+    return replace(kv, keys=nothing, values=nothing)
 
 
 def _queries(kv: LayerKV, window: int, cells: int) -> Tensor:
@@ -68,7 +75,7 @@ def _queries(kv: LayerKV, window: int, cells: int) -> Tensor:
 def _mass(layer: RowLayer, kv: LayerKV) -> Tensor:
     assert kv.column_sums is not None
     mass = torch.zeros(len(layer.positions), device=layer.positions.device)
-    first = kv.tokens - kv.keys.shape[1]
+    first = kv.tokens - kv.column_sums.shape[1]
     table = layer.table
     by_head = kv.column_sums.unflatten(0, (kv.keys.shape[0], kv.readers, -1)).sum(1).flatten(0, 1)  # [Hq of one layer, n]
     for start, length, head, width in zip(
@@ -205,7 +212,7 @@ class _Rows:
         layer, table, memory = self.layer, self.layer.table, self.layer.memory
         assert memory is not None
         if order is not None and layer.window is not None:
-            inside = positions >= self.tokens - layer.window
+            inside = positions >= earliest(self.tokens - 1, layer.window)
             order, positions = order[:, inside], positions[inside]
 
         def shown(pool: Tensor) -> Tensor:
@@ -222,10 +229,11 @@ class _Rows:
             keys=shown(layer.keys),
             values=shown(layer.values),
             width=reading,
-            queries=None if memory.queries is None else _asking(memory, self.cell, first, width),
+            queries=None if memory.queries is None else _asking(memory.queries[self.cell], memory.like, first, width),
             column_sums=None if memory.mass is None else (shown(memory.mass) / reading).repeat_interleave(reading, 0),
             query_heads=len(rows) * reading,
             held=positions,
+            sinks=None if memory.like.sinks is None else _asking(memory.like.sinks, memory.like, first, width),
         )
         most = int(table.capacity[rows].min()) - self.keeper.every
         return _Part(rows, order, HeldRows(kv, first, width, int(table.expert_group[rows[0]]), most))
@@ -242,11 +250,10 @@ def _entries(layer: RowLayer, pool: Tensor, rows: np.ndarray) -> Tensor:
     return pool[starts + torch.arange(length, device=pool.device)]
 
 
-def _asking(memory: Memory, cell: int, first: np.ndarray, width: int) -> Tensor:
-    """[S * readers * width, W, D]: the queries that read each of the rows, row by row."""
-    assert memory.queries is not None
-    heads, readers = memory.like.keys.shape[0], memory.like.readers
-    by_layer = memory.queries[cell].unflatten(0, (heads, readers, -1)).transpose(0, 1).flatten(1, 2)  # [readers, Hq, W, D]
+def _asking(by_head: Tensor, like: LayerKV, first: np.ndarray, width: int) -> Tensor:
+    """What is of the query heads that read each of the rows, out of [Hq, ...]: [S * readers * width, ...], row by row."""
+    heads, readers = like.keys.shape[0], like.readers
+    by_layer = by_head.unflatten(0, (heads, readers, -1)).transpose(0, 1).flatten(1, 2)  # [readers, Hq, ...]
     return torch.cat([by_layer[:, head : head + width].flatten(0, 1) for head in first.tolist()])
 
 

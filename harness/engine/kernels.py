@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from harness.engine.split_plan import BLOCK, TILE, DevicePlan
+from harness.logits import Chunk
 
 try:
     import triton
@@ -64,6 +65,7 @@ def attend_split(
     positions: Tensor | None = None,
     asking: Tensor | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries over the rows that they read; zeros for a query that sees nothing.
 
@@ -71,6 +73,7 @@ def attend_split(
         queries: [N, D]. keys, values: [P, D], the pool. length: [R], of the rows, at most what `work` was planned for.
         positions: [P] int32 and asking: [N], where something is to be hidden: entries behind the query's own position, and those
             that have left the `window`.
+        sinks: [N] float32, of each query's head: one more part of its softmax, whose value is 0.
 
     Returns:
         [N, D]
@@ -79,7 +82,11 @@ def attend_split(
     at = asking if asking is not None else length
     tables = (work.row, work.item, work.reader, work.parts, work.span)
     masked = positions is not None
-    found: Tensor = row_attention(queries, keys, values, length, *tables, held, at, scaling, softcap or 0.0, masked, window or 0)
+    beside = (queries.new_empty(0, dtype=torch.float32), False) if sinks is None else (sinks, True)
+    reach = (window or 0, isinstance(window, Chunk))
+    found: Tensor = row_attention(
+        queries, keys, values, length, *tables, held, at, scaling, softcap or 0.0, masked, *reach, *beside
+    )
     return found
 
 
@@ -100,6 +107,9 @@ def row_attention(
     softcap: float,
     masked: bool,
     window: int,
+    chunked: bool,
+    sinks: Tensor,
+    sunk: bool,
 ) -> Tensor:
     """The work items, then the merging of their partial results. Tables as in `split_plan.SplitPlan`."""
     count, dim = queries.shape
@@ -117,9 +127,9 @@ def row_attention(
             queries, keys, values, length, positions, asking, row, item, reader, part, weight,
             row.shape[1], items, scaling, softcap, window,
             D=dim, DP=padded, TILE=TILE, BLOCK=BLOCK // 2 if padded > 128 else BLOCK,
-            CAP=softcap > 0, MASKED=masked, WINDOWED=window > 0, WIDE=INTERPRETED, num_stages=1 if wide else 2,
+            CAP=softcap > 0, MASKED=masked, WINDOWED=window > 0, CHUNKED=chunked, WIDE=INTERPRETED, num_stages=1 if wide else 2,
         )  # fmt: skip
-        merged[(count,)](part, weight, parts, span, out, D=dim, DP=padded, PARTS=PARTS)
+        merged[(count,)](part, weight, parts, span, sinks, out, D=dim, DP=padded, PARTS=PARTS, SUNK=sunk)
     return out
 
 
@@ -185,7 +195,7 @@ def _kernels() -> tuple[Any, Any, Any]:
 def _partial(  # type: ignore[no-untyped-def]
     Q, K, V, LENGTH, POSITIONS, ASKING, ROW, ITEM, READER, PART, WEIGHT, rows, items, scaling, softcap, window,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CAP: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
+    CAP: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # type: ignore[no-untyped-def] # fmt: skip
     """One piece: an online softmax over its entries, in float32."""
     item = tl.program_id(0).to(tl.int64)
@@ -224,7 +234,9 @@ def _partial(  # type: ignore[no-untyped-def]
         if MASKED:
             position = tl.load(POSITIONS + start + t, mask=held, other=0)
             shown = shown & (position[None, :] <= asking[:, None])
-            if WINDOWED:
+            if CHUNKED:
+                shown = shown & (position[None, :] >= asking[:, None] - asking[:, None] % window)
+            elif WINDOWED:
                 shown = shown & (position[None, :] > asking[:, None] - window)
         logits = tl.where(shown, logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
@@ -244,8 +256,10 @@ def _partial(  # type: ignore[no-untyped-def]
     tl.store(WEIGHT + place, tl.where(some, top + tl.log(safe), float("-inf")), mask=there)
 
 
-def _merge(PART, WEIGHT, PARTS_OF, SPAN, OUT, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One query: its parts weighed by their log-sum-exps, many at once: of a long row there are hundreds."""
+def _merge(  # type: ignore[no-untyped-def]
+    PART, WEIGHT, PARTS_OF, SPAN, SINK, OUT, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, SUNK: tl.constexpr,
+):  # type: ignore[no-untyped-def] # fmt: skip
+    """One query: its parts weighed by their log-sum-exps, many at once: of a long row there are hundreds. A sink is a part."""
     query = tl.program_id(0).to(tl.int64)
     begin = tl.load(SPAN + query)
     end = tl.load(SPAN + query + 1)
@@ -253,6 +267,9 @@ def _merge(PART, WEIGHT, PARTS_OF, SPAN, OUT, D: tl.constexpr, DP: tl.constexpr,
     inside = d < D
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
+    if SUNK:
+        top = tl.zeros([1], tl.float32) + tl.load(SINK + query)
+        total = tl.full([1], 1.0, tl.float32)
     sums = tl.zeros([DP], tl.float32)
     for at in range(begin, end, PARTS):
         number = at + tl.arange(0, PARTS)

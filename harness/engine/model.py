@@ -24,33 +24,18 @@ from harness.cache import Arena, ModelShape, Needs, Prefill, Routing
 from harness.engine import flash
 from harness.engine.attention import attend, probabilities
 from harness.engine.observe import AttentionSettings, Observer, softcapped_attention
+from harness.engine.reach import UnsupportedModel, refuse_network
 from harness.engine.rows import RowCache, RowLayer, Step
-from harness.errors import UserError
-from harness.families import grouping_of, groupings, routers, shape_of
-from harness.layer_sharing import Place, place_of, stored_shape
+from harness.families import grouping_of, groupings, routers, shape_of, text_config, window_of
+from harness.layer_sharing import Place, mark_shared, place_of, stored_shape
+from harness.logits import Chunk
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox")
-UNDERSTOOD = {"dropout", "scaling", "position_ids", "sliding_window", "softcap", "use_cache", "is_causal", "rows_pass"}
-LENGTH_DEPENDENT = ("longrope", "dynamic")
-MATTERS_NOT = {"output_attentions", "output_hidden_states", "return_dict"}
+UNDERSTOOD = {"dropout", "scaling", "position_ids", "sliding_window", "softcap", "use_cache", "is_causal", "s_aux"}
+OURS = ("rows_pass", "rows_positions")
+CHUNK, TEMPERED = "rows_chunk", "rows_tempered"  # attributes of attention layers, see `_mark`
+MATTERS_NOT = {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
 
 Watch = Callable[[int, Tensor], None]  # given a layer's index and the attention of its new queries, [Hq, N, n]
-
-
-class UnsupportedModel(UserError):
-    """The harness cannot reach this model's attention, so it would run uncompressed."""
-
-
-def refuse_family(name: str, config: Any) -> None:
-    """
-    Raises:
-        UnsupportedModel: a family that is not reached.
-    """
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModel(
-            f"model {name!r} is of the family {config.model_type!r}, which the harness does not reach; "
-            f"reached: {', '.join(FAMILIES)}"
-        )
 
 
 @dataclass(frozen=True)
@@ -86,8 +71,8 @@ class PrefillPass:
     observer: Observer
     depth: int  # layers that attend
     all_outputs: bool  # every token's logits are wanted, not the last one's alone
-    softcapped: bool
-    by_flash: bool  # attention by flash-attn
+    softcapped: bool  # or with sinks: sdpa does neither
+    by_flash: bool  # attention by flash-attn, where it can
 
     @property
     def needs_mask(self) -> bool:
@@ -106,9 +91,10 @@ class PrefillPass:
         return out.index_copy_(0, _last(query), last.transpose(0, 1)).transpose(0, 1)
 
     def _dense(self, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, dense: Dense) -> Tensor:
-        if self.by_flash:
+        if self.by_flash and settings.plain:
             return flash.causal_attention(query, key, value, settings)
-        return dense(query, key, value) if settings.softcap is None else softcapped_attention(query, key, value, settings)
+        plain = settings.softcap is None and settings.sinks is None and self.needs_mask
+        return dense(query, key, value) if plain else softcapped_attention(query, key, value, settings)
 
 
 @dataclass
@@ -134,21 +120,24 @@ class DecodePass:
             layer.memory.see(query, self.step)
         if self.watch:
             assert isinstance(layer, RowLayer)
-            self.watch(place.layer, probabilities(layer, query, self.step, settings.scaling, settings.softcap))
-        return attend(layer, query, self.step, settings.scaling, settings.softcap)
+            shown = probabilities(layer, query, self.step, settings.scaling, settings.softcap, settings.sinks)
+            self.watch(place.layer, shown)
+        return attend(layer, query, self.step, settings.scaling, settings.softcap, settings.sinks)
 
 
 class Model:
     """A causal language model of transformers, evaluated without gradients.
 
     Args:
-        network: any model of `FAMILIES`; its attention implementation is set here.
+        network: any causal language model whose attention goes through transformers' interface; its implementation is set here.
+            Whether rows stand for its attention is measured by `self_check`.
         tokenizer: None for machinery that feeds token ids.
         name: what the user asked for; `revision`: what came (a commit, or the hash of the weights).
         parent_shape: of the unconverted model, if this is a variant: budgets and full caches are counted in it.
 
     Raises:
-        UnsupportedModel: the family, or an attention feature of this checkpoint, is not one the harness reaches.
+        UnsupportedModel: its attention is not reached, or it holds more state than keys and values.
+        CannotStore: keys and values that rows do not hold.
     """
 
     def __init__(
@@ -160,36 +149,37 @@ class Model:
         parent_shape: ModelShape | None = None,
     ) -> None:
         self.network, self.tokenizer, self.name, self.revision = network.eval(), tokenizer, name, revision
-        config = network.config
-        refuse_family(name, config)
-        if not getattr(network, "_supports_attention_backend", False):
-            raise UnsupportedModel(f"model {name!r}: its attention cannot be reached through transformers' interface")
-        if any(kind in str(getattr(config, "rope_parameters", "")) for kind in LENGTH_DEPENDENT):
-            raise UnsupportedModel(
-                f"model {name!r} turns its keys by an angle that depends on the prompt's length ({' or '.join(LENGTH_DEPENDENT)} "
-                "RoPE): keys kept from before would not match those that come later"
-            )
-        whole = shape_of(network)
-        self.depth = whole.layers  # that attend; those that store may be fewer
+        refuse_network(name, network)
+        self.config = text_config(network.config)
+        self.spread = len(set(getattr(network, "hf_device_map", {}).values())) > 1  # over devices, by accelerate
+        whole, self.shares = shape_of(network), mark_shared(network)
+        self.attending = whole  # the shape of all layers that attend
+        self.depth = whole.layers  # of them; those that store may be fewer
         self.shape = stored_shape(network, whole)
-        self.parent_shape, self.is_variant = parent_shape or whole, parent_shape is not None
-        self.softcapped = bool(getattr(config, "attn_logit_softcapping", None))
+        self.parent_shape = parent_shape or (self.shape if self.shares else whole)
+        self.is_variant = parent_shape is not None
+        sunk = any(isinstance(getattr(module, "sinks", None), Tensor) for module in network.modules())
+        self.softcapped = sunk or bool(getattr(self.config, "attn_logit_softcapping", None))
         self.routers = routers(network)
         widest = max((max(grouping.groups) for grouping in groupings(network)), default=1)
         self.least_shape = replace(self.shape, kv_heads=self.shape.kv_heads // widest)  # rows that no token has fewer of
+        _mark(network)
+        self.checked: dict[str, Any] = {}  # what a check of its attention found, when it was loaded
         network.set_attn_implementation(register(own_attention(network)))
 
     @property
     def device(self) -> torch.device:
-        return self.network.device
+        """Where tokens are fed in."""
+        hook = getattr(self.network.get_input_embeddings(), "_hf_hook", None)  # accelerate's, of layers that are spread
+        place = getattr(hook, "execution_device", None)
+        return self.network.device if place is None else torch.device(place)
 
     @property
     def max_tokens(self) -> int:
         """Positions that the model was made for, by scaling its RoPE too."""
-        config = self.network.config
-        ropes = getattr(config, "rope_parameters", None) or {}
+        ropes = getattr(self.config, "rope_parameters", None) or {}
         by_layer = [rope for rope in ropes.values() if isinstance(rope, dict)] or [ropes]
-        return min(_scaled_positions(rope, int(config.max_position_embeddings)) for rope in by_layer)
+        return min(_scaled_positions(rope, int(self.config.max_position_embeddings)) for rope in by_layer)
 
     @property
     def vocabulary(self) -> int:
@@ -227,11 +217,12 @@ class Model:
         by_flash = flash.can_run(self.device, self.network.dtype, self.shape.head_dim)
         observer = Observer(self.shape, needs, arena or Arena(), checksum)
         work = PrefillPass(observer, self.depth, scored > 0, self.softcapped, by_flash)
-        self._route(routing)
-        logits = self._forward(ids[None], torch.arange(len(ids), device=ids.device)[None], work, max(1, scored))
+        self.route(routing)
+        logits = self.forward(ids[None], torch.arange(len(ids), device=ids.device)[None], work, max(1, scored))
         if observer.reached != list(range(self.depth)) or len(observer.layers) != self.shape.layers:
             raise UnsupportedModel(
-                f"attention of model {self.name!r} was reached in {len(observer.reached)} of {self.depth} layers"
+                f"attention of model {self.name!r} was reached in {len(set(observer.reached))} of {self.depth} layers, "
+                f"{len(observer.reached)} times: each layer is to attend once, in order"
             )
         tail = logits[0] if scored else None
         prefill = Prefill(ids, logits[0, -1].float(), tuple(observer.layers), tuple(observer.expert_groups), self.shape, tail)
@@ -255,10 +246,10 @@ class Model:
         return self._extend(cache, ids, [len(piece) for piece in pieces], torch.arange(len(ids), device=self.device))
 
     def _extend(self, cache: RowCache, ids: Tensor, counts: Sequence[int], keep: Tensor, watch: Watch | None = None) -> Tensor:
-        self._route("argmax")
+        self.route("argmax")
         work = DecodePass(cache, cache.step(counts), watch)
         positions = torch.as_tensor(work.step.positions, device=ids.device)[None]
-        logits = self._forward(ids[None], positions, work, keep)
+        logits = self.forward(ids[None], positions, work, keep)
         if work.layers_run != self.depth:
             raise UnsupportedModel(f"attention of model {self.name!r} ran in {work.layers_run} layers while decoding")
         cache.seen = cache.seen + work.step.counts
@@ -266,16 +257,22 @@ class Model:
 
     def extend(self, ids: Tensor, positions: Tensor, work: Pass) -> Tensor:
         """One token of each cell, [C], at `positions` [C]. Gives [C, V]. `work` answers for the attention."""
-        self._route("argmax")
-        return self._forward(ids[None], positions[None], work, 0)[0]
+        self.route("argmax")
+        return self.forward(ids[None], positions[None], work, 0)[0]
 
-    def _route(self, mode: Routing) -> None:
+    def route(self, mode: Routing) -> None:
+        """How the tokens of the next pass find their experts, where layers have several."""
         for router in self.routers:
             router.mode, router.segments = mode, None
 
-    def _forward(self, ids: Tensor, positions: Tensor, work: Pass, keep: int | Tensor) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, work: Pass, keep: int | Tensor) -> Tensor:
+        """Logits [1, keep, V] of `ids` [1, N] at `positions` [1, N]; `work` answers for the attention."""
         # transformers passes a 4-D mask through as it is, so that it makes none of its own
         mask = None if work.needs_mask else torch.empty(1, 1, 1, 1, device=ids.device)
+        if self.shares and isinstance(keep, int):  # told a number, Gemma 4 drops the other tokens before its shared layers
+            keep = torch.arange(ids.shape[1] - (keep or ids.shape[1]), ids.shape[1], device=ids.device)
+        if self.spread and isinstance(keep, Tensor):
+            keep = keep.to(device="cpu")  # an index of a tensor on any device
         return self.network(
             input_ids=ids,
             position_ids=positions,
@@ -283,6 +280,7 @@ class Model:
             use_cache=False,
             logits_to_keep=keep,
             rows_pass=work,
+            rows_positions=positions,
         ).logits
 
 
@@ -303,7 +301,7 @@ def own_attention(network: PreTrainedModel) -> str:
     """transformers' attention for dense passes: sdpa, but for a softcap, which sdpa cannot do, and for families without it:
     some transformers refuse Gemma 2 sdpa even where its softcap is set to null.
     """
-    softcapped = getattr(network.config, "attn_logit_softcapping", None)
+    softcapped = getattr(text_config(network.config), "attn_logit_softcapping", None)
     return "sdpa" if not softcapped and getattr(network, "_supports_sdpa", True) else "eager"
 
 
@@ -312,23 +310,23 @@ def register(base: str) -> str:
     name = f"rows_over_{base}"
 
     def attention(
-        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
-    ) -> tuple[Tensor, None]:
-        return _attention(base, module, query, key, value, mask, settings)
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    ) -> tuple[Tensor, None]:  # some families name the mask in their calls
+        return attention_over(base, module, query, key, value, attention_mask, settings)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
 
 
-def _attention(
+def attention_over(
     base: str, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
 ) -> tuple[Tensor, None]:
     """One layer's attention, [1, H, N, D] as transformers calls it; gives [1, N, Hq, D]."""
-    unknown = {k for k, v in settings.items() if v is not None} - UNDERSTOOD - MATTERS_NOT
+    unknown = {k for k, v in settings.items() if v is not None} - UNDERSTOOD - MATTERS_NOT - set(OURS)
     if unknown:
         raise UnsupportedModel(f"{type(module).__name__} uses attention features not known here: {sorted(unknown)}")
-    work: Pass | None = settings.pop("rows_pass", None)
+    work, positions = (settings.pop(name, None) for name in OURS)
     official = _official(base, module)
     if work is None:  # a call from elsewhere, such as a training step
         found: tuple[Tensor, None] = official(module, query, key, value, mask, **settings)
@@ -340,16 +338,47 @@ def _attention(
         return out[0].transpose(0, 1)
 
     place = place_of(module, module.layer_idx)  # type: ignore[arg-type]
-    out = work.attention(place, query[0], key[0], value[0], _settings_of(module, settings), dense)
+    asking = _tempered(module, query[0], positions[0])
+    out = work.attention(place, asking, key[0], value[0], _settings_of(module, settings), dense)
     return out.transpose(0, 1).contiguous()[None], None
 
 
 def _settings_of(module: torch.nn.Module, settings: dict[str, Any]) -> AttentionSettings:
-    plain = (settings["scaling"], settings.get("softcap"), settings.get("sliding_window"))
+    window, sinks = settings.get("sliding_window"), settings.get("s_aux")
+    held = None if sinks is None else sinks.detach()  # a weight: what is made of it is no part of a graph of gradients
+    found = AttentionSettings(settings["scaling"], settings.get("softcap"), module.__dict__.get(CHUNK) or window, sinks=held)
     grouping = grouping_of(module)
     if grouping is None:
-        return AttentionSettings(*plain)
-    return AttentionSettings(*plain, grouping.groups, None if grouping.assigned is None else grouping.assigned[0])
+        return found
+    return replace(found, groups=grouping.groups, experts=None if grouping.assigned is None else grouping.assigned[0])
+
+
+def _tempered(module: Any, query: Tensor, positions: Tensor) -> Tensor:
+    """Queries [Hq, N, D] of `positions` [N]. Llama 4's layers without positions scale theirs by the place in the sequence that
+    they are given: right in a prefill; of tokens to be decoded, which stand side by side, it is put right here.
+    """
+    if not module.__dict__.get(TEMPERED):
+        return query
+
+    def scale(at: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((at.float() + 1) / module.floor_scale)) * module.attn_scale + 1
+
+    given = torch.arange(len(positions), device=positions.device)
+    return (query * (scale(positions) / scale(given))[:, None]).to(query.dtype)
+
+
+def _mark(network: PreTrainedModel) -> None:
+    """Tells attention layers what transformers does not hand to their attention: looked up once, not at every call.
+
+    Families with chunks (Llama 4) tell them by the mask alone, and scale queries of layers without positions.
+    """
+    for module in network.get_decoder().modules():
+        config = getattr(module, "config", None)
+        if not hasattr(module, "layer_idx") or getattr(config, "attention_chunk_size", None) is None:
+            continue
+        window = window_of(config, module.layer_idx)  # type: ignore[arg-type]
+        module.__dict__[CHUNK] = window if isinstance(window, Chunk) else None
+        module.__dict__[TEMPERED] = getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
 
 
 def _last(query: Tensor) -> Tensor:

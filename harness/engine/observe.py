@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.cache import Arena, ExpertGroup, LayerKV, ModelShape, Needs
 from harness.engine.measure import Lap, stopwatch
 from harness.layer_sharing import Place
-from harness.logits import hidden, softcapped
+from harness.logits import Chunk, earliest, hidden, softcapped
 
 # Numbers of one block of logits: bounds the memory of the column sums. On a CPU a block that stays in its cache is nine times
 # faster than one whose memory the system hands out and takes back each time (8 heads, 2,048 tokens: 20 and 181 ms).
@@ -38,10 +38,10 @@ class Observer:
 
     def see(self, place: Place, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> None:
         """queries: [Hq, T, D]; keys, values: [H, T, D], after RoPE. Heads that are averaged come repeated."""
-        expected = (self.shape.query_heads, self.shape.kv_heads, self.shape.head_dim)
-        if (queries.shape[0], keys.shape[0], keys.shape[2]) != expected:
+        expected = (self.shape.query_heads, self.shape.kv_heads, self.shape.dim_of(place.cache_layer))
+        if (queries.shape[0], keys.shape[0], keys.shape[2]) != expected or values.shape != keys.shape:
             raise ValueError(
-                f"layer {place.layer} has heads {queries.shape[0]}/{keys.shape[0]} of size {keys.shape[2]}, "
+                f"layer {place.layer} has heads {queries.shape[0]}/{keys.shape[0]} of size {_sizes(keys, values)}, "
                 f"its configuration says {expected[0]}/{expected[1]} of {expected[2]}"
             )
         tokens, stored = keys.shape[1], place.cache_layer
@@ -52,7 +52,7 @@ class Observer:
                 sums = column_sums(queries, keys, settings)[:, -candidates:] if self.needs.column_sums else None
             last = queries[:, tokens - min(self.needs.window, tokens) :].clone() if self.needs.window else None
             if not place.writes:
-                self.layers[stored] = _read_again(self.layers[stored], last, sums)
+                self.layers[stored] = _read_again(self.layers[stored], last, sums, settings.sinks)
                 return
             self.expert_groups.append(_expert_groups(settings, self.shape.group, candidates))
             self.layers.append(
@@ -69,6 +69,7 @@ class Observer:
                     window=settings.window,
                     query_heads=self.shape.query_heads,
                     prompt=self.prompt,
+                    sinks=settings.sinks,
                 )
             )
 
@@ -78,7 +79,11 @@ class Observer:
         return self.arena.take(name, heads * candidates, tensor[0]).view(heads, candidates, dim).copy_(tensor)
 
 
-def _read_again(layer: LayerKV, queries: Tensor | None, sums: Tensor | None) -> LayerKV:
+def _sizes(keys: Tensor, values: Tensor) -> str:
+    return " and ".join(map(str, dict.fromkeys((keys.shape[2], values.shape[2]))))
+
+
+def _read_again(layer: LayerKV, queries: Tensor | None, sums: Tensor | None, sinks: Tensor | None) -> LayerKV:
     """The stored layer as another layer's query heads see it too: beside those that read the same stored head."""
 
     def joined(before: Tensor | None, new: Tensor | None) -> Tensor | None:
@@ -92,6 +97,7 @@ def _read_again(layer: LayerKV, queries: Tensor | None, sums: Tensor | None) -> 
         layer,
         queries=joined(layer.queries, queries),
         column_sums=joined(layer.column_sums, sums),
+        sinks=joined(layer.sinks, sinks),
         readers=readers,
         width=group * readers,
         query_heads=layer.query_heads // layer.readers * readers,
@@ -105,6 +111,12 @@ class AttentionSettings:
     window: int | None = None
     groups: tuple[int, ...] = (1,)  # KV heads averaged, by each of the layer's experts
     experts: Tensor | None = None  # [N] the expert of each new token; None where there is only one
+    sinks: Tensor | None = None  # [Hq], see `harness.logits.with_sinks`
+
+    @property
+    def plain(self) -> bool:
+        """Is it what sdpa and flash-attn compute, a softcap aside?"""
+        return self.sinks is None and not isinstance(self.window, Chunk)
 
 
 def _expert_groups(settings: AttentionSettings, width: int, candidates: int) -> tuple[ExpertGroup, ...]:
@@ -124,13 +136,13 @@ def column_sums(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> T
         [Hq, T], float32
     """
     sums = torch.zeros(queries.shape[:2], device=keys.device)
-    for _, seen, weights in _exponentials(queries, keys, settings):
-        sums[:, seen] += (weights.sum(-1).reciprocal_()[:, None] @ weights)[:, 0]
+    for _, seen, weights, total in _exponentials(queries, keys, settings):
+        sums[:, seen] += (total.reciprocal_()[:, None] @ weights)[:, 0]
     return sums
 
 
 def softcapped_attention(queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:
-    """Causal attention with a softcap, which sdpa cannot do, without transformers' T x T of logits and masks.
+    """Causal attention with a softcap, sinks or chunks, which sdpa cannot do, without transformers' T x T of logits and masks.
 
     Args:
         queries: [Hq, N, D], the last N of the T tokens; keys, values: [H, T, D].
@@ -140,15 +152,17 @@ def softcapped_attention(queries: Tensor, keys: Tensor, values: Tensor, settings
     """
     out = torch.empty_like(queries)
     heads = keys.shape[0]
-    for asking, seen, weights in _exponentials(queries, keys, settings):
-        shares = weights.div_(weights.sum(-1, keepdim=True)).to(values.dtype)
+    for asking, seen, weights, total in _exponentials(queries, keys, settings):
+        shares = weights.div_(total[..., None]).to(values.dtype)
         grouped = shares.unflatten(0, (heads, -1)).flatten(1, 2)  # [H, G * q, k]
         out[:, asking] = (grouped @ values[:, seen]).unflatten(1, (-1, weights.shape[1])).flatten(0, 1)
     return out
 
 
-def _exponentials(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Softmax's numerators in blocks of queries [Hq, N, D], the last N of T: which queries, which keys, [Hq, q, k] in float32."""
+def _exponentials(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Softmax in blocks of queries [Hq, N, D], the last N of T: which queries, which keys, its numerators [Hq, q, k] and
+    denominators [Hq, q], in float32.
+    """
     heads, asked, _ = queries.shape
     tokens, group = keys.shape[1], heads // keys.shape[0]
     numbers = BLOCK_LOGITS if keys.device.type == "cpu" else GPU_BLOCK_LOGITS
@@ -157,12 +171,16 @@ def _exponentials(queries: Tensor, keys: Tensor, settings: AttentionSettings) ->
     before = tokens - asked
     for start in range(before, tokens, step):
         stop = min(start + step, tokens)
-        first = 0 if settings.window is None else max(0, start - settings.window + 1)
+        first = 0 if settings.window is None else max(0, earliest(start, settings.window))
         block = queries[:, start - before : stop - before].float().unflatten(0, (-1, group)).flatten(1, 2) * settings.scaling
         logits = block @ keys[:, first:stop].float().transpose(1, 2)  # [H, G * q, k]
         logits = logits.unflatten(1, (group, stop - start)).flatten(0, 1)  # [Hq, q, k]
         begin = start if settings.window is None else first  # without a window older keys are seen by all of the block
         unseen = hidden(positions[begin:stop], positions[start:stop, None], settings.window)
         softcapped(logits, settings.softcap)[..., begin - first :].masked_fill_(unseen, float("-inf"))
-        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # in place: a second buffer would be traffic
-        yield slice(start - before, stop - before), slice(first, stop), weights
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp_()  # in place: a second buffer would be traffic
+        total = weights.sum(-1)
+        if settings.sinks is not None:
+            total += torch.exp(settings.sinks.float()[:, None] - top[..., 0])  # the sink is no key: no more than float32 holds
+        yield slice(start - before, stop - before), slice(first, stop), weights, total

@@ -17,6 +17,7 @@ from torch import Tensor
 from harness.engine import kernels
 from harness.engine.packed import PackedEntries
 from harness.engine.split_plan import BLOCK, TILE, DevicePlan
+from harness.logits import Chunk
 from harness.storage import Codec, Storage
 
 try:
@@ -74,6 +75,7 @@ def attend_packed(
     positions: Tensor | None = None,
     asking: Tensor | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As `kernels.attend_split`, over packed rows.
 
@@ -91,10 +93,11 @@ def attend_packed(
     tables = (work.row, work.item, work.reader, work.parts, work.span)
     numbers = [constants.kind, constants.key_bits, constants.key_group, int(constants.has_values), constants.value_bits]
     numbers += [constants.value_group, constants.residual]
-    hide = (held, at, scaling, softcap or 0.0, positions is not None, window or 0)
+    hide = (held, at, scaling, softcap or 0.0, positions is not None, window or 0, isinstance(window, Chunk))
     tails = (packed.key_tail, packed.value_tail)
+    beside = (queries.new_empty(0, dtype=torch.float32), False) if sinks is None else (sinks, True)
     found: Tensor = packed_attention(
-        queries, turned, keys, values, *tails, table, places, before, length, *tables, *hide, numbers
+        queries, turned, keys, values, *tails, table, places, before, length, *tables, *hide, *beside, numbers
     )
     return found
 
@@ -122,6 +125,9 @@ def packed_attention(
     softcap: float,
     masked: bool,
     window: int,
+    chunked: bool,
+    sinks: Tensor,
+    sunk: bool,
     numbers: list[int],
 ) -> Tensor:
     """The work items, then the merging of their partial results. `numbers`: the fields of `Constants`."""
@@ -140,9 +146,9 @@ def packed_attention(
             row, item, reader, part, weight, row.shape[1], items, scaling, softcap, window, residual,
             D=dim, DP=padded, TILE=TILE, BLOCK=block_of(padded), KIND=kind, KEY_BITS=key_bits, KEY_GROUP=key_group,
             HAS_VALUES=bool(has_values), VALUE_BITS=value_bits, VALUE_GROUP=value_group, TAILED=residual > 0,
-            CAP=softcap > 0, MASKED=masked, WINDOWED=window > 0, WIDE=kernels.INTERPRETED, num_stages=1,
+            CAP=softcap > 0, MASKED=masked, WINDOWED=window > 0, CHUNKED=chunked, WIDE=kernels.INTERPRETED, num_stages=1,
         )  # fmt: skip
-        merged[(count,)](part, weight, parts, span, out, D=dim, DP=padded, PARTS=kernels.PARTS)
+        merged[(count,)](part, weight, parts, span, sinks, out, D=dim, DP=padded, PARTS=kernels.PARTS, SUNK=sunk)
     return out
 
 
@@ -168,7 +174,7 @@ def _packed(  # type: ignore[no-untyped-def]
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     KIND: tl.constexpr, KEY_BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
     HAS_VALUES: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_GROUP: tl.constexpr, TAILED: tl.constexpr,
-    CAP: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
+    CAP: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # type: ignore[no-untyped-def] # fmt: skip
     """One work item: an online softmax over its entries, in float32."""
     item = tl.program_id(0).to(tl.int64)
@@ -260,7 +266,9 @@ def _packed(  # type: ignore[no-untyped-def]
         if MASKED:
             position = tl.load(POSITIONS + start + t, mask=held, other=0)
             shown = shown & (position[None, :] <= asking[:, None])
-            if WINDOWED:
+            if CHUNKED:
+                shown = shown & (position[None, :] >= asking[:, None] - asking[:, None] % window)
+            elif WINDOWED:
                 shown = shown & (position[None, :] > asking[:, None] - window)
         logits = tl.where(shown, logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))

@@ -129,6 +129,7 @@ class RowLayer:
         self.packed = packed
         self.keys, self.values, self.positions = pool
         self.shape, self.window, self.table, self.expert_groups = shape, window, table, expert_groups
+        self.entry_bytes = 2 * self.keys.shape[1] * self.keys.itemsize  # heads of layers may differ in size
         # the expert group of each token since compaction, by cell, if there are several
         self.taken: list[list[int]] = [[] for _ in range(cells)]
         self._plans: dict[bytes, DevicePlan] = {}
@@ -266,8 +267,7 @@ class RowLayer:
         """Bytes of each row: of its entries' keys and values, and of what is allocated for them; positions apart."""
         if self.packed is not None:
             return self.packed.sizes(self.table.length, self.table.capacity)
-        entry = self.shape.entry_bytes()
-        return self.table.length * entry, self.table.capacity * entry
+        return self.table.length * self.entry_bytes, self.table.capacity * self.entry_bytes
 
 
 class MixedLayer:
@@ -352,6 +352,18 @@ class RowCache:
         kept += -(-bits // 8)
         return [Counts(int(e), int(k), int(a)) for e, k, a in zip(entries, kept, allocated, strict=True)]
 
+    def grown(self, tokens: int) -> list[Counts] | None:
+        """What each cell would hold with so many more tokens; None where it depends on which rows take them."""
+        if any(part.routed or part.packed is not None for part in self.parts):
+            return None
+        size = self.shape.entry_bytes()
+        rows = sum(np.bincount(layer.table.cell, minlength=self.cells) for layer in self.parts)
+        more = (np.asarray(rows) * tokens).tolist()
+        return [
+            Counts(now.entries + added, now.bytes_kept + added * size, now.bytes_allocated)
+            for now, added in zip(self.counts(), more, strict=True)
+        ]
+
 
 def slack_for(tokens: int) -> int:
     """Entries of slack behind a row for so many tokens to come."""
@@ -365,18 +377,37 @@ def compact(
     arena = arena or Arena()
     slack = [slack_for(tokens)] * len(selections) if isinstance(tokens, int) else [slack_for(some) for some in tokens]
     plans = [_plans(kv, [s[kv.index] for s in selections], slack) for kv in prefill.layers]
-    plain = [sum(int(plan.table.capacity.sum()) for plan in layer if plan.storage is None) for layer in plans]
-    like = prefill.layers[0].keys[0]
-    keys, values = arena.take("keys", sum(plain), like), arena.take("values", sum(plain), like)
-    sizes = [sum(int(plan.table.capacity.sum()) for plan in layer) for layer in plans]
-    positions = arena.take("positions", sum(sizes), torch.zeros(0, dtype=torch.int32, device=like.device))
     layers: list[AnyLayer] = []
-    offset = places = 0
-    for kv, found, own, size in zip(prefill.layers, plans, plain, sizes, strict=True):
-        pool = (keys[offset : offset + own], values[offset : offset + own], positions[places : places + size])
+    for kv, found, pool in zip(prefill.layers, plans, _pools(prefill.layers, plans, arena), strict=True):
         layers.append(_layer_of(kv, found, pool, prefill.shape, len(prefill.expert_groups[kv.index]), len(selections)))
-        offset, places = offset + own, places + size
     return RowCache(layers, prefill.shape, [prefill.tokens] * len(selections))
+
+
+def _room(plans: Sequence[_Plan]) -> tuple[int, int]:
+    """Entries that lie as the model's own type, and all of them, slack included."""
+    sizes = [(int(plan.table.capacity.sum()), plan.storage is None) for plan in plans]
+    return sum(size for size, plain in sizes if plain), sum(size for size, _ in sizes)
+
+
+def _pools(layers: Sequence[LayerKV], plans: Sequence[list[_Plan]], arena: Arena) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Keys, values and positions of each layer: parts of one pool for each head size and device."""
+    kinds = [(kv.keys.shape[2], str(kv.keys.device)) for kv in layers]
+    rooms = [_room(found) for found in plans]
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for kind in dict.fromkeys(kinds):
+        mine = [number for number, its in enumerate(kinds) if its == kind]
+        like, name = layers[mine[0]].keys[0], "" if kind == kinds[0] else f" {kind}"
+        plain, every = (sum(rooms[number][which] for number in mine) for which in (0, 1))
+        index = torch.zeros(0, dtype=torch.int32, device=like.device)
+        wanted = (("keys", plain, like), ("values", plain, like), ("positions", every, index))
+        keys, values, positions = (arena.take(part + name, size, its) for part, size, its in wanted)
+        offset = place = 0
+        for number in mine:
+            own, size = rooms[number]
+            part = slice(offset, offset + own)
+            found[number] = (keys[part], values[part], positions[place : place + size])
+            offset, place = part.stop, place + size
+    return [found[number] for number in range(len(layers))]
 
 
 def compact_and_free(
@@ -395,9 +426,8 @@ def compact_and_free(
     for index, kv in enumerate(held):
         assert kv is not None
         found = _plans(kv, [selection[index] for selection in selections], [slack_for(tokens)] * len(selections))
-        size, seen = sum(int(plan.table.capacity.sum()) for plan in found), kv.tokens
-        own = sum(int(plan.table.capacity.sum()) for plan in found if plan.storage is None)
-        keys, values = (kv.keys.new_empty(own, shape.head_dim) for _ in range(2))
+        (own, size), seen = _room(found), kv.tokens
+        keys, values = (kv.keys.new_empty(own, kv.keys.shape[2]) for _ in range(2))
         pool = (keys, values, torch.empty(size, dtype=torch.int32, device=keys.device))
         layers.append(_layer_of(kv, found, pool, shape, len(expert_groups[index]), len(selections)))
         held[index] = kv = None
@@ -444,8 +474,8 @@ def _layer_of(
         done += size
         packed, mine = None, (pool[0], pool[1], positions)
         if plan.storage is not None:
-            packed = PackedEntries(plan.storage, shape.head_dim, plan.table.length, plan.slack, kv.keys)
-            mine = (kv.keys.new_empty(0, shape.head_dim), kv.keys.new_empty(0, shape.head_dim), positions)
+            packed = PackedEntries(plan.storage, kv.keys.shape[2], plan.table.length, plan.slack, kv.keys)
+            mine = (kv.keys.new_empty(0, kv.keys.shape[2]), kv.keys.new_empty(0, kv.keys.shape[2]), positions)
         layer = RowLayer(mine, shape, kv.window, plan.table, groups, cells, packed)
         parts.append(_filled(kv, plan.rows, layer))
     return parts[0] if len(parts) == 1 else MixedLayer(parts)

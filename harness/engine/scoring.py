@@ -45,7 +45,7 @@ def forced(model: Model, cache: RowCache, tokens: Sequence[int], turns: Turns | 
     Yields:
         where a piece starts, and the log-probabilities of what follows each of its tokens, [C, piece, V].
     """
-    wide = max(1, FORCED_NUMBERS // (cache.cells * model.network.config.vocab_size))
+    wide = max(1, FORCED_NUMBERS // (cache.cells * model.config.vocab_size))
     start = 0
     while start < len(tokens):
         stop = start + (wide if turns is None else min(wide, turns.room))
@@ -91,7 +91,7 @@ class FullAnswer:
         """`lead`: [1, V], log-probabilities of the first token, where it came out of the cache and not of the prefill."""
         parts = [] if lead is None else [lead.cpu()]
         parts += [logprobs[0].cpu() for _, logprobs in forced(model, cache, tokens[:-1])]
-        empty = torch.zeros(0, model.network.config.vocab_size)
+        empty = torch.zeros(0, model.config.vocab_size)
         return cls(tokens, torch.cat(parts) if parts else empty)
 
     def fidelity(self, model: Model, cache: RowCache, lead: Tensor | None, turns: Turns | None = None) -> list[dict[str, float]]:

@@ -26,7 +26,7 @@ from harness.engine.rows import RowBlock, RowCache, RowLayer, Step
 from harness.engine.split_plan import plan_split, split_length
 from harness.engine.static_packed import StaticPacked
 from harness.layer_sharing import Place
-from harness.logits import softcapped
+from harness.logits import earliest, softcapped, with_sinks
 
 Mode = Literal["graph", "compiled"]  # captured as it is; compiled, and captured where there is a GPU
 WARM_UP = 3  # steps before a capture: kernels are built, libraries take their workspaces
@@ -113,22 +113,29 @@ class StaticLayer:
         self.layer.positions.index_copy_(0, where, seen[cell].int())
         self.length.add_((taken_by[cell] == expert_group).long() if self.routed else 1)
 
-    def attend(self, queries: Tensor, seen: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    def attend(self, queries: Tensor, seen: Tensor, settings: AttentionSettings) -> Tensor:
         """queries: [Hq, C, D] of the tokens just written. Gives [Hq, C, D]."""
         flat = queries.transpose(0, 1).reshape(-1, queries.shape[2]).contiguous()  # [C * Hq, D]; of fused projections a view
         asking = None if self.window is None else seen.repeat_interleave(self.heads)  # without a window a new token sees all
-        out = self._kernel(flat, asking, scaling, softcap) if self.by_kernel else self._plain(flat, asking, scaling, softcap)
+        beside = None if settings.sinks is None else settings.sinks.float().repeat(len(seen))  # [C * Hq]
+        out = (self._kernel if self.by_kernel else self._plain)(flat, asking, settings.scaling, settings.softcap, beside)
         return out.view(-1, *queries.shape[::2]).transpose(0, 1)
 
-    def _kernel(self, queries: Tensor, asking: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
-        hide = () if asking is None else (self.layer.positions, asking, self.window)
+    def _kernel(
+        self, queries: Tensor, asking: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        hide: tuple[Tensor | None, Tensor | None, int | None] = (None, None, None)
+        if asking is not None:
+            hide = (self.layer.positions, asking, self.window)
         if self.packed is not None:
             where = (self.packed.places, self.length, self.before[self.read], self.plan)
-            return packed_kernels.attend_packed(queries, self.packed.packed, *where, scaling, softcap, *hide)
+            return packed_kernels.attend_packed(queries, self.packed.packed, *where, scaling, softcap, *hide, sinks=sinks)
         pool = (self.layer.keys, self.layer.values, self.length)
-        return kernels.attend_split(queries, *pool, self.plan, scaling, softcap, *hide)
+        return kernels.attend_split(queries, *pool, self.plan, scaling, softcap, *hide, sinks=sinks)
 
-    def _plain(self, queries: Tensor, asking: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+    def _plain(
+        self, queries: Tensor, asking: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
         asked = (queries * scaling)[self.query]  # [M, D]
         at = None if asking is None else asking[self.query]  # [M]
         outs, weights, done = [], [], 0
@@ -145,7 +152,7 @@ class StaticLayer:
             there = torch.arange(block.capacity, device=logits.device) < self.length[block.rows, None, None]
             if at is not None and self.window is not None:
                 held = block.whole(self.layer.positions[:, None])[:, None, :, 0]  # [rows, 1, capacity]
-                there = there & (held > at[mine].view(block.count, block.width, 1) - self.window)
+                there = there & (held >= earliest(at[mine].view(block.count, block.width, 1), self.window))
             logits = logits.masked_fill(~there, float("-inf"))
             weights.append(torch.logsumexp(logits, -1).flatten())
             shares = logits.softmax(-1).masked_fill(~there.any(-1, keepdim=True), 0.0)  # of a row without entries nothing
@@ -155,9 +162,9 @@ class StaticLayer:
                 mixed = shares.to(values.dtype) @ values
             outs.append(mixed.flatten(0, 1))
         out = torch.cat(outs)[self.parts]  # [N, expert_groups, D]
-        if not self.routed:
+        if sinks is None and not self.routed:
             return out[:, 0]
-        shares = torch.cat(weights)[self.parts].softmax(-1)
+        shares = with_sinks(torch.cat(weights)[self.parts], sinks)  # of queries here, not of heads
         return (shares[..., None] * out.float()).sum(1).to(out.dtype)
 
 
@@ -183,10 +190,12 @@ class StaticDecode:
         layers = [layer for layer in cache.layers if isinstance(layer, RowLayer)]
         if len(layers) < len(cache.layers):
             raise CannotCapture("the rows of a layer are held by several storages")
+        if mode == "graph" and len({layer.keys.device for layer in layers}) > 1:
+            raise CannotCapture("a CUDA graph is captured on one device, and this model's layers lie on several")
         if any((layer.table.length + steps > layer.table.capacity).any() for layer in layers):
             raise ValueError(f"no slack for {steps} more tokens: make the cache with more")
         self.model, self.left = model, steps
-        by_kernel = device.type == "cuda" and kernels.can_run(model.network.dtype, model.shape.head_dim)
+        by_kernel = device.type == "cuda" and kernels.can_run(model.network.dtype, model.shape.head_dim)  # the widest of them
         self.layers = [StaticLayer(layer, cache.cells, steps, by_kernel) for layer in layers]
         self.seen = torch.as_tensor(cache.seen.copy()).to(device)  # [C], the position of the next token
         self.next = first.clone()  # [C]
@@ -208,9 +217,10 @@ class StaticDecode:
     ) -> Tensor:
         """query: [Hq, C, D]; key, value: [H, C, D]. Gives [Hq, C, D]."""
         layer = self.layers[place.cache_layer]
+        seen = self.seen.to(query.device)  # the same, but for layers that lie elsewhere
         if place.writes:
-            layer.append(key, value, self.seen, settings.experts)
-        return layer.attend(query, self.seen, settings.scaling, settings.softcap)
+            layer.append(key, value, seen, settings.experts)
+        return layer.attend(query, seen, settings)
 
     def _once(self) -> None:
         self.next.copy_(self.model.extend(self.next, self.seen, self).argmax(-1))

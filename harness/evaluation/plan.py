@@ -300,7 +300,7 @@ def _example(model: Model, label: str, task: Task, index: int, seed: int) -> Exa
         example = task.example(index, seed, token_counter(model))
     except ValueError as error:
         raise BadRequest(f"benchmark {label}: {error}") from None
-    words = model.network.config.vocab_size
+    words = model.config.vocab_size
     if example.ids is not None and max(example.ids, default=0) >= words:
         raise BadRequest(f"benchmark {label}: token {max(example.ids)} is not one of the {words} of model {model.name}")
     return example

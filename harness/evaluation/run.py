@@ -16,6 +16,7 @@ from harness.cache import Arena
 from harness.engine.generate import Answer
 from harness.engine.measure import keep_freed_memory
 from harness.engine.model import Model
+from harness.engine.reach import UnsupportedModel
 from harness.env import record_environment
 from harness.errors import BadRequest, first_line
 from harness.evaluation.artifacts import record_artifacts, record_routing
@@ -41,10 +42,11 @@ from harness.evaluation.plan import (
 from harness.evaluation.prompts import Prompt, Protocol
 from harness.evaluation.request import RunRequest
 from harness.evaluation.sweep import CELL_BYTES, NOT_A_NUMBER, Cell, Outcome, Sweep
-from harness.families import CannotConvert
+from harness.families import CannotConvert, CannotStore
 from harness.models.gguf import BadGguf
 from harness.models.load import check_name, load_model
 from harness.registry import Registry
+from harness.storage import HALF
 from results.record import Record, Status
 from results.store import Store
 
@@ -94,7 +96,7 @@ def run_request(request: RunRequest, registry: Registry) -> Ran:
             check_shares(model, grid)
             check_tasks(model, grid)
             found = checked(model, units(model, grid, store))
-        except (BadRequest, CannotConvert) as refusal:
+        except (BadRequest, CannotConvert, CannotStore, UnsupportedModel) as refusal:
             refused.append(refusal)
             if len(refused) == len(grids):  # nothing is left to run
                 raise refused[0] from None
@@ -122,7 +124,7 @@ def run_behind(request: RunRequest, registry: Registry) -> int:
 
 
 def _run_on(model: Model, request: RunRequest, grid: Grid, found: Iterator[Unit], store: Store, keys: set[str]) -> Tally:
-    env = record_environment(request.out, model.device)
+    env = record_environment(request.out, model.device, model.checked)
     record_artifacts(request.out, grid)
     sweeps = Sweeps(model, grid.fidelity, request.cell_bytes or CELL_BYTES)
     tally = Tally()
@@ -244,8 +246,8 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
     assert outcome.answer is not None and outcome.counts is not None
     text = said(model, prompts[0], outcome.answer)
     end, held = outcome.answer.end, outcome.answer.held
-    shape = model.parent_shape
-    full = sum(shape.full_entries(prompt.context) for prompt in prompts)
+    whole = sum(model.parent_shape.full_bytes(prompt.context) for prompt in prompts)
+    full = whole * HALF // model.parent_shape.itemsize if outcome.packed else whole
     scored = (NLL,) if prompts[0].forced else unit.task.metrics
     metrics = {NLL.name: outcome.fidelity["loss"]} if prompts[0].forced else unit.task.score(str(text), unit.example)
     if wrong := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
@@ -275,7 +277,7 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
         bytes_kept_peak=held.bytes_peak if held else None,
         entries_mean=held.entries_mean if held else None,
         bytes_kept_mean=held.bytes_mean if held else None,
-        bytes_full=full * (shape.deployed_bytes() if outcome.packed else shape.entry_bytes()),
+        bytes_full=full,
         kept=outcome.kept if key.example == 0 else None,
     )
 

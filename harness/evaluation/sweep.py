@@ -298,8 +298,8 @@ class _Example:
             for outcome, numbers in zip(outcomes, measured, strict=True):
                 outcome.fidelity = numbers
             if turns is not None and self.prompt.forced:
-                for outcome, held in zip(outcomes, turns.held, strict=True):
-                    outcome.answer = Answer(list(self.prompt.forced), "forced", held=held)
+                for outcome, end, held in zip(outcomes, cache.counts(), turns.held, strict=True):
+                    outcome.answer = Answer(list(self.prompt.forced), "forced", end, held=held)
                 return [outcome.checked() for outcome in outcomes]
             if turns is not None:  # what was evicted for the full cache's answer is there for the cell's own
                 cache, logits = self._open(selections, rooms, keepers)
@@ -323,7 +323,7 @@ class _Example:
             cache = compact(self.prefill, selections, rooms or self.to_come, self.sweep.arena)
             self.counts = cache.counts()
             if keepers:
-                remember(cache, self.prefill, keepers)
+                remember(cache, self.prefill.layers, keepers)
         question = self.prompt.ids[self.prompt.context :]
         if not question:
             return cache, self.prefill.logits.expand(len(selections), -1)
@@ -345,7 +345,9 @@ class _Example:
 
     def _generate(self, cache: RowCache, logits: Tensor, turns: Turns | None = None) -> list[Answer]:
         if self.prompt.forced:
-            return [Answer(list(self.prompt.forced), "forced") for _ in range(cache.cells)]
+            ends = cache.grown(len(self.prompt.forced) - 1)
+            said = list(self.prompt.forced)
+            return [Answer(list(said), "forced", ends[cell] if ends else None) for cell in range(cache.cells)]
         if self.prompt.asks_likelihoods:
             return self._likelihoods(cache, logits)
         model, protocol = self.sweep.model, self.sweep.protocol

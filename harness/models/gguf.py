@@ -137,12 +137,12 @@ def _write(name: str, path: Path, draft: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from harness.engine.model import refuse_family
+    from harness.engine.reach import refuse_config
 
     where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
         with _quiet():
-            refuse_family(name, AutoConfig.from_pretrained(path.parent, **where))
+            refuse_config(name, AutoConfig.from_pretrained(path.parent, **where))
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
             network = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
     except UserError:

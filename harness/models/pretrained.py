@@ -6,25 +6,66 @@ import hashlib
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from harness.engine.reach import UnsupportedModel, refuse_config
+from harness.families import text_config
 
 SHOWN = 3  # names of weights in a refusal
+
+
+NO_WRITERS = (  # how architectures end that read, and embed or classify
+    "Model",
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
+NO_WRITER = "no model that writes text token by token"
 
 
 class WeightsDoNotFit(ValueError):
     """A checkpoint has other weights than its configuration asks for."""
 
 
-def read_network(where: Path | str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
+Spread = str | dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the weights of a model go: to one device, or by accelerate's map of modules, which may name the disk."""
+
+    device: torch.device
+    spread: Spread = None
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        """For `from_pretrained`. Quantised weights are made on their device: they cannot be moved there afterwards."""
+        if self.spread is not None:
+            return {"device_map": self.spread}
+        return {"device_map": {"": self.device}} if getattr(config, "quantization_config", None) else {}
+
+
+def read_network(
+    where: Path | str, dtype: torch.dtype, revision: str | None = None, place: Placement | None = None
+) -> PreTrainedModel:
     """A model whose every weight came from the checkpoint: transformers draws what is missing by chance, and warns.
 
     Args:
         where: a folder, or a hub id.
         revision: of a hub id.
+        place: where its weights go; None: to the host.
 
     Raises:
         WeightsDoNotFit: weights are missing, not the model's, or of another shape. Heads that are tied are not missed, and what
@@ -32,21 +73,68 @@ def read_network(where: Path | str, dtype: torch.dtype, revision: str | None = N
         Exception: what transformers, its quantisers and safetensors raise for other faults has no class in common.
     """
     more: dict[str, Any] = {} if revision is None else {"revision": revision}
+    more["local_files_only"] = isinstance(where, Path)
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False, **more)
+    reader = reader_of(str(where), config)
+    more |= place.settings(config) if place else {}
     with _without_reports():
-        both: Any = AutoModelForCausalLM.from_pretrained(
+        both: Any = reader.from_pretrained(
             where,
             dtype=dtype,
             use_safetensors=True,
             attn_implementation="eager",  # until a Model sets its own: a configuration may name one that is not installed here
-            local_files_only=isinstance(where, Path),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
             **more,
         )
     network, found = both
     check_weights(found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
+    network = _text_part(network)
+    _refuse_without_head(str(where), network)
     say_untied(network)
     return network  # type: ignore[no-any-return]
+
+
+def _text_part(network: Any) -> Any:
+    """The language model inside of a checkpoint that sees too, where it is one of its own (Llama 4); else the whole."""
+    inner = getattr(network, "language_model", None)
+    if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
+        return network
+    inner.generation_config = network.generation_config
+    inner.text_part_of = type(network).__name__  # type: ignore[assignment]
+    return inner
+
+
+def reader_of(name: str, config: Any) -> Any:
+    """The class of transformers that reads a checkpoint of this configuration. One that sees and reads is read whole, and runs
+    on text.
+
+    Raises:
+        UnsupportedModel: what it describes writes no text, or not by a cache of keys and values.
+    """
+    refuse_config(name, config)
+    readers = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    of_text = text_config(config) is config or any(kind.endswith("ForCausalLM") for kind in config.architectures or ())
+    for reader in readers if of_text else reversed(readers):
+        if type(config) in reader._model_mapping:
+            return reader
+    raise UnsupportedModel(f"model {name!r} is a {_architecture(config)}: {NO_WRITER}")
+
+
+def _architecture(config: Any) -> str:
+    return ", ".join(config.architectures or (type(config).__name__,))
+
+
+def _refuse_without_head(name: str, network: PreTrainedModel) -> None:
+    """Whatever a configuration calls its model, it is one that writes if a head came with it; an embedding lent as one is none.
+
+    Raises:
+        UnsupportedModel: a model that embeds or classifies, to which transformers would tie a head.
+    """
+    kinds = network.config.architectures or ()
+    reads = [kind for kind in kinds if kind.endswith(NO_WRITERS) and not kind.endswith("LMHeadModel")]
+    if reads and len(reads) == len(kinds) and is_tied(network):
+        raise UnsupportedModel(f"model {name!r} is a {_architecture(network.config)}: {NO_WRITER}")
 
 
 def check_weights(missing: Collection[str], unexpected: Collection[str], misshapen: Collection[Any] = ()) -> None:
@@ -77,7 +165,7 @@ def say_untied(network: PreTrainedModel) -> None:
     """Corrects a configuration that calls the head tied where the checkpoint has one of its own: transformers then leaves it
     apart, but a configuration that says otherwise would tie it when the model is saved and opened again.
     """
-    if network.config.tie_word_embeddings and not is_tied(network):
+    if getattr(network.config, "tie_word_embeddings", False) and not is_tied(network):
         network.config.tie_word_embeddings = False
 
 

@@ -22,6 +22,7 @@ from harness.engine.model import Model
 from harness.errors import UserError, first_line
 from harness.families import CannotConvert, routers, wrapped
 from harness.files import whole
+from harness.logits import Chunk
 from harness.models.pretrained import check_weights, digest_of, is_tied, read_network, say_untied
 from harness.registry import BUILTIN, Registry
 
@@ -90,6 +91,9 @@ def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, w
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     said = {"format": FORMAT, **asdict(about)}
+    said["parent_shape"]["windows"] = [
+        {"chunk": size} if isinstance(size, Chunk) else size for size in about.parent_shape.windows
+    ]
     if weights is None:
         said["logits"] = [round(float(value), 4) for value in sample_logits(network).flatten()]
     text = json.dumps(said, indent=1)
@@ -149,7 +153,8 @@ def read_about(folder: Path) -> About:
             raise ValueError(f"of another format than {FORMAT}")
         found.pop("logits", None)
         shape = found["parent_shape"]
-        shape["windows"] = tuple(shape["windows"])
+        windows = (Chunk(size["chunk"]) if isinstance(size, dict) else size for size in shape["windows"])
+        shape |= {"windows": tuple(windows), "head_dims": tuple(shape.get("head_dims", ()))}
         if missing := {field.name for field in fields(About)} - set(found):
             raise KeyError(*sorted(missing))
         return About(**{**found, "parent_shape": ModelShape(**shape)})

@@ -111,7 +111,7 @@ def _cache_bytes(model: str, tokens: int) -> float:
     dim = known.get("head_dim") or known["hidden_size"] // heads
     layers = known["num_hidden_layers"]
     shape = ModelShape(layers, heads, known.get("num_key_value_heads", heads), dim, (None,) * layers, 2)
-    return float(shape.full_entries(tokens) * shape.entry_bytes())
+    return float(shape.full_bytes(tokens))
 
 
 def _gpu() -> tuple[str | None, float]:

@@ -65,7 +65,7 @@ def token_importance(request: TokenImportanceRequest, registry: Registry) -> Tok
     if not 2 <= request.tokens <= model.max_tokens:
         raise BadRequest(f"--tokens {request.tokens} must lie between 2 and the model's {model.max_tokens} positions")
     ids = first_tokens(model, request.text, request.tokens)
-    rows = max(1, min(16, AVERAGED_NUMBERS // (len(ids) * model.network.config.vocab_size)))
+    rows = max(1, min(16, AVERAGED_NUMBERS // (len(ids) * model.config.vocab_size)))
     with tqdm(total=len(ids), unit="token", desc=model.name, file=sys.stderr) as bar:
         plain, changes = perplexity_changes(model, torch.tensor(ids, device=model.device), rows, bar.update)
     assert model.tokenizer is not None

@@ -117,12 +117,12 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
     from accelerate import PartialState
 
     from harness.engine.model import own_attention
-    from harness.models.load import check_name, device_of, load_model
+    from harness.models.load import check_name, load_model, one_device
     from harness.training.loop import Course, heal
 
     conversion = registry.conversion(request.conversion)
     check_name(request.model, registry)
-    processes = PartialState(cpu=device_of(request.device).type == "cpu")
+    processes = PartialState(cpu=one_device(request.device, "training").type == "cpu")
     if request.shard_weights and processes.num_processes < 2:
         raise BadRequest("--shard-weights needs several processes: torchrun --nproc-per-node N run_all.py train ...")
     if processes.num_processes > 1:
