@@ -32,13 +32,13 @@ def test_the_kernel_reads_what_plain_torch_reads(name: str, routed: bool, window
     poison(cache)
     (layer,) = cache.layers
     for counts in ((1, 1), (5, 2)) if name == "kivi-4" else ((1, 2),):
-        step = cache.step(counts)
+        step, sinks = cache.step(counts), torch.randn(HEADS) if window else None
         new, queries = torch.randn(2, KV_HEADS, sum(counts), DIM), torch.randn(HEADS, sum(counts), DIM)
         experts = np.array([rng.randrange(3) for _ in range(sum(counts))]) if routed else None
         layer.append(new[0], new[1], step, experts)
         cache.seen = cache.seen + step.counts
-        wanted = attend(layer, queries, step, 0.25, softcap)
-        assert torch.allclose(attend_by_kernel(layer, queries, step, 0.25, softcap), wanted, atol=1e-5)  # type: ignore[arg-type]
+        wanted = attend(layer, queries, step, 0.25, softcap, sinks)
+        assert torch.allclose(attend_by_kernel(layer, queries, step, 0.25, softcap, sinks), wanted, atol=1e-5)  # type: ignore[arg-type]
 
 
 def test_a_codec_without_a_format_is_read_in_plain_torch() -> None:

@@ -99,14 +99,14 @@ def test_attention_equals_that_over_dequantised_entries(
     poison(cache)
     (layer,) = cache.layers
     for counts in ((3, 3, 3), (1, 4, 17), (1, 1, 1)):
-        step = cache.step(counts)
+        step, sinks = cache.step(counts), torch.randn(HEADS) if window else None
         new, queries = torch.randn(2, KV_HEADS, sum(counts), DIM), torch.randn(HEADS, sum(counts), DIM)
         experts = np.array([rng.randrange(3) for _ in range(sum(counts))]) if routed else None
         layer.append(new[0], new[1], step, experts)
         cache.seen = cache.seen + step.counts
-        wanted = attend_reference(layer, queries, step, 0.25, softcap)
+        wanted = attend_reference(layer, queries, step, 0.25, softcap, sinks)
         assert not wanted.isnan().any()
-        assert torch.allclose(attend(layer, queries, step, 0.25, softcap), wanted, atol=5e-6)
+        assert torch.allclose(attend(layer, queries, step, 0.25, softcap, sinks), wanted, atol=5e-6)
 
 
 @pytest.mark.parametrize("name", PACKED)
