@@ -16,6 +16,7 @@ from math import floor
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from harness.logits import Chunk, hidden, softcapped, with_sinks
+from harness.storage import HALF, Storage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,6 +116,10 @@ class ModelShape:
     def entry_bytes(self) -> int:
         """Of one entry; where layers differ, of the widest layer's."""
         return 2 * self.head_dim * self.itemsize
+
+    def deployed_bytes(self) -> int:
+        """Of an entry in 16 bits, whatever type is computed in: what budgets and shares of packed caches are counted in."""
+        return 2 * self.head_dim * HALF
 
     def full_bytes(self, tokens: int) -> int:
         """Of the full cache after `tokens` tokens."""
@@ -327,6 +332,7 @@ class Row:
     expert_group: int  # of its layer
     kept: Tensor | None  # [k] ascending indices into the candidates; None: all of them
     merged: tuple[Tensor, Tensor] | None = None  # keys and values [k, D] that are stored in the place of those kept
+    storage: Storage | None = None  # that packs its entries; None: they lie as the model's own type
 
     def entries(self, candidates: int) -> int:
         return candidates if self.kept is None else self.kept.shape[0]

@@ -1,9 +1,9 @@
 """What can be named: methods, allocators, benchmarks and conversions, ours and those of plugins, as one value that is passed on.
 
-A plugin is a Python file that holds any of the tables `METHODS`, `ALLOCATORS`, `BENCHMARKS` and `CONVERSIONS`, each from names
-to what our own tables hold, or an installed package with entry points of the same kinds (`ENTRY_POINTS`). A row of theirs carries
-the hash of the file, so another version of it is another method. Nothing is added to our own tables: a registry with a plugin is
-another registry.
+A plugin is a Python file that holds any of the tables `METHODS`, `ALLOCATORS`, `STORAGES`, `BENCHMARKS` and `CONVERSIONS`, each
+from names to what our own tables hold, or an installed package with entry points of the same kinds (`ENTRY_POINTS`). A row of
+theirs carries the hash of the file, so another version of it is another method. Nothing is added to our own tables: a registry
+with a plugin is another registry.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from typing import Any, TypeVar
 from benchmarks import BENCHMARKS, GROUPS
 from benchmarks.base import Task
 from harness.errors import UserError
+from harness.storage import Storage, wrong_with
 from methods import ALLOCATORS, CONVERSIONS, METHODS
 from methods.base import Allocator, Conversion, Converter, Eviction, LooksAtPrefill, Method
+from methods.packed import Packed
 from methods.protect import ends_of, protecting
+from storages import STORAGES
 
 T = TypeVar("T")
 
-TABLES = ("METHODS", "ALLOCATORS", "BENCHMARKS", "CONVERSIONS")  # as a plugin's file names them
+TABLES = ("METHODS", "ALLOCATORS", "STORAGES", "BENCHMARKS", "CONVERSIONS")  # as a plugin's file names them
 ENTRY_POINTS = {f"kv_cache_scale.{table.lower()}": table for table in TABLES}  # group of entry points -> table
 MEMBERS = {  # what an entry of a table must have
     "METHODS": (
@@ -38,14 +41,17 @@ MEMBERS = {  # what an entry of a table must have
         *("cannot_run", "compress", "while_decoding"),
     ),
     "ALLOCATORS": ("counts",),
+    "STORAGES": ("version", "keys", "values", "residual", "spared"),
     "BENCHMARKS": ("name", "metrics", "size", "forced", "chat", "data", "example", "score"),
     "CONVERSIONS": ("about", "make", "numbers"),
 }
 SCORER = ("needs", "protected", "score")
+CODEC = ("tokens", "kernel", "fields", "pack", "unpack", "dot", "mix", "turn")
 DEFINED_IN = {"METHODS": "methods/base.py", "ALLOCATORS": "methods/base.py", "BENCHMARKS": "benchmarks/base.py"}
-DEFINED_IN["CONVERSIONS"] = "methods/base.py"
+DEFINED_IN |= {"CONVERSIONS": "methods/base.py", "STORAGES": "harness/storage.py"}
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 OVER = "over"  # the field of a scorer that stands over another one
+PLUS = re.compile(r"\+(?![^(]*\))")  # between a method and the storage of its rows, outside of settings
 NOT_SETTINGS = ("version", "scores")  # fields of an entry that say what the code is, and what a model brings
 
 
@@ -72,6 +78,7 @@ class Registry:
 
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
     allocators: Mapping[str, Allocator | LooksAtPrefill] = field(default_factory=lambda: ALLOCATORS)
+    storages: Mapping[str, Storage] = field(default_factory=lambda: STORAGES)
     benchmarks: Mapping[str, Task] = field(default_factory=lambda: BENCHMARKS)
     conversions: Mapping[str, Conversion] = field(default_factory=lambda: CONVERSIONS)
     plugins: tuple[Plugin, ...] = ()
@@ -84,11 +91,25 @@ class Registry:
         """A method by name, with other settings (`snapkv(kernel=5)`) or another allocator (`snapkv:pyramid`), and its label.
 
         Scorers that stand over another one are told which (`criticalkv(over=h2o)`), and any method which ends of the prompt it
-        protects instead of its own (`snapkv(protect=4:8)`).
+        protects instead of its own (`snapkv(protect=4:8)`). Behind a plus is the storage that packs what it keeps: `snapkv+int4`;
+        a storage alone packs the full cache.
 
         Raises:
-            UnknownChoice: no such method, allocator or setting.
+            UnknownChoice: no such method, allocator, storage or setting.
         """
+        kept, *stored = PLUS.split(text)
+        if not stored and kept.partition("(")[0].strip() in self.storages:
+            kept, stored = "full", [kept]
+        if len(stored) > 1:
+            raise UnknownChoice(f"method {text!r} names {len(stored)} storages: one packs its rows")
+        label, method = self._unpacked(kept)
+        if not stored:
+            return label, method
+        name, storage = choose("storage", stored[0], self.storages, colon_sets_first=False)
+        return name if method.is_reference else f"{label}+{name}", Packed(method, storage)
+
+    def _unpacked(self, text: str) -> tuple[str, Method]:
+        """As `method`, without a storage."""
         text, ends = _without_protect(text)
         name, bracket, settings = text.partition("(")
         name, colon, allocator = (part.strip() for part in name.partition(":"))
@@ -142,8 +163,11 @@ class Registry:
 
     def mark(self, table: str, label: str) -> str:
         """The hash of the file that an entry comes from, "" for ours. `label` may carry settings, or an allocator's name."""
+        label, *stored = PLUS.split(label) if table == "METHODS" else (label,)
         name, _, rest = re.split(r"\(", label, maxsplit=1)[0].partition(":")
         names = [(table, re.split(r"-", name)[0])] + ([("ALLOCATORS", rest)] if table == "METHODS" and rest else [])
+        if table == "METHODS":
+            names += [("STORAGES", one.partition("(")[0]) for one in (name, *stored)]
         found = (plugin.sha256[:8] for plugin in self.plugins for where, n in names if n in plugin.tables.get(where, {}))
         return "".join(f"+{sha}" for sha in found)
 
@@ -155,7 +179,8 @@ class Registry:
         """
         tables = {}
         for table, entries in plugin.tables.items():
-            _check(plugin.path, table, entries, {*self.table(table), *(GROUPS if table == "BENCHMARKS" else ())})
+            beside = {"BENCHMARKS": GROUPS, "METHODS": self.storages, "STORAGES": self.methods}.get(table, ())
+            _check(plugin.path, table, entries, {*self.table(table), *beside})
             tables[table.lower()] = {**self.table(table), **entries}
         return replace(self, **tables, plugins=(*self.plugins, plugin))
 
@@ -224,7 +249,12 @@ def installed_plugins() -> list[Plugin]:
 def _sources_of(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """The hash of the files in which entries, their scorers and their allocators are defined."""
     parts = [entry for entries in tables.values() for entry in entries.values()]
-    parts += [getattr(entry, part) for entry in list(parts) for part in ("scorer", "allocator", "make") if hasattr(entry, part)]
+    parts += [
+        getattr(entry, part)
+        for entry in list(parts)
+        for part in ("scorer", "allocator", "keys", "values", "make")
+        if hasattr(entry, part)
+    ]
     files = {inspect.getsourcefile(part if inspect.isroutine(part) else type(part)) for part in parts if part is not None}
     digest = hashlib.sha256()
     for file in sorted(filter(None, files)):
@@ -250,6 +280,10 @@ def _wrong(table: str, entry: Any) -> str | None:
         return f"is {type(entry).__name__}, which lacks {missing[0]!r}: see {DEFINED_IN[table]}"
     if table == "BENCHMARKS" and "@" not in entry.name:
         return f"has the name {entry.name!r}, without a version such as {entry.name}@1"
+    if table == "STORAGES":
+        codecs = (entry.keys, entry.values)
+        missing = [part for codec in codecs for part in CODEC if not hasattr(codec, part)]
+        return f"has a codec without {missing[0]!r}: see harness/storage.py" if missing else wrong_with(entry)
     if table == "METHODS" and entry.scorer is not None:
         missing = [part for part in SCORER if not hasattr(entry.scorer, part)]
         return f"has a scorer without {missing[0]!r}" if missing else None

@@ -53,6 +53,9 @@ BY_HEAD = ("headkv_r", "headkv_er", "headkv_r2")
 VARIANTS = ("reference+gqa-2", "reference+mqa", "reference+mixsga-3:1:6", "reference+none")
 RULER = ("ruler_single", "ruler_multi_key", "ruler_variables")
 LONGBENCH = ("single-doc", "multi-doc", "summarization", "few-shot", "synthetic", "code")  # its categories
+LADDER = ("50%", "25%", "12.5%", "6.25%")  # of the bytes of the full cache in 16 bits
+FEWER_BITS = ("int8", "int4", "turbo-4(spared=0)", "turbo-3(spared=0)", "kivi-4", "kivi-2")
+BITS = ("int8", "int4", "turbo-3(spared=0)", "kivi-2(residual=32)")  # behind methods that evict, from many to few
 COMPARED = ("full", "streaming_llm", "h2o", "snapkv", "pyramidkv", "ada_snapkv", "headkv_r", "headkv_r2")
 
 
@@ -163,6 +166,27 @@ SUITES: dict[str, Suite] = {
         models=("smollm2",),
         methods=("full", "streaming_llm", "h2o", "snapkv", "ada_snapkv", "headkv_r2"),
         budgets=("64", "128"),
+        benchmarks=(
+            "needle(haystack=python,shortest=512,longest=1024,lengths=3,depths=5)",
+            "perplexity(text=python,read=512,scored=128)",
+        ),
+        chat="template",
+        limit=30,
+    ),
+    "bits": Suite(
+        about="bits against entries at 50, 25, 12.5 and 6.25 % of the bytes, on the embedded model; behind it on SmolLM2",
+        methods=("full", *FEWER_BITS, "snapkv", *(f"snapkv+{bits}" for bits in BITS), "headkv_r2", "headkv_r2+int4"),
+        budgets=LADDER,
+        benchmarks=("recall", "two_hop", "recall_many", "perplexity_own"),
+        prompts=("question_in", "question_after"),
+        limit=40,
+        behind=("bits-smollm2",),
+    ),
+    "bits-smollm2": Suite(
+        about="bits against entries at equal bytes on SmolLM2: needles, likelihood of Python's manual",
+        models=("smollm2",),
+        methods=("full", *FEWER_BITS, "snapkv", *(f"snapkv+{bits}" for bits in BITS), "headkv_r2", "headkv_r2+int4"),
+        budgets=LADDER,
         benchmarks=(
             "needle(haystack=python,shortest=512,longest=1024,lengths=3,depths=5)",
             "perplexity(text=python,read=512,scored=128)",

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from reports import plots
+from reports.bits import is_packed
 from reports.explore import explored, library
 from reports.formats import Table, TableCell, words
 from reports.front import Front, first_shown
@@ -56,6 +57,11 @@ STOPPED = (
     "Examples of some tasks were added until their intervals were narrow enough, with up to {looks} looks at them. Whichever "
     "look ended that, 95 % hold: intervals are of {level:.2%} at each look, and tests are corrected for looks too (Bonferroni)."
 )
+FEWER_BITS = (
+    "Caches of fewer bits (`int4`, `snapkv+int4`) are counted with their scales and with what stays in 16 bits, as a share "
+    "of the full cache in 16 bits, which is what is deployed, whatever type was computed in. A budget is the same share of the "
+    "bytes for all: behind a storage it holds more entries."
+)
 
 
 def reading(found: Sequence[Line]) -> list[str]:
@@ -66,7 +72,8 @@ def reading(found: Sequence[Line]) -> list[str]:
     )
     looks = max((line.looks for line in found), default=1)
     stopped = [STOPPED.format(looks=looks, level=level_of(looks))] if looks > 1 else []
-    return [*(text.format(direction=direction) for text in READING), *stopped]
+    packed = [FEWER_BITS] if any(is_packed(line.at) for line in found) else []
+    return [*(text.format(direction=direction) for text in READING), *packed, *stopped]
 
 
 @dataclass(frozen=True)

@@ -73,5 +73,6 @@ def in_order(labels: Iterable[Label]) -> list[Label]:
 
 def order_of(label: Label) -> tuple[int, str]:
     """In tables: known methods in their order, then others, then those on variants."""
-    known = KNOWN.index(label.plain) if label.plain in KNOWN else len(KNOWN)
+    name = label.plain.partition("+")[0]  # a method whose rows a storage packs stands beside the method
+    known = KNOWN.index(name) if name in KNOWN else len(KNOWN)
     return (len(KNOWN) * bool(label.variant) + known, str(label))

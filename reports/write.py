@@ -10,6 +10,7 @@ from typing import Any
 
 from reports import plots
 from reports.answers import sentence, verdicts
+from reports.bits import ABOUT, bits_maps
 from reports.cost import Cost, costs
 from reports.cost_plots import cost_pictures
 from reports.cost_tables import cost_sentences, cost_tables
@@ -72,7 +73,10 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
         paper.write_text(latex([*several, *ranks, *score_tables(found), *cost]))
         drawn = Drawn(plotted, palette, formats)
         _save(found, averaged, drawn)
-        pictures = _pictures(out, records, drawn, measured, said)
+        pictures = [
+            Pictures("Bits", "entries against bits at equal bytes", ABOUT, bits_maps(found, plotted)),
+            *_pictures(out, records, drawn, measured, said),
+        ]
         title, tables = f"KV-cache methods: {out.name}", [*cost, *rest]
         shown = (fronts(averaged, measured), ranked, palette, pictures, tables, made)
         html.write_text(page(Content(title, found, averaged, records, *shown)), encoding="utf-8")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("benchmarks", "docs", "harness", "methods", "reports", "results", "tests")
+PARTS = ("benchmarks", "docs", "harness", "methods", "reports", "results", "storages", "tests")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Fault:
     tests: str = "tests/test_invariants.py tests/test_rows.py tests/test_methods.py tests/test_answer.py"
 
 
+PACKED = "tests/test_packed_rows.py tests/test_storages.py"
 FAULTS = (
     Fault(
         "a second stage without values",
@@ -688,6 +689,53 @@ FAULTS = (
         "tests/test_publish.py",
     ),
     Fault("times of the farthest budget", "reports/front.py", "cost = min(mine,", "cost = max(mine,", "tests/test_answers.py"),
+    Fault(
+        "a residual's block early",
+        "harness/storage.py",
+        "before // storage.residual *",
+        "-(-before // storage.residual) *",
+        PACKED,
+    ),
+    Fault(
+        "a value leaves late",
+        "harness/storage.py",
+        "older = before - storage.residual",
+        "older = before - 1 - storage.residual",
+        PACKED,
+    ),
+    Fault("scales of the residual forgotten", "harness/storage.py", "(entries - packed) * (HALF * dim)", "0", PACKED),
+    Fault("spared layers packed", "harness/storage.py", "Sixteen() if min(layer,", "storage if min(layer,", PACKED),
+    Fault("upper bit lost", "storages/bits.py", "stretch |= part << shift", "stretch |= part", PACKED),
+    Fault(
+        "rotation undone twice",
+        "storages/turbo.py",
+        "return self.turn(self._rotated(parts, dim) *",
+        "return (self._rotated(parts, dim) *",
+        PACKED,
+    ),
+    Fault("levels unscaled", "storages/turbo.py", "norm / table[codes].norm(dim=-1, keepdim=True)", "norm / sqrt(dim)", PACKED),
+    Fault(
+        "least left out of the products",
+        "storages/integers.py",
+        ".addcmul_(turned.sum(-1, keepdim=True), least.float().mT)",
+        "",
+        PACKED,
+    ),
+    Fault(
+        "drafts packed for good",
+        "harness/engine/packed_attention.py",
+        "block.length - block.tokens + new",
+        "block.length + 0 * new",
+        PACKED,
+    ),
+    Fault(
+        "a budget in entries",
+        "methods/packed.py",
+        "scores, total * prefill.shape.deployed_bytes()",
+        "scores, total * prefill.shape.entry_bytes()",
+        PACKED,
+    ),
+    Fault("shares of another type", "harness/evaluation/unit.py", "if outcome.packed else", "if False else", PACKED),
 )
 HELPER = """
 

@@ -11,17 +11,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("harness", "methods", "benchmarks", "results", "reports")
-GROUND = ("errors", "files", "logits", "cache", "families", "layer_sharing", "__init__")  # of harness: nothing above them
+PACKAGES = ("harness", "methods", "storages", "benchmarks", "results", "reports")
+GROUND = (
+    "errors",
+    "files",
+    "logits",
+    "cache",
+    "families",
+    "layer_sharing",
+    "storage",
+    "__init__",
+)  # of harness: nothing above them
 
 # A room, and the rooms that it may import from beside itself.
 MAY_IMPORT = {
     "ground": (),
     "results": ("ground",),
     "methods": ("ground",),
+    "storages": ("ground",),
     "benchmarks": ("ground",),
     "reports": ("results",),
-    "names": ("ground", "methods", "benchmarks", "results"),  # harness/registry.py, suites.py, env.py: what can be named
+    "names": ("ground", "methods", "storages", "benchmarks", "results"),  # harness/registry.py, suites.py, env.py
     "engine": ("ground",),
     "models": ("ground", "names", "engine", "methods"),
     "cluster": ("ground", "names"),

@@ -53,7 +53,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", ["method", "allocator", "benchmark", "conversion"])
+@pytest.mark.parametrize("kind", ["method", "allocator", "storage", "benchmark", "conversion"])
 def test_an_example_runs_as_it_is(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -78,7 +78,7 @@ def _add_request(command: argparse.ArgumentParser) -> None:
 
 
 def _add_list(command: argparse.ArgumentParser) -> None:
-    kinds = ("methods", "allocators", "conversions", "recipes", "benchmarks", "suites", "models", "papers")
+    kinds = ("methods", "allocators", "storages", "conversions", "recipes", "benchmarks", "suites", "models", "papers")
     command.add_argument("what", choices=kinds)
     command.add_argument("--json", action="store_true", help="as JSON")
     command.add_argument("--data-dir", type=_path, help="papers: where their data are looked for")
@@ -204,7 +204,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
 
 
 def _add_new(command: argparse.ArgumentParser) -> None:
-    command.add_argument("kind", choices=("method", "allocator", "benchmark", "conversion"))
+    command.add_argument("kind", choices=("method", "allocator", "storage", "benchmark", "conversion"))
     command.add_argument("name", help="of what it brings; the file is NAME.py")
 
 

@@ -10,7 +10,13 @@ from harness.registry import NAME, TABLES, Registry
 
 PACKAGED = Path(__file__).parents[1] / "plugin_examples"  # where a wheel holds them
 EXAMPLES = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "docs" / "plugins"
-THEIRS = {"method": "large_values", "allocator": "middle_layers", "benchmark": "capitals", "conversion": "keep_first"}
+THEIRS = {
+    "method": "large_values",
+    "allocator": "middle_layers",
+    "storage": "signs_and_means",
+    "benchmark": "capitals",
+    "conversion": "keep_first",
+}
 
 
 def start_plugin(kind: str, name: str, registry: Registry) -> Path:

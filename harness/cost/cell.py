@@ -31,6 +31,7 @@ from harness.engine.rows import Counts, RowCache, compact_and_free
 from harness.engine.static_decode import CannotCapture, Mode, StaticDecode, captures
 from harness.models.load import load
 from harness.registry import BUILTIN, Registry, registry_of
+from harness.storage import HALF
 from methods.base import CannotRun, Method, Scores, scores_for
 
 
@@ -55,6 +56,7 @@ class CacheSubject:
     observed: dict[str, float] = field(default_factory=dict)
     counts: list[Counts] = field(default_factory=list)  # right after compaction
     turns: Turns | None = None  # of a method that evicts while decoding
+    packed: bool = False  # does a storage hold its rows? Then they are counted against the full cache in 16 bits
 
     @property
     def phases(self) -> tuple[tuple[str, Callable[[], None]], ...]:
@@ -115,6 +117,7 @@ class CacheSubject:
             remember(self.cache, seen, [keeper] * self.batch)
             self.turns = Turns(self.cache, [keeper] * self.batch)
         self.counts = self.cache.counts()
+        self.packed = any(part.packed is not None for layer in self.cache.layers for part in layer.parts)
 
     def _cap(self, tokens: int) -> int:
         assert self.budget is not None
@@ -251,7 +254,8 @@ def footprint(model: Model, cell: CostCell, kept: int, end: int) -> list[list[in
 
 def _bytes(subject: CacheSubject, model: Model, cell: CostCell) -> dict[str, int]:
     counts = subject.counts
-    full = model.parent_shape.full_bytes(cell.context) * cell.batch
+    whole = model.parent_shape.full_bytes(cell.context)
+    full = (whole * HALF // model.parent_shape.itemsize if subject.packed else whole) * cell.batch
     return {
         "bytes_kept": sum(count.bytes_kept for count in counts),
         "bytes_allocated": sum(count.bytes_allocated for count in counts),

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.engine import kernels
-from harness.engine.rows import RowBlock, RowLayer, Step
+from harness.engine import kernels, packed_kernels
+from harness.engine.packed_attention import bounds_of, found_by_readers, logits_of, mix_of, seen_by
+from harness.engine.rows import AnyLayer, RowBlock, RowLayer, Step
 from harness.logits import earliest, hidden, softcapped, with_sinks
 
 
 def attend(
-    layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+    layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
 ) -> Tensor:
     """Attention over the rows of `layer`, into which the new tokens' keys have been written already.
 
@@ -33,21 +34,24 @@ def attend(
     """
     heads, tokens, dim = queries.shape
     mass = None if layer.memory is None else layer.memory.mass
-    if queries.is_cuda and kernels.can_run(queries.dtype, dim) and mass is None:  # the kernel keeps its weights to itself
-        return attend_by_kernel(layer, queries, step, scaling, softcap, sinks)
-    where = torch.as_tensor(layer.readers(step), device=queries.device)
+    if queries.is_cuda and kernels.can_run(queries.dtype, dim) and mass is None and _kernels_can_read(layer):
+        outs = [attend_by_kernel(part, queries, step, scaling, softcap, sinks) for part in layer.parts]
+        return outs[0] if len(outs) == 1 else torch.stack(outs).sum(0)  # of what reads no row of a part there are zeros
+    where = torch.as_tensor(np.concatenate([part.readers(step) for part in layer.parts]), device=queries.device)
     asked = (queries * scaling).reshape(heads * tokens, dim)[where]  # [M, D], in the order of rows
     out = torch.empty_like(asked)
-    lse = None if sinks is None and not layer.routed else asked.new_empty(len(asked), dtype=torch.float32)
+    lse = asked.new_empty(len(asked), dtype=torch.float32) if layer.merges or sinks is not None else None
     given: list[tuple[RowBlock, slice, Tensor]] = []  # each block's readers and weights, where they are remembered
     done = 0
-    for block in layer.blocks(step):
-        mine = slice(done, done + block.count * block.width * block.tokens)
-        done = mine.stop
-        if mine.stop > mine.start:
-            weights = _attend_block(layer, block, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
-            if mass is not None and weights is not None:
-                given.append((block, mine, weights))
+    for part in layer.parts:
+        work = _attend_block if part.packed is None else _attend_packed_block
+        for block in part.blocks(step):
+            mine = slice(done, done + block.count * block.width * block.tokens)
+            done = mine.stop
+            if mine.stop > mine.start:
+                weights = work(part, block, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
+                if mass is not None and weights is not None:
+                    given.append((block, mine, weights))
     beside = None if sinks is None else sinks.float().repeat_interleave(tokens)  # [Hq * N]
     if mass is not None:
         _remember(mass, given, None if lse is None else _share(lse, where, heads * tokens, beside))
@@ -63,14 +67,24 @@ def attend_by_kernel(
     heads, tokens, dim = queries.shape
     device = queries.device
     flat = queries.reshape(heads * tokens, dim).contiguous()  # a view where queries, keys and values came in one
-    pool = (layer.keys, layer.values, torch.as_tensor(layer.table.length).to(device, copy=True))  # lengths change in place
+    length = torch.as_tensor(layer.table.length).to(device, copy=True)  # lengths change in place
     plan = layer.split_plan(step, heads * tokens)
     beside = None if sinks is None else sinks.float().repeat_interleave(tokens)  # [Hq * N]
-    if layer.window is None and (step.counts <= 1).all():  # a lone new token lies behind all others
-        return kernels.attend_split(flat, *pool, plan, scaling, softcap, sinks=beside).view(heads, tokens, dim)
-    asking = torch.as_tensor(step.positions).to(device).repeat(heads)
-    hide = (layer.positions, asking, layer.window)
-    return kernels.attend_split(flat, *pool, plan, scaling, softcap, *hide, sinks=beside).view(heads, tokens, dim)
+    hide: tuple[Tensor | None, Tensor | None, int | None] = (None, None, None)
+    if layer.window is not None or (step.counts > 1).any():  # a lone new token lies behind all others
+        hide = (layer.positions, torch.as_tensor(step.positions).to(device).repeat(heads), layer.window)
+    if layer.packed is None:
+        out = kernels.attend_split(flat, layer.keys, layer.values, length, plan, scaling, softcap, *hide, sinks=beside)
+    else:
+        before = torch.as_tensor(found_by_readers(layer, step)).to(device)
+        where = (layer.packed.on_device(), length, before, plan)
+        out = packed_kernels.attend_packed(flat, layer.packed, *where, scaling, softcap, *hide, sinks=beside)
+    return out.view(heads, tokens, dim)
+
+
+def _kernels_can_read(layer: AnyLayer) -> bool:
+    """A query head that reads rows of several storages is merged in plain torch alone."""
+    return layer.apart and all(part.packed is None or packed_kernels.can_read(part.packed.storage) for part in layer.parts)
 
 
 def _attend_block(
@@ -136,6 +150,35 @@ def _weights(lse: Tensor, reader: Tensor, queries: int, sinks: Tensor | None) ->
     return weight, total.index_add_(0, reader, weight)
 
 
+def _attend_packed_block(
+    layer: RowLayer,
+    block: RowBlock,
+    step: Step,
+    queries: Tensor,
+    softcap: float | None,
+    out: Tensor,
+    lse: Tensor | None,
+) -> Tensor | None:
+    """As `_attend_block`, over packed rows and in float32."""
+    if block.length == 0:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
+        return None
+    assert layer.packed is not None
+    keys, values = bounds_of(layer, layer.packed, block)
+    asked = queries.view(block.count, block.width * block.tokens, -1)
+    logits = softcapped(logits_of(layer, block, asked.float(), keys), softcap)
+    _hide(layer, block, step, logits.view(block.count, block.width, block.tokens, block.length))
+    if lse is not None:
+        lse.copy_(torch.logsumexp(logits, -1).view(lse.shape))
+    weights = torch.softmax(logits, -1, out=logits)
+    if lse is not None:
+        weights = weights.nan_to_num_()  # a row whose entries are all hidden weighs nothing: its lse is -inf
+    out.view(asked.shape).copy_(mix_of(layer, block, weights, values))
+    return weights
+
+
 def _hide(layer: RowLayer, block: RowBlock, step: Step, logits: Tensor) -> None:
     """Masks what a query must not see, in place. logits: [rows, width, Q, length]."""
     tokens = block.tokens
@@ -194,14 +237,15 @@ def _merge(out: Tensor, lse: Tensor, reader: Tensor, queries: int, sinks: Tensor
 
 
 def attend_reference(
-    layer: RowLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+    layer: AnyLayer, queries: Tensor, step: Step, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
 ) -> Tensor:
     """The same, the obvious way: one query at a time, over the entries of the rows that its head reads."""
     out = torch.zeros_like(queries)
     cells = np.repeat(np.arange(len(step.counts)), step.counts).tolist()
     for token, (cell, position) in enumerate(zip(cells, step.positions.tolist(), strict=True)):
         for head in range(queries.shape[0]):
-            keys, values, held = _entries_of(layer, cell, head)
+            found = [_entries_of(part, step, token, cell, head) for part in layer.parts]
+            keys, values, held = (torch.cat(parts) for parts in zip(*found, strict=True))
             seen = held <= position
             if layer.window is not None:
                 seen &= held >= earliest(position, layer.window)
@@ -213,11 +257,15 @@ def attend_reference(
     return out
 
 
-def _entries_of(layer: RowLayer, cell: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys [k, D], values [k, D] and positions [k] that one query head of one cell reads."""
+def _entries_of(layer: RowLayer, step: Step, token: int, cell: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys [k, D], values [k, D] and positions [k] that a token of a cell reads by one query head; packed ones dequantised."""
     table = layer.table
     mine = (table.cell == cell) & (table.first <= head) & (head < table.first + table.width)
     starts, lengths = table.start[mine].tolist(), table.length[mine].tolist()
     spans = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    where = torch.cat(spans).to(layer.keys.device)
-    return layer.keys[where], layer.values[where], layer.positions[where]
+    where = torch.cat([torch.zeros(0, dtype=torch.long), *spans]).to(layer.positions.device)
+    if layer.packed is None:
+        return layer.keys[where], layer.values[where], layer.positions[where]
+    found = [seen_by(layer, int(row), step, token) for row in np.flatnonzero(mine)] or [layer.packed.none]
+    keys, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return keys, values, layer.positions[where]

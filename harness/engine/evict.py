@@ -50,7 +50,7 @@ class Memory:
 def remember(cache: RowCache, layers: Sequence[LayerKV], keepers: Sequence[Keeper]) -> None:
     """Makes a cache that was just compacted remember what its cells' methods ask for, from the prefill's layers on."""
     needs = reduce(Needs.__or__, (keeper.needs for keeper in keepers), Needs())
-    for layer, kv in zip(cache.layers, map(without_entries, layers), strict=True):
+    for layer, kv in zip(cache.parts, map(without_entries, layers), strict=True):
         layer.memory = Memory(
             replace(kv, queries=None, column_sums=None),
             _queries(kv, needs.window, cache.cells) if needs.window else None,
@@ -167,10 +167,10 @@ class _Part:
 def evict(cache: RowCache, cell: int, keeper: Keeper) -> None:
     """Entries of one cell that its method does not keep are gone. The cell's tokens up to here can no longer be taken back."""
     tokens = int(cache.seen[cell])
-    parts = [(layer, part) for layer in cache.layers for part in _Rows(layer, cell, tokens, keeper).parts()]
+    parts = [(layer, part) for layer in cache.parts for part in _Rows(layer, cell, tokens, keeper).parts()]
     for (layer, part), mask in zip(parts, keeper.keep([part.held for _, part in parts], tokens), strict=True):
         _leave(layer, part, mask)
-    for layer in cache.layers:
+    for layer in cache.parts:
         if layer.routed:
             layer.taken[cell].clear()
 

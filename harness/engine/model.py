@@ -27,7 +27,7 @@ from harness.engine.measure import Lap, stopwatch
 from harness.engine.observe import AttentionSettings, Observer, softcapped_attention
 from harness.engine.projections import Around
 from harness.engine.reach import UnsupportedModel, refuse_network
-from harness.engine.rows import RowCache, Step
+from harness.engine.rows import RowCache, RowLayer, Step
 from harness.engine.second_pass import ReplayPass, replayed, with_replays
 from harness.families import grouping_of, groupings, routers, shape_of, text_config, window_of
 from harness.layer_sharing import Place, mark_shared, place_of, stored_shape
@@ -125,6 +125,7 @@ class DecodePass:
         if layer.memory is not None:
             layer.memory.see(query, self.step)
         if self.watch:
+            assert isinstance(layer, RowLayer)
             shown = probabilities(layer, query, self.step, settings.scaling, settings.softcap, settings.sinks)
             self.watch(place.layer, shown)
         return attend(layer, query, self.step, settings.scaling, settings.softcap, settings.sinks)

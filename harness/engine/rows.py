@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from harness.cache import Arena, ExpertGroup, LayerKV, ModelShape, Prefill, Row, Selection
+from harness.engine.packed import PackedEntries
 from harness.engine.split_plan import DevicePlan, plan_split, split_length, within_runs
+from harness.storage import Storage
 
 if TYPE_CHECKING:
     from harness.engine.evict import Memory
@@ -111,6 +113,7 @@ class RowLayer:
         pool: keys [P, D], values [P, D], positions [P].
         expert_groups: of the layer: 1, or as many as mixSGA has experts.
         cells: that are decoded together.
+        packed: where a storage holds the entries, and not `keys` and `values`, which are empty then.
     """
 
     def __init__(
@@ -121,10 +124,12 @@ class RowLayer:
         table: RowTable,
         expert_groups: int = 1,
         cells: int = 0,
+        packed: PackedEntries | None = None,
     ) -> None:
+        self.packed = packed
         self.keys, self.values, self.positions = pool
         self.shape, self.window, self.table, self.expert_groups = shape, window, table, expert_groups
-        self.entry_bytes = self.keys[:1].nbytes + self.values[:1].nbytes  # heads of layers may differ in size
+        self.entry_bytes = 2 * self.keys.shape[1] * self.keys.itemsize  # heads of layers may differ in size
         # the expert group of each token since compaction, by cell, if there are several
         self.taken: list[list[int]] = [[] for _ in range(cells)]
         self._plans: dict[bytes, DevicePlan] = {}
@@ -140,6 +145,21 @@ class RowLayer:
     def routed(self) -> bool:
         """Does each token go to one of several expert groups?"""
         return self.expert_groups > 1
+
+    @property
+    def parts(self) -> tuple[RowLayer, ...]:
+        """Rows that are held alike lie together; most layers have one part."""
+        return (self,)
+
+    @property
+    def apart(self) -> bool:
+        """Do the rows of each cell lie in one part?"""
+        return True
+
+    @property
+    def merges(self) -> bool:
+        """May a query head read several rows?"""
+        return self.routed or not self.apart
 
     def append(self, keys: Tensor, values: Tensor, step: Step, experts: np.ndarray | None = None) -> None:
         """Writes the new tokens behind the rows that take them.
@@ -160,11 +180,15 @@ class RowLayer:
         added = np.bincount(row, minlength=len(table))
         if (table.length + added > table.capacity).any():
             raise ValueError(f"no slack for {int(added.max())} more tokens: make the cache with more")
-        behind = within_runs(added)  # the how-manieth new entry of its row
-        where = self._index((table.start + table.length)[row] + behind)
+        number = table.length[row] + within_runs(added)  # of the new entry in its row
+        where = self._index(table.start[row] + number)
         source = self._index((table.first // self.shape.group)[row] * keys.shape[1] + token)
-        self.keys.index_copy_(0, where, keys.reshape(-1, keys.shape[2])[source])
-        self.values.index_copy_(0, where, values.reshape(-1, values.shape[2])[source])
+        new = [part.reshape(-1, part.shape[2])[source] for part in (keys, values)]
+        if self.packed is not None:
+            self.packed.write(row, number, new[0], new[1], table.length)
+        else:
+            self.keys.index_copy_(0, where, new[0])
+            self.values.index_copy_(0, where, new[1])
         self.positions.index_copy_(0, where, self._index(step.positions[token]).int())
         if self.memory is not None and self.memory.mass is not None:
             self.memory.mass[where] = 0.0
@@ -230,6 +254,8 @@ class RowLayer:
     def keep(self, cells: Sequence[int]) -> None:
         """Only these cells stay; they are renumbered in this order."""
         number = {cell: new for new, cell in enumerate(cells)}
+        if self.packed is not None:
+            self.packed.keep(np.isin(self.table.cell, list(cells)))
         self.table = self.table.of(np.isin(self.table.cell, list(cells)))
         self.taken = [self.taken[cell] for cell in cells] if self.routed else []
         self._plans.clear()
@@ -237,17 +263,57 @@ class RowLayer:
             self.memory.keep(cells)
         self.table.cell[:] = [number[cell] for cell in self.table.cell.tolist()]
 
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of each row: of its entries' keys and values, and of what is allocated for them; positions apart."""
+        if self.packed is not None:
+            return self.packed.sizes(self.table.length, self.table.capacity)
+        return self.table.length * self.entry_bytes, self.table.capacity * self.entry_bytes
+
+
+class MixedLayer:
+    """A layer whose rows are held in several ways: one part for each. It answers as a `RowLayer` does."""
+
+    memory = None  # cells that evict while decoding are not packed, and go among themselves
+
+    def __init__(self, parts: Sequence[RowLayer]) -> None:
+        self.parts = tuple(parts)
+        self.routed, self.expert_groups, self.window = parts[0].routed, parts[0].expert_groups, parts[0].window
+        cells = [set(part.table.cell.tolist()) for part in parts]
+        self.apart = sum(map(len, cells)) == len(set().union(*cells))
+        self.merges = self.routed or not self.apart
+
+    def append(self, keys: Tensor, values: Tensor, step: Step, experts: np.ndarray | None = None) -> None:
+        for part in self.parts:
+            part.append(keys, values, step, experts)
+
+    def crop(self, drop: np.ndarray) -> None:
+        for part in self.parts:
+            part.crop(drop)
+
+    def keep(self, cells: Sequence[int]) -> None:
+        for part in self.parts:
+            part.keep(cells)
+        self.parts = tuple(part for part in self.parts if len(part.table)) or self.parts[:1]
+
+
+AnyLayer = RowLayer | MixedLayer
+
 
 class RowCache:
     """The caches of the cells that are decoded together."""
 
-    def __init__(self, layers: list[RowLayer], shape: ModelShape, seen: Sequence[int]) -> None:
+    def __init__(self, layers: list[AnyLayer], shape: ModelShape, seen: Sequence[int]) -> None:
         self.layers, self.shape = layers, shape
         self.seen = np.array(seen, dtype=np.int64)  # [C] tokens read so far: the next one's position
 
     @property
     def cells(self) -> int:
         return len(self.seen)
+
+    @property
+    def parts(self) -> list[RowLayer]:
+        """The layers, or the parts of those whose rows are held in several ways."""
+        return [part for layer in self.layers for part in layer.parts]
 
     def step(self, counts: Sequence[int]) -> Step:
         """The next `counts[cell]` tokens of each cell, not yet read."""
@@ -275,22 +341,23 @@ class RowCache:
         """
         entries, kept, allocated, bits = (np.zeros(self.cells, np.int64) for _ in range(4))
         for layer in self.layers:
-            table = layer.table
-            mine = np.bincount(table.cell, table.length, minlength=self.cells).astype(np.int64)
+            mine = np.zeros(self.cells, np.int64)
+            for part in layer.parts:
+                table, (held, room) = part.table, part.sizes()
+                np.add.at(mine, table.cell, table.length)
+                np.add.at(kept, table.cell, held)
+                np.add.at(allocated, table.cell, room + table.capacity * part.positions.element_size())
             entries += mine
-            kept += mine * layer.entry_bytes
             bits += (layer.expert_groups - 1).bit_length() * np.minimum(mine, self.seen)
-            size = layer.entry_bytes + layer.positions.element_size()
-            np.add.at(allocated, table.cell, table.capacity * size)
         kept += -(-bits // 8)
         return [Counts(int(e), int(k), int(a)) for e, k, a in zip(entries, kept, allocated, strict=True)]
 
     def grown(self, tokens: int) -> list[Counts] | None:
         """What each cell would hold with so many more tokens; None where it depends on which rows take them."""
-        if any(layer.routed for layer in self.layers):
+        if any(part.routed or part.packed is not None for part in self.parts):
             return None
         size = self.shape.entry_bytes()
-        rows = sum(np.bincount(layer.table.cell, minlength=self.cells) for layer in self.layers)
+        rows = sum(np.bincount(layer.table.cell, minlength=self.cells) for layer in self.parts)
         more = (np.asarray(rows) * tokens).tolist()
         return [
             Counts(now.entries + added, now.bytes_kept + added * size, now.bytes_allocated)
@@ -309,31 +376,37 @@ def compact(
     """Copies each cell's entries out of the prefill, one cell a selection, with slack for so many more tokens (of each cell)."""
     arena = arena or Arena()
     slack = [slack_for(tokens)] * len(selections) if isinstance(tokens, int) else [slack_for(some) for some in tokens]
-    plans = [_plan(kv, [s[kv.index] for s in selections], slack) for kv in prefill.layers]
-    sizes = [int(table.capacity.sum()) for table, _ in plans]
-    layers = []
-    for kv, (table, rows), pool in zip(prefill.layers, plans, _pools(prefill.layers, sizes, arena), strict=True):
-        groups = len(prefill.expert_groups[kv.index])
-        layers.append(_filled(kv, rows, RowLayer(pool, prefill.shape, kv.window, table, groups, len(selections))))
+    plans = [_plans(kv, [s[kv.index] for s in selections], slack) for kv in prefill.layers]
+    layers: list[AnyLayer] = []
+    for kv, found, pool in zip(prefill.layers, plans, _pools(prefill.layers, plans, arena), strict=True):
+        layers.append(_layer_of(kv, found, pool, prefill.shape, len(prefill.expert_groups[kv.index]), len(selections)))
     return RowCache(layers, prefill.shape, [prefill.tokens] * len(selections))
 
 
-def _pools(layers: Sequence[LayerKV], sizes: Sequence[int], arena: Arena) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _room(plans: Sequence[_Plan]) -> tuple[int, int]:
+    """Entries that lie as the model's own type, and all of them, slack included."""
+    sizes = [(int(plan.table.capacity.sum()), plan.storage is None) for plan in plans]
+    return sum(size for size, plain in sizes if plain), sum(size for size, _ in sizes)
+
+
+def _pools(layers: Sequence[LayerKV], plans: Sequence[list[_Plan]], arena: Arena) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Keys, values and positions of each layer: parts of one pool for each head size and device."""
     kinds = [(kv.keys.shape[2], str(kv.keys.device)) for kv in layers]
+    rooms = [_room(found) for found in plans]
     found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for kind in dict.fromkeys(kinds):
         mine = [number for number, its in enumerate(kinds) if its == kind]
         like, name = layers[mine[0]].keys[0], "" if kind == kinds[0] else f" {kind}"
-        all_of = sum(sizes[number] for number in mine)
+        plain, every = (sum(rooms[number][which] for number in mine) for which in (0, 1))
         index = torch.zeros(0, dtype=torch.int32, device=like.device)
-        wanted = (("keys", like), ("values", like), ("positions", index))
-        keys, values, positions = (arena.take(part + name, all_of, its) for part, its in wanted)
-        offset = 0
+        wanted = (("keys", plain, like), ("values", plain, like), ("positions", every, index))
+        keys, values, positions = (arena.take(part + name, size, its) for part, size, its in wanted)
+        offset = place = 0
         for number in mine:
-            part = slice(offset, offset + sizes[number])
-            found[number] = (keys[part], values[part], positions[part])
-            offset = part.stop
+            own, size = rooms[number]
+            part = slice(offset, offset + own)
+            found[number] = (keys[part], values[part], positions[place : place + size])
+            offset, place = part.stop, place + size
     return [found[number] for number in range(len(layers))]
 
 
@@ -348,49 +421,94 @@ def compact_and_free(
 
     Nobody else may hold the layers, or nothing is freed: no more than the full cache and one layer lie in memory.
     """
-    layers, seen = [], 0
+    layers: list[AnyLayer] = []
+    seen = 0
     for index, kv in enumerate(held):
         assert kv is not None
-        table, rows = _plan(kv, [selection[index] for selection in selections], [slack_for(tokens)] * len(selections))
-        size, seen = int(table.capacity.sum()), kv.tokens
-        keys, values = (kv.keys.new_empty(size, kv.keys.shape[2]) for _ in range(2))
+        found = _plans(kv, [selection[index] for selection in selections], [slack_for(tokens)] * len(selections))
+        (own, size), seen = _room(found), kv.tokens
+        keys, values = (kv.keys.new_empty(own, kv.keys.shape[2]) for _ in range(2))
         pool = (keys, values, torch.empty(size, dtype=torch.int32, device=keys.device))
-        groups = len(expert_groups[index])
-        layers.append(_filled(kv, rows, RowLayer(pool, shape, kv.window, table, groups, len(selections))))
+        layers.append(_layer_of(kv, found, pool, shape, len(expert_groups[index]), len(selections)))
         held[index] = kv = None
     return RowCache(layers, shape, [seen] * len(selections))
 
 
-def _plan(kv: LayerKV, cells: Sequence[tuple[Row, ...]], slack: Sequence[int]) -> tuple[RowTable, list[Row]]:
-    """The table of one layer, rows of equal width and length side by side, and the rows in that order."""
+@dataclass(frozen=True)
+class _Plan:
+    """Rows of one layer that are held alike: rows of equal width and length side by side, and where each will lie."""
+
+    storage: Storage | None
+    table: RowTable
+    rows: list[Row]
+    slack: np.ndarray  # [R]
+
+
+def _plans(kv: LayerKV, cells: Sequence[tuple[Row, ...]], slack: Sequence[int]) -> list[_Plan]:
+    """One for each storage, the model's own type first."""
     candidates = kv.keys.shape[1]
-    rows = [(cell, row, row.entries(candidates)) for cell, layer in enumerate(cells) for row in layer]
-    rows.sort(key=lambda item: (item[1].width, item[2], item[0], item[1].first))
-    numbers = [(cell, row.expert_group, row.first, row.width, length) for cell, row, length in rows]
-    cell, group, first, width, length = np.array(numbers, dtype=np.int64).reshape(-1, 5).T.copy()
-    capacity = length + np.array(slack, dtype=np.int64)[cell]
-    return RowTable(cell, group, first, width, np.cumsum(capacity) - capacity, capacity, length), [row for _, row, _ in rows]
+    by_storage: dict[Storage | None, list[tuple[int, Row, int]]] = {}
+    for cell, layer in enumerate(cells):
+        for row in layer:
+            by_storage.setdefault(row.storage, []).append((cell, row, row.entries(candidates)))
+    plans = []
+    for storage in sorted(by_storage, key=lambda one: one is not None) or [None]:
+        rows = sorted(by_storage.get(storage, []), key=lambda item: (item[1].width, item[2], item[0], item[1].first))
+        numbers = [(cell, row.expert_group, row.first, row.width, length) for cell, row, length in rows]
+        of_cell, of_group, first, width, length = np.array(numbers, dtype=np.int64).reshape(-1, 5).T.copy()
+        behind = np.array(slack, dtype=np.int64)[of_cell]
+        capacity = length + behind
+        table = RowTable(of_cell, of_group, first, width, np.cumsum(capacity) - capacity, capacity, length)
+        plans.append(_Plan(storage, table, [row for _, row, _ in rows], behind))
+    return plans
+
+
+def _layer_of(
+    kv: LayerKV, plans: list[_Plan], pool: tuple[Tensor, Tensor, Tensor], shape: ModelShape, groups: int, cells: int
+) -> AnyLayer:
+    """The rows of one layer, filled. `pool` has room for all positions, and for the entries that no storage holds."""
+    parts, done = [], 0
+    for plan in plans:
+        size = int(plan.table.capacity.sum())
+        positions = pool[2][done : done + size]
+        done += size
+        packed, mine = None, (pool[0], pool[1], positions)
+        if plan.storage is not None:
+            packed = PackedEntries(plan.storage, kv.keys.shape[2], plan.table.length, plan.slack, kv.keys)
+            mine = (kv.keys.new_empty(0, kv.keys.shape[2]), kv.keys.new_empty(0, kv.keys.shape[2]), positions)
+        layer = RowLayer(mine, shape, kv.window, plan.table, groups, cells, packed)
+        parts.append(_filled(kv, plan.rows, layer))
+    return parts[0] if len(parts) == 1 else MixedLayer(parts)
 
 
 def _filled(kv: LayerKV, rows: list[Row], layer: RowLayer) -> RowLayer:
-    for row, start, length in zip(rows, layer.table.start.tolist(), layer.table.length.tolist(), strict=True):
-        _fill(layer, slice(start, start + length), kv, row)
+    table = layer.table
+    for number, (row, start, length) in enumerate(zip(rows, table.start.tolist(), table.length.tolist(), strict=True)):
+        where = slice(start, start + length)
+        if layer.packed is None:
+            _fill(layer, where, kv, row)
+        else:
+            _fill_packed(layer.packed, layer.shape.group, number, length, kv, row)
+        layer.positions[where].copy_(kv.positions if row.kept is None else kv.positions[row.kept])
     return layer
 
 
 def _fill(layer: RowLayer, where: slice, kv: LayerKV, row: Row) -> None:
     head = row.first // layer.shape.group
-    positions = kv.positions
     if row.kept is None:
         layer.keys[where].copy_(kv.keys[head])
         layer.values[where].copy_(kv.values[head])
+    elif row.merged is None:
+        torch.index_select(kv.keys[head], 0, row.kept, out=layer.keys[where])
+        torch.index_select(kv.values[head], 0, row.kept, out=layer.values[where])
     else:
-        kept = row.kept.to(positions.device)  # layers may lie on devices of their own
-        positions = positions[kept]
-        if row.merged is None:
-            torch.index_select(kv.keys[head], 0, kept, out=layer.keys[where])
-            torch.index_select(kv.values[head], 0, kept, out=layer.values[where])
-        else:
-            for part, into in zip(row.merged, (layer.keys, layer.values), strict=True):
-                into[where].copy_(part)
-    layer.positions[where].copy_(positions)
+        for part, into in zip(row.merged, (layer.keys, layer.values), strict=True):
+            into[where].copy_(part)
+
+
+def _fill_packed(packed: PackedEntries, group: int, number: int, length: int, kv: LayerKV, row: Row) -> None:
+    head = row.first // group
+    keys, values = row.merged or (kv.keys[head], kv.values[head])
+    if row.kept is not None and row.merged is None:
+        keys, values = keys[row.kept], values[row.kept]
+    packed.fill(number, length, keys, values)

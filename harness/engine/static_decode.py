@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.engine import kernels
+from harness.engine import kernels, packed_kernels
 from harness.engine.measure import OutOfMemory
 from harness.engine.model import Dense, Model
 from harness.engine.observe import AttentionSettings
 from harness.engine.rows import RowBlock, RowCache, RowLayer, Step
 from harness.engine.split_plan import plan_split, split_length
+from harness.engine.static_packed import StaticPacked
 from harness.layer_sharing import Place
 from harness.logits import earliest, softcapped, with_sinks
 
@@ -61,16 +62,21 @@ class StaticLayer:
     """
 
     def __init__(self, layer: RowLayer, cells: int, steps: int, by_kernel: bool) -> None:
+        if layer.packed is not None:
+            by_kernel = by_kernel and packed_kernels.can_read(layer.packed.storage)
         self.layer, self.window, self.routed, self.by_kernel = layer, layer.window, layer.routed, by_kernel
+        self.packed = None if layer.packed is None else StaticPacked(layer.packed, layer.table)
         self.heads = layer.shape.query_heads
         device = layer.keys.device
         self.length = torch.as_tensor(layer.table.length.copy()).to(device)  # [R]
+        self.before = self.length.clone()  # [R], when the step's token came
         table = layer.table
         source = table.cell * layer.shape.kv_heads + table.first // layer.shape.group
         self.row = torch.as_tensor(np.stack([table.start, source, table.cell, table.expert_group])).to(device)  # [4, R]
         step = Step(np.ones(cells, np.int64), np.zeros(cells, np.int64))
         head, cell = np.divmod(layer.readers(step), cells)
         query = cell * self.heads + head  # [M] cell by cell, its heads side by side
+        self.read = torch.as_tensor(np.repeat(np.arange(len(table)), table.width)).to(device)  # [M], the row
         if by_kernel:
             longest = table.length + steps
             split = split_length(longest, table.width, device)
@@ -81,7 +87,7 @@ class StaticLayer:
     def _without_kernel(self, query: np.ndarray, step: Step) -> None:
         device = self.layer.keys.device
         self.blocks: list[RowBlock] = self.layer.blocks(step)
-        for block in self.blocks:  # weights of 0 must not meet what is no number
+        for block in self.blocks if self.packed is None else ():  # weights of 0 must not meet what is no number
             for pool in (self.layer.keys, self.layer.values):
                 block.slack(pool).zero_()
         self.query = torch.as_tensor(query).to(device)  # [M]
@@ -93,13 +99,17 @@ class StaticLayer:
         pool = (self.layer.keys, self.layer.values, self.layer.positions)
         new = [part.transpose(0, 1).reshape(-1, part.shape[2]).contiguous() for part in (keys, values)]  # [C * H, D]
         taken_by = seen if experts is None else experts
-        if self.by_kernel:
+        if self.by_kernel and self.packed is None:
             kernels.append_rows(*new, *pool, self.length, self.row, seen, taken_by, self.routed)
             return
         start, source, cell, expert_group = self.row
         where = start + self.length
-        for part, into in zip(new, pool, strict=False):
-            into.index_copy_(0, where, part[source])
+        self.before.copy_(self.length)
+        if self.packed is not None:
+            self.packed.write(new[0][source], new[1][source], self.length)
+        else:
+            for part, into in zip(new, pool, strict=False):
+                into.index_copy_(0, where, part[source])
         self.layer.positions.index_copy_(0, where, seen[cell].int())
         self.length.add_((taken_by[cell] == expert_group).long() if self.routed else 1)
 
@@ -114,11 +124,14 @@ class StaticLayer:
     def _kernel(
         self, queries: Tensor, asking: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
+        hide: tuple[Tensor | None, Tensor | None, int | None] = (None, None, None)
+        if asking is not None:
+            hide = (self.layer.positions, asking, self.window)
+        if self.packed is not None:
+            where = (self.packed.places, self.length, self.before[self.read], self.plan)
+            return packed_kernels.attend_packed(queries, self.packed.packed, *where, scaling, softcap, *hide, sinks=sinks)
         pool = (self.layer.keys, self.layer.values, self.length)
-        if asking is None:
-            return kernels.attend_split(queries, *pool, self.plan, scaling, softcap, sinks=sinks)
-        hide = (self.layer.positions, asking, self.window)
-        return kernels.attend_split(queries, *pool, self.plan, scaling, softcap, *hide, sinks)
+        return kernels.attend_split(queries, *pool, self.plan, scaling, softcap, *hide, sinks=sinks)
 
     def _plain(
         self, queries: Tensor, asking: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
@@ -129,8 +142,12 @@ class StaticLayer:
         for block in self.blocks:
             mine = slice(done, done + block.count * block.width)
             done = mine.stop
-            keys, values = (block.whole(pool) for pool in (self.layer.keys, self.layer.values))  # [rows, capacity, D]
-            logits = (asked[mine].view(block.count, block.width, -1) @ keys.transpose(1, 2)).float()
+            grouped = asked[mine].view(block.count, block.width, -1)
+            if self.packed is not None:
+                logits = self.packed.logits(block, grouped.float(), self.before)
+            else:
+                keys, values = (block.whole(pool) for pool in (self.layer.keys, self.layer.values))  # [rows, capacity, D]
+                logits = (grouped @ keys.transpose(1, 2)).float()
             logits = softcapped(logits, softcap)
             there = torch.arange(block.capacity, device=logits.device) < self.length[block.rows, None, None]
             if at is not None and self.window is not None:
@@ -139,7 +156,11 @@ class StaticLayer:
             logits = logits.masked_fill(~there, float("-inf"))
             weights.append(torch.logsumexp(logits, -1).flatten())
             shares = logits.softmax(-1).masked_fill(~there.any(-1, keepdim=True), 0.0)  # of a row without entries nothing
-            outs.append((shares.to(values.dtype) @ values).flatten(0, 1))
+            if self.packed is not None:
+                mixed = self.packed.mix(block, shares, self.before).to(queries.dtype)
+            else:
+                mixed = shares.to(values.dtype) @ values
+            outs.append(mixed.flatten(0, 1))
         out = torch.cat(outs)[self.parts]  # [N, expert_groups, D]
         if sinks is None and not self.routed:
             return out[:, 0]
@@ -166,13 +187,16 @@ class StaticDecode:
         device = model.device
         if mode == "graph" and not captures(device):
             raise CannotCapture("a CUDA graph needs a GPU")
-        if mode == "graph" and len({layer.keys.device for layer in cache.layers}) > 1:
+        layers = [layer for layer in cache.layers if isinstance(layer, RowLayer)]
+        if len(layers) < len(cache.layers):
+            raise CannotCapture("the rows of a layer are held by several storages")
+        if mode == "graph" and len({layer.keys.device for layer in layers}) > 1:
             raise CannotCapture("a CUDA graph is captured on one device, and this model's layers lie on several")
-        if any((layer.table.length + steps > layer.table.capacity).any() for layer in cache.layers):
+        if any((layer.table.length + steps > layer.table.capacity).any() for layer in layers):
             raise ValueError(f"no slack for {steps} more tokens: make the cache with more")
         self.model, self.left = model, steps
         by_kernel = device.type == "cuda" and kernels.can_run(model.network.dtype, model.shape.head_dim)  # the widest of them
-        self.layers = [StaticLayer(layer, cache.cells, steps, by_kernel) for layer in cache.layers]
+        self.layers = [StaticLayer(layer, cache.cells, steps, by_kernel) for layer in layers]
         self.seen = torch.as_tensor(cache.seen.copy()).to(device)  # [C], the position of the next token
         self.next = first.clone()  # [C]
         self._run = self._once if mode is None else self._made(mode)

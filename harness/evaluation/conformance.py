@@ -22,6 +22,7 @@ from harness.engine.model import Model
 from harness.engine.rows import compact
 from harness.errors import first_line
 from harness.evaluation.prompts import CannotPrompt, Protocol, tokenize
+from harness.evaluation.storage_checks import STORAGE_CHECKS
 from harness.families import CannotConvert, shape_of
 from harness.models.load import byte_tokenizer
 from harness.registry import BadPlugin, Plugin
@@ -56,6 +57,8 @@ def check_plugin(plugin: Plugin) -> Iterator[Finding]:
     methods |= {name: Eviction(WindowAttention(), allocator) for name, allocator in plugin.tables.get("ALLOCATORS", {}).items()}
     for name, method in methods.items():
         yield from _findings(name, METHOD_CHECKS, method)
+    for name, storage in plugin.tables.get("STORAGES", {}).items():
+        yield from _findings(name, {"its settings are on record": _settings_are_on_record} | STORAGE_CHECKS, storage)
     for name, task in plugin.tables.get("BENCHMARKS", {}).items():
         yield from _findings(name, TASK_CHECKS, task)
     for name, conversion in plugin.tables.get("CONVERSIONS", {}).items():

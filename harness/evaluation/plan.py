@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache
 from itertools import chain, product
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from results.store import Store
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+WHOLE = Budget(share=Fraction(1))  # what a method that takes none is asked with
 NOTHING_TO_COMPRESS = (
     "a text scored in the pass that reads it never meets a cache that could be compressed: only `full` applies, here and for "
     "variants; the benchmark `perplexity` compresses what it has read before it scores"
@@ -388,12 +390,12 @@ def check_vocabulary(model: Model, prompts: Sequence[Prompt]) -> None:
 
 
 def _why_not(model: Model, unit: Unit, cell: Cell, prompt: Prompt) -> str | None:
-    if cell.budget is None:
+    if cell.method.is_reference:
         return None
     if prompt.one_pass:
         return NOTHING_TO_COMPRESS
     where = (prompt.context, unit.protocol.granularity)
-    return cell.method.cannot_run(model.least_shape, cell.budget, *where, model.parent_shape)
+    return cell.method.cannot_run(model.least_shape, cell.budget or WHOLE, *where, model.parent_shape)
 
 
 def plan_of(model: Model, grid: Grid, store: Store | None) -> Plan:

@@ -22,6 +22,7 @@ from harness.engine.model import Model
 from harness.engine.rows import Counts, RowCache, compact, slack_for
 from harness.engine.scoring import FullAnswer, Likelihood, branch
 from harness.evaluation.prompts import Prompt, Protocol, turn_end_of
+from harness.storage import row_bytes
 from methods.base import CannotRun, Method, Scorer, Scores, score_prefill
 
 NOT_A_NUMBER = "not a number"  # how the reason of a cell begins that holds one
@@ -46,6 +47,7 @@ class Outcome:
     counts: Counts | None = None  # right after compaction
     entries_asked: int | None = None
     compressed: bool | None = None
+    packed: bool = False  # fewer bits: its bytes are counted against the full cache in 16 bits
     kept: list[list[int]] | None = None  # [L][Hq] entries that each query head reads, right after compaction
     skipped: str | None = None
     failed: str | None = None
@@ -73,6 +75,7 @@ class Outcome:
             self.counts + other.counts,
             (self.entries_asked or 0) + (other.entries_asked or 0),
             bool(self.compressed and other.compressed),
+            self.packed,
             self.kept,
         )
 
@@ -259,9 +262,15 @@ class _Example:
         return min(self.to_come, max(question, keeper.every) - (-grown // rows))
 
     def _bytes(self, cell: Cell, selection: Selection) -> int:
-        rows = sum(len(layer) for layer in selection)
-        entries = self.entries(selection) + rows * slack_for(self._room(cell))
-        return entries * (self.prefill.shape.entry_bytes() + 4)
+        shape, slack, total = self.prefill.shape, slack_for(self._room(cell)), 0
+        for kv, rows in zip(self.prefill.layers, selection, strict=True):
+            for row in rows:
+                entries = row.entries(kv.keys.shape[1])
+                if row.storage is None:
+                    total += (entries + slack) * (shape.entry_bytes() + 4)
+                else:  # a token to come may lie twice
+                    total += row_bytes(row.storage, entries, shape.head_dim) + 2 * slack * shape.deployed_bytes() + 4 * entries
+        return total
 
     def _answer_or_split(self, batch: list[tuple[Cell, Selection]]) -> Iterator[tuple[Cell, Outcome]]:
         """Answers a batch; one that does not fit in memory is tried in halves, down to single cells."""
@@ -325,7 +334,11 @@ class _Example:
 
     def _outcomes(self, selections: list[Selection]) -> list[Outcome]:
         everything = self.entries(keep_all(self.prefill))
-        return [Outcome(counts=counts, compressed=counts.entries < everything) for counts in self.counts]
+        packed = [any(row.storage is not None for layer in selection for row in layer) for selection in selections]
+        return [
+            Outcome(counts=counts, compressed=fewer_bits or counts.entries < everything, packed=fewer_bits)
+            for counts, fewer_bits in zip(self.counts, packed, strict=True)
+        ]
 
     def _lead(self, logits: Tensor) -> Tensor | None:
         """The first token's log-probabilities, where they depend on the cell's cache."""

@@ -9,13 +9,8 @@ from harness.engine.reach import UnsupportedModel
 from harness.errors import BadRequest
 from harness.families import CannotConvert, CannotStore
 
-# refusals that concern one model: the others are run all the same
+# Refusals that concern one model: the others are run all the same.
 LEFT_OUT = (BadRequest, CannotConvert, CannotStore, UnsupportedModel)
-    BadRequest,
-    CannotConvert,
-    CannotStore,
-    UnsupportedModel,
-)  # refusals that concern one model: the others are run all the same
 
 
 @dataclass

@@ -30,6 +30,7 @@ from harness.evaluation.request import RunRequest
 from harness.evaluation.sweep import CELL_BYTES, NOT_A_NUMBER, Cell, Outcome, Sweep
 from harness.models.load import load_model
 from harness.registry import registry_of
+from harness.storage import HALF
 from results.record import Record, Status
 
 
@@ -132,7 +133,8 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
     assert outcome.answer is not None and outcome.counts is not None
     text = said(model, prompts[0], outcome.answer)
     end, held = outcome.answer.end, outcome.answer.held
-    full = sum(model.parent_shape.full_bytes(prompt.context) for prompt in prompts)
+    whole = sum(model.parent_shape.full_bytes(prompt.context) for prompt in prompts)
+    full = whole * HALF // model.parent_shape.itemsize if outcome.packed else whole
     scored = (NLL,) if prompts[0].forced else unit.task.metrics
     metrics = {NLL.name: outcome.fidelity["loss"]} if prompts[0].forced else unit.task.score(str(text), unit.example)
     if wrong := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
