@@ -183,8 +183,8 @@ FAULTS = (
     ),
     Fault("first line rule dropped", "benchmarks/longbench.py", "if kind.first_line:", "if False:", "tests/test_longbench.py"),
     Fault("luck of another place", "harness/engine/generate.py", "[len(answer.tokens) + n", "[n", "tests/test_answer.py"),
-    Fault("lost row after a tear", "results/store.py", 'b"\\n" if torn else b""', 'b""', "tests/test_store.py"),
-    Fault("doubled rows", "results/store.py", 'if self._status.get(record.key.id) == "ok":', "if False:", "tests/test_store.py"),
+    Fault("lost row after a tear", "results/locks.py", 'b"\\n" if torn else b""', 'b""', "tests/test_store.py"),
+    Fault("doubled rows", "results/store.py", 'if self._status.get(row.id) != "ok"]', "]", "tests/test_store.py"),
     Fault("lock dropped", "results/store.py", "with locked(self.rows):", "if True:", "tests/test_store.py"),
     Fault(
         "shards before the filter",
@@ -392,7 +392,13 @@ FAULTS = (
     ),
     Fault("finished cells run again", "harness/evaluation/plan.py", "if cell not in self.finished]", "]", "tests/test_cli.py"),
     Fault("merged entries not stored", "harness/engine/rows.py", "if row.merged is None:", "if True:", "tests/test_rows.py"),
-    Fault("positions of merged entries", "harness/engine/rows.py", "positions = positions[kept]", "pass", "tests/test_rows.py"),
+    Fault(
+        "positions of merged entries",
+        "harness/engine/rows.py",
+        "else kv.positions[kept])",
+        "else kv.positions[: len(kept)])",
+        "tests/test_rows.py",
+    ),
     Fault(
         "an arrow back up",
         "harness/cache.py",
@@ -627,8 +633,8 @@ FAULTS = (
     Fault(
         "bytes of the widest heads",
         "harness/engine/rows.py",
-        "kept += mine * layer.entry_bytes",
-        "kept += mine * self.shape.entry_bytes()",
+        "return self.table.length * self.entry_bytes",
+        "return self.table.length * self.shape.entry_bytes()",
         "tests/test_families.py",
     ),
     Fault(

@@ -356,12 +356,14 @@ class RowCache:
         """What each cell would hold with so many more tokens; None where it depends on which rows take them."""
         if any(part.routed or part.packed is not None for part in self.parts):
             return None
-        size = self.shape.entry_bytes()
-        rows = sum(np.bincount(layer.table.cell, minlength=self.cells) for layer in self.parts)
-        more = (np.asarray(rows) * tokens).tolist()
+        rows, size = np.zeros(self.cells, np.int64), np.zeros(self.cells, np.int64)
+        for part in self.parts:
+            mine = np.bincount(part.table.cell, minlength=self.cells)
+            rows += mine
+            size += mine * part.entry_bytes
         return [
-            Counts(now.entries + added, now.bytes_kept + added * size, now.bytes_allocated)
-            for now, added in zip(self.counts(), more, strict=True)
+            Counts(now.entries + tokens * int(added), now.bytes_kept + tokens * int(more), now.bytes_allocated)
+            for now, added, more in zip(self.counts(), rows, size, strict=True)
         ]
 
 
@@ -485,30 +487,31 @@ def _filled(kv: LayerKV, rows: list[Row], layer: RowLayer) -> RowLayer:
     table = layer.table
     for number, (row, start, length) in enumerate(zip(rows, table.start.tolist(), table.length.tolist(), strict=True)):
         where = slice(start, start + length)
+        kept = None if row.kept is None else row.kept.to(kv.keys.device)  # layers may lie on devices of their own
         if layer.packed is None:
-            _fill(layer, where, kv, row)
+            _fill(layer, where, kv, row, kept)
         else:
-            _fill_packed(layer.packed, layer.shape.group, number, length, kv, row)
-        layer.positions[where].copy_(kv.positions if row.kept is None else kv.positions[row.kept])
+            _fill_packed(layer.packed, layer.shape.group, number, length, kv, row, kept)
+        layer.positions[where].copy_(kv.positions if kept is None else kv.positions[kept])
     return layer
 
 
-def _fill(layer: RowLayer, where: slice, kv: LayerKV, row: Row) -> None:
+def _fill(layer: RowLayer, where: slice, kv: LayerKV, row: Row, kept: Tensor | None) -> None:
     head = row.first // layer.shape.group
-    if row.kept is None:
+    if kept is None:
         layer.keys[where].copy_(kv.keys[head])
         layer.values[where].copy_(kv.values[head])
     elif row.merged is None:
-        torch.index_select(kv.keys[head], 0, row.kept, out=layer.keys[where])
-        torch.index_select(kv.values[head], 0, row.kept, out=layer.values[where])
+        torch.index_select(kv.keys[head], 0, kept, out=layer.keys[where])
+        torch.index_select(kv.values[head], 0, kept, out=layer.values[where])
     else:
         for part, into in zip(row.merged, (layer.keys, layer.values), strict=True):
             into[where].copy_(part)
 
 
-def _fill_packed(packed: PackedEntries, group: int, number: int, length: int, kv: LayerKV, row: Row) -> None:
+def _fill_packed(packed: PackedEntries, group: int, number: int, length: int, kv: LayerKV, row: Row, kept: Tensor | None) -> None:
     head = row.first // group
     keys, values = row.merged or (kv.keys[head], kv.values[head])
-    if row.kept is not None and row.merged is None:
-        keys, values = keys[row.kept], values[row.kept]
+    if kept is not None and row.merged is None:
+        keys, values = keys[kept], values[kept]
     packed.fill(number, length, keys, values)
