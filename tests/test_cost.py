@@ -26,6 +26,7 @@ from methods import METHODS
 from reports.cost import costs
 from reports.cost_plots import cost_pictures
 from reports.cost_tables import cost_sentences, cost_tables
+from reports.style import Palette
 from results.record import DECODES
 from results.store import read_costs
 
@@ -319,7 +320,7 @@ def test_ways_of_decoding_are_told_apart(tmp_path: Path) -> None:
     assert any("graph fell back to eager: looks at a number" in note for note in table.notes)
     (plain,) = cost_tables(costs([timed(0.010)]), rows[:1])
     assert "decode" not in plain.header and "capture" not in plain.header, "where nothing else was measured"
-    assert len(cost_pictures(found, tmp_path)) == 2, "eager times are not drawn as a graph's"
+    assert len(cost_pictures(found, tmp_path, Palette())) == 2, "eager times are not drawn as a graph's"
 
 
 def test_tables_say_what_was_not_measured() -> None:

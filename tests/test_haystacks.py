@@ -300,4 +300,4 @@ def test_needles_are_drawn_as_heat_maps(tmp_path: Path) -> None:
     assert {(row.columns["context"], row.columns["depth"]) for row in full} == {(n, d) for n in (200, 400) for d in (0, 50, 100)}
     assert sum(row.metrics["words"] for row in full) >= 500, "the embedded model finds a lone needle"
     drawn = sorted(path.suffix for path in (tmp_path / "report" / "plots").glob("needle_*"))
-    assert drawn == [".png", ".svg"]
+    assert drawn == [".pdf", ".png", ".svg"]

@@ -235,11 +235,13 @@ def test_an_estimate_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
 
 def test_the_scores_shipped_for_smollm2_are_of_its_shape_and_say_how_they_were_made() -> None:
-    (path,) = SHIPPED["smollm2"].glob("*.json")
-    shipped = HeadScores.load(path)
-    shipped.check("smollm2", shipped.revision, 30, 9)
-    assert shipped.kind == "r2" and shipped.attempts == shipped.settings["attempts"] >= shipped.successes == len(shipped.runs) > 0
-    assert shipped.settings["chat"] == "template" and shipped.settings["needles"] == "text"
+    found = [HeadScores.load(path) for path in sorted(SHIPPED["smollm2"].glob("*.json"))]
+    assert [shipped.kind for shipped in found] == ["er", "r", "r2"] and len({shipped.revision for shipped in found}) == 1
+    for shipped in found:
+        shipped.check("smollm2", shipped.revision, 30, 9)
+        assert shipped.attempts == shipped.settings["attempts"] >= shipped.successes == len(shipped.runs) > 0
+        assert shipped.settings["chat"] == "template" and shipped.settings["needles"] == "text"
+        assert shipped.settings["teacher_forced"] == (shipped.kind != "r2"), "of R and ER the right answers were fed"
 
 
 def test_the_embedded_models_scores_are_its_own_and_come_again() -> None:
