@@ -43,8 +43,8 @@ class Chunks:
 
         scores = self.over.score(layer).float()  # [S, n]
         held = self.protected.mask(layer.positions, layer.tokens)
-        if not held.all():
-            scores = scores.masked_fill(held, float(scores[:, ~held].max()))
+        best = scores.masked_fill(held, float("-inf")).amax()  # of what is not protected, if anything is not
+        scores = torch.where(held & best.isfinite(), best, scores)
         entries, wide = scores.shape[1], -scores.shape[1] % self.chunk
         chunks = pad(scores.mean(0), (0, wide)).unflatten(0, (-1, self.chunk)).sum(1)  # [chunks]
         sizes = pad(torch.ones(entries, device=scores.device), (0, wide)).unflatten(0, (-1, self.chunk)).sum(1)

@@ -54,7 +54,7 @@ class WorstCase(Staged):
         most = mean.new_zeros(len(mean))
         if not before:
             return Stages(mean, mean, mean, most)
-        inside = float(attention[..., before:].sum(-1).mean())
+        inside = attention[..., before:].sum(-1).mean()
         shares = mean[:, :before] / mean[:, :before].sum(-1, keepdim=True).clamp(min=1e-20)
         reached = shares.sort(-1, descending=True).values.cumsum(-1) >= self.mass - inside
         most = reached.int().argmax(-1).float()  # entries before the mass is reached

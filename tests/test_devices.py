@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from harness.engine.model import Model
 from harness.engine.rows import compact
 from harness.engine.static_decode import CannotCapture, StaticDecode
 from methods.base import Eviction
+
+# What scorers look at, but for a second pass: that reads a text of its own, token by token on the host.
+NEEDS = replace(reduce(Needs.__or__, (method.needs for method in SCORED.values()), Needs(16)), replays=frozenset())
 
 
 class Apart(TorchDispatchMode):
@@ -60,9 +64,9 @@ def test_a_prefill_its_scores_and_decoding_stay_on_the_device(there: Model, path
         pytest.importorskip("triton")
     monkeypatch.setattr("harness.engine.model.attend", lambda *given: path(*given))
     with Apart():
-        prefill = there.prefill(torch.zeros(60, dtype=torch.int64, device="meta"), Needs(16, column_sums=True))[0]
+        prefill = there.prefill(torch.zeros(60, dtype=torch.int64, device="meta"), NEEDS)[0]
         for method in SCORED.values():
-            if isinstance(method, Eviction):
+            if isinstance(method, Eviction) and not method.needs.replays:
                 scores = [method.scorer.score(layer) for layer in prefill.layers]
                 assert all(score.device.type == "meta" for score in scores)
         cache = compact(prefill, [keep_all(prefill)] * 2, 16)
@@ -83,13 +87,13 @@ def test_rows_and_observations_live_where_their_layer_lives() -> None:
     model = Model(net, None, "spread", "0")
     wanted = ["cpu", "meta", "meta"]
     with IndexedFromTheHost(), torch.no_grad():
-        prefill = model.prefill(torch.zeros(60, dtype=torch.int64), Needs(16, column_sums=True))[0]
+        prefill = model.prefill(torch.zeros(60, dtype=torch.int64), NEEDS)[0]
         for layer, where in zip(prefill.layers, wanted, strict=True):
             assert {part.device.type for part in (layer.keys, layer.values, layer.queries, layer.column_sums)} == {where}  # type: ignore[union-attr]
         scores = [
             [method.scorer.score(kv).device.type for kv in prefill.layers]
             for method in SCORED.values()
-            if isinstance(method, Eviction)
+            if isinstance(method, Eviction) and not method.needs.replays
         ]
         assert all(found == wanted for found in scores)
         part = tuple(
