@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from helpers import tiny
 
 from benchmarks.random_tokens import RandomTokens
@@ -25,6 +26,7 @@ from harness.evaluation.run import in_turn
 from harness.evaluation.unit import Loaded, run_unit
 from methods import METHODS
 from reports.tables import lines
+from results.locks import LOCK
 from results.record import Key, Record
 from results.store import Store, StoreError, read_rows
 
@@ -166,6 +168,17 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
         child.join()
     lines = next((tmp_path / "rows").glob("*.jsonl")).read_text().splitlines()
     assert sorted(json.loads(line)["key"]["example"] for line in lines) == list(range(200))
+
+
+def test_a_writer_waits_until_no_other_writes(tmp_path: Path) -> None:
+    child = multiprocessing.get_context("fork").Process(target=_write_all, args=(tmp_path,))
+    (tmp_path / "rows").mkdir()
+    with FileLock(tmp_path / "rows" / LOCK):
+        child.start()
+        child.join(0.5)
+        assert child.is_alive() and not list((tmp_path / "rows").glob("*.jsonl"))
+    child.join()
+    assert child.exitcode == 0 and len(read_rows(tmp_path)) == 200
 
 
 GRID = Grid(
