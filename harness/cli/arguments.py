@@ -121,7 +121,10 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     add("--recipe", help="mixsga-sft or mixsga-pretrain: the paper's data, rates and length; options below change it")
     add("--groups", type=int, help="KV heads merged into one by gqa")
     add("--percent", type=int, help="of the layers that cla stores: 50 for half")
-    add("--ratios", help="of mixSGA's experts, which keep every head, half, a quarter, ...: 3:1:6")
+    add(
+        "--ratios",
+        help="of mixSGA's experts, which keep every head, half, a quarter, ...: 3:1:6; or each with its heads a group: 1x1:2x3",
+    )
     add("--ablation", help="gqa, mqa: first or random heads instead of means; mixsga: random; cla: first")
     add("--text", type=_path, help="file or folder of .txt to heal on")
     add("--instruct", type=_path, help=".jsonl with prompt and output to heal on; only outputs are trained on")
