@@ -24,6 +24,7 @@ class MixSGA:
     ratios: tuple[int, ...]  # of the tokens, in order of cost; 0: no such expert
     learned: bool = True  # else experts are drawn at random
     groups: tuple[int, ...] = ()  # heads a group of each expert, ascending; empty: 1, 2, 4, ...
+    scaled: bool = False  # a learned number for the averaged keys of each layer and expert: ours, not the paper's
 
     @classmethod
     def of(cls, numbers: tuple[int, ...] | tuple[tuple[int, int], ...], option: str) -> MixSGA:
@@ -43,9 +44,9 @@ class MixSGA:
             raise ValueError("ratios must not be negative, nor all 0")
         if min(groups) < 1 or list(groups) != sorted(set(groups)):
             raise ValueError("groups must be sizes of at least 1 that grow from expert to expert")
-        if option not in ("", "random"):
-            raise ValueError(f"{option!r} is no ablation of it; random is")
-        return cls(ratios, not option, groups if named else ())
+        if option not in ("", "random", "scaled"):
+            raise ValueError(f"{option!r} is no option of it; random and scaled are")
+        return cls(ratios, option != "random", groups if named else (), option == "scaled")
 
     @property
     def experts(self) -> list[tuple[int, int]]:
@@ -74,6 +75,4 @@ class MixSGA:
             torch.manual_seed(seed)
             for handle in found:
                 router = Router(handle.hidden, used, ratios, self.learned) if len(used) > 1 else None
-                if router is not None:
-                    router.to(next(handle.attention.parameters()).device)
-                wrap(handle, Grouping(used, router))
+                wrap(handle, Grouping(used, router, self.scaled).to(next(handle.attention.parameters()).device))

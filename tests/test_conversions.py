@@ -86,7 +86,9 @@ def test_rows_of_grouped_models_are_fewer_and_exact(family: str, text: str) -> N
     assert compact(prefill, [keep_all(prefill)], 10).counts()[0].entries * group == model.parent_shape.full_entries(T)
 
 
-@pytest.mark.parametrize(("heads", "text"), [(2, "mixsga-1x1:1x2"), (3, "mixsga-1x1:2x3"), (12, "mixsga-1x1:1x3:1x4:2x12")])
+@pytest.mark.parametrize(
+    ("heads", "text"), [(2, "mixsga-1x1:1x2"), (3, "mixsga-1x1:2x3"), (12, "mixsga-1x1:1x3:1x4:2x12"), (4, "mixsga-3:1:6-scaled")]
+)
 def test_mixsga_of_any_number_of_heads_decodes_over_rows_as_dense_attention(heads: int, text: str) -> None:
     ids = tokens(T + 9)
     given = {**BASE, "model_type": "llama", "hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": heads}
@@ -104,6 +106,9 @@ def test_mixsga_of_any_number_of_heads_decodes_over_rows_as_dense_attention(head
     BUILTIN.conversion("mqa").apply(theirs)
     assert (dense(ours, ids) - dense(theirs, ids)).abs().max() < 1e-4
     model = converted("llama", text, net)
+    for grouping in groupings(model.network):
+        if grouping.scales is not None:
+            grouping.scales.data.uniform_(0.5, 1.5)
     prefill = model.prefill(ids[:T], Needs())[0]
     cache = compact(prefill, [keep_all(prefill)], 20)
     logits = model.decode(cache, ids[None, T:], keep=9)[0]
