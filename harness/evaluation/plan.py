@@ -10,8 +10,9 @@ from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.base import Example, Task, reads_data, scores_likelihoods
-from harness.cache import Budget
+from harness.cache import Budget, renumbers
 from harness.engine.model import Model
+from harness.engine.renumber import cannot_renumber
 from harness.errors import BadRequest
 from harness.evaluation.loglikelihood import likelihood_prompts
 from harness.evaluation.prompts import CannotPrompt, Prompt, Protocol, has_example, tokenize
@@ -394,6 +395,8 @@ def _why_not(model: Model, unit: Unit, cell: Cell, prompt: Prompt) -> str | None
         return None
     if prompt.one_pass:
         return NOTHING_TO_COMPRESS
+    if renumbers(cell.method.while_decoding(lambda tokens: tokens)) and (why := cannot_renumber(model)):
+        return why
     where = (prompt.context, unit.protocol.granularity)
     return cell.method.cannot_run(model.least_shape, cell.budget or WHOLE, *where, model.parent_shape)
 

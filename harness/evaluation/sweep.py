@@ -14,11 +14,12 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from harness.cache import Arena, Budget, Keeper, Needs, Prefill, Selection, keep_all
+from harness.cache import Arena, Budget, Keeper, Needs, Prefill, Selection, keep_all, renumbers
 from harness.engine.evict import Turns, remember
 from harness.engine.generate import MOST_DRAFTS, Answer, Decoder, NgramTable, Sampler, Stop, generate
 from harness.engine.measure import Lap, OutOfMemory, memory_errors, stopwatch
 from harness.engine.model import Model
+from harness.engine.renumber import renumber
 from harness.engine.rows import Counts, RowCache, compact, slack_for
 from harness.engine.scoring import FullAnswer, Likelihood, branch
 from harness.evaluation.prompts import Prompt, Protocol, turn_end_of
@@ -235,10 +236,13 @@ class _Example:
 
         Small cells go first: their steps are cheap, and what they say are the draft tokens of the large ones.
         """
-        for evicting in (False, True):  # cells that evict while decoding go among themselves: they make no drafts
+        kinds = {
+            cell: (keeper is not None, renumbers(keeper)) for cell, keeper in ((cell, self.keeper(cell)) for cell, _ in cells)
+        }
+        for kind in sorted(set(kinds.values())):  # cells that evict while decoding go among themselves: they make no drafts
             batch: list[tuple[Cell, Selection]] = []
             held = 0
-            mine = [(self._bytes(c, s), c, s) for c, s in cells if (self.keeper(c) is not None) == evicting]
+            mine = [(self._bytes(c, s), c, s) for c, s in cells if kinds[c] == kind]
             for size, cell, selection in sorted(mine, key=lambda item: item[0]):
                 if batch and held + size > self.sweep.cell_bytes:
                     yield batch
@@ -287,10 +291,11 @@ class _Example:
         yield from ((cell, outcome) for (cell, _), outcome in zip(batch, outcomes, strict=True))
 
     def _answer(self, cells: list[Cell], selections: list[Selection]) -> list[Outcome]:
-        """All of the cells evict while decoding, or none does."""
+        """All of the cells evict while decoding, or none does; and all positions are renumbered, or none."""
         keepers = [keeper for cell in cells if (keeper := self.keeper(cell)) and not self.prompt.asks_likelihoods]
         rooms = [self._room(cell) for cell in cells]
-        cache, logits = self._open(selections, rooms, keepers)
+        inside = renumbers(self.keeper(cells[0]))
+        cache, logits = self._open(selections, rooms, keepers, inside)
         outcomes = self._outcomes(selections)
         if self.full is not None:
             turns = self._turns(cache, keepers)
@@ -303,7 +308,7 @@ class _Example:
                     outcome.answer = Answer(list(self.prompt.forced), "forced", end, held=held)
                 return [outcome.checked() for outcome in outcomes]
             if turns is not None:  # what was evicted for the full cache's answer is there for the cell's own
-                cache, logits = self._open(selections, rooms, keepers)
+                cache, logits = self._open(selections, rooms, keepers, inside)
         for outcome, answer in zip(outcomes, self._generate(cache, logits, self._turns(cache, keepers)), strict=True):
             outcome.answer = answer
         return [outcome.checked() for outcome in outcomes]
@@ -312,12 +317,17 @@ class _Example:
         return Turns(cache, keepers, len(self.prompt.ids) - self.prompt.context) if keepers else None
 
     def _open(
-        self, selections: list[Selection], rooms: Sequence[int] | None = None, keepers: Sequence[Keeper] = ()
+        self,
+        selections: list[Selection],
+        rooms: Sequence[int] | None = None,
+        keepers: Sequence[Keeper] = (),
+        inside: bool = False,
     ) -> tuple[RowCache, Tensor]:
         """A cache that has read the whole prompt, and each cell's logits for the first token, [C, V].
 
         Args:
             rooms: tokens of each cell that its rows have room for; None: for all that may come.
+            inside: positions are those inside the cache.
         """
         laps, model = self.sweep.laps, self.sweep.model
         with stopwatch(model.device, laps.compact):
@@ -325,6 +335,8 @@ class _Example:
             self.counts = cache.counts()
             if keepers:
                 remember(cache, self.prefill.layers, keepers)
+            if inside:
+                renumber(model, cache)
         question = self.prompt.ids[self.prompt.context :]
         if not question:
             return cache, self.prefill.logits.expand(len(selections), -1)
