@@ -14,6 +14,7 @@ from reports.bits import ABOUT, bits_maps
 from reports.cost import Cost, costs
 from reports.cost_plots import cost_pictures
 from reports.cost_tables import cost_sentences, cost_tables
+from reports.distance import distance_tables
 from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
 from reports.front import fronts
@@ -57,6 +58,7 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
     rest = [
         *protection_tables(records),
         *over_answer_table(records),
+        *distance_tables(records),
         *length_tables(records),
         *lm_eval_table(read_folder(out, "lm_eval"), records),
         *missing_table(records),

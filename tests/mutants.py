@@ -514,6 +514,13 @@ FAULTS = (
         "tests/test_renumber.py",
     ),
     Fault(
+        "beyond the positions nobody is asked",
+        "harness/evaluation/plan.py",
+        "if keeper is None or not renumbers(keeper) or cell.budget is None:",
+        "if keeper is None or cell.budget is None:",
+        "tests/test_renumber.py",
+    ),
+    Fault(
         "remembered queries stay turned",
         "harness/engine/renumber.py",
         "turn(cell, last, back=True)",

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import masked_logits, network, tiny, tokens
+from helpers import call, masked_logits, network, tiny, tokens
 from test_evict import MORE, Logged, T, answers, hidden_after, prepared
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from harness.cache import HeldRows, Needs, Selection
+from harness.cache import Budget, HeldRows, Needs, Selection
 from harness.engine.evict import Turns, evict
 from harness.engine.renumber import cannot_renumber, renumber
 from harness.engine.rows import RowCache
 from harness.engine.scoring import forced
+from harness.evaluation.plan import _why_not
+from harness.evaluation.prompts import Prompt, Protocol
+from harness.evaluation.sweep import Cell, Sweep
 from harness.registry import BUILTIN, UnknownChoice
+from reports.distance import distance_tables
+from results.record import Record
+from results.store import read_rows
 
 
 def renumbered_logits(net: Any, ids: Tensor, kept: Selection, gone: Sequence[Tensor]) -> Tensor:
@@ -134,3 +143,39 @@ def test_what_has_no_ranks_is_refused() -> None:
     assert cannot_renumber(tiny("llama")) is None
     with pytest.raises(UnknownChoice, match="name an interval"):
         BUILTIN.method("streaming_llm(renumber=true)")
+
+
+def streamed(tmp_path: Path, scored: int, *methods: str) -> list[Record]:
+    call(
+        *("run", "--model", "reference", "--suite", "streaming", "--budgets", "24", "--methods", ",".join(methods)),
+        *("--benchmarks", f"streaming(read=32,scored={scored})", "--out", str(tmp_path), "--device", "cpu"),
+    )
+    return read_rows(tmp_path)
+
+
+def test_a_streamed_text_is_scored_along_its_length(tmp_path: Path) -> None:
+    """The parts average to the whole, the full cache's loss is that of one pass, and reports show the parts."""
+    rows = {row.key.method_name: row for row in streamed(tmp_path, 96, "full", "streaming_llm(every=1,renumber=true)")}
+    for row in rows.values():
+        assert row.by_distance is not None and len(row.by_distance) == 8 and not row.fidelity
+        assert sum(row.by_distance) / 8 == pytest.approx(row.metrics["nll"], rel=1e-4)
+    evicting = rows["streaming_llm(every=1,renumber=True)"]
+    assert evicting.entries_peak is not None and evicting.entries_peak == 25 * 16 and rows["full"].entries_peak is None
+    (table,) = distance_tables(list(rows.values()))
+    assert table.header[-1] == "to 128" and len(table.rows) == 2
+
+
+def test_beyond_the_models_positions_only_positions_inside_the_cache_go_on() -> None:
+    model = tiny("llama")  # 512 positions
+    ids = tokens(900).tolist()
+    prompt = Prompt(ids[:40], 40, tuple(ids[40:]), streamed=True)
+    names = ("full", "streaming_llm(every=1)", "streaming_llm(every=4,renumber=true)")
+    cells = [Cell(name, BUILTIN.method(name)[1], None if name == "full" else Budget.parse("16")) for name in names]
+    unit: Any = SimpleNamespace(protocol=Protocol())
+    reasons = [_why_not(model, unit, cell, prompt) for cell in cells]
+    assert "longer than the 512 positions" in (reasons[0] or "") and reasons[1] == reasons[0] and reasons[2] is None
+    wide = replace(cells[2], budget=Budget.parse("510"))
+    assert "entries of a row" in (_why_not(model, unit, wide, prompt) or "")
+    ((_, outcome),) = Sweep(model, Protocol()).example(prompt, cells[2:], 0)
+    assert outcome.by_distance is not None and outcome.answer is not None and outcome.answer.held is not None
+    assert outcome.answer.held.entries_peak == (16 + 4) * 6

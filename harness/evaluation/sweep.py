@@ -21,12 +21,13 @@ from harness.engine.measure import Lap, OutOfMemory, memory_errors, stopwatch
 from harness.engine.model import Model
 from harness.engine.renumber import renumber
 from harness.engine.rows import Counts, RowCache, compact, slack_for
-from harness.engine.scoring import FullAnswer, Likelihood, branch
+from harness.engine.scoring import FullAnswer, Likelihood, branch, losses
 from harness.evaluation.prompts import Prompt, Protocol, turn_end_of
 from harness.storage import row_bytes
 from methods.base import CannotRun, Method, Scorer, Scores, score_prefill
 
 NOT_A_NUMBER = "not a number"  # how the reason of a cell begins that holds one
+RANGES = 8  # of a streamed text, equally long, whose losses are told apart
 CELL_BYTES = 600_000_000  # rows of the cells decoded together, unless asked otherwise
 
 
@@ -52,6 +53,7 @@ class Outcome:
     kept: list[list[int]] | None = None  # [L][Hq] entries that each query head reads, right after compaction
     skipped: str | None = None
     failed: str | None = None
+    by_distance: list[float] | None = None  # mean loss of each of RANGES parts of a streamed text, nats
 
     def checked(self) -> Outcome:
         """Itself, or a failure where it holds what is no number."""
@@ -194,7 +196,8 @@ class _Example:
         return len(self.prompt.ids) - self.prompt.context + appended + self.most + MOST_DRAFTS
 
     def answer_all(self, cells: list[tuple[Cell, Selection]]) -> Iterator[tuple[Cell, Outcome]]:
-        if self.prompt.forced or (self.sweep.with_fidelity and not self.prompt.asks_likelihoods):
+        compared = self.sweep.with_fidelity and not self.prompt.asks_likelihoods
+        if not self.prompt.streamed and (self.prompt.forced or compared):
             mine = [pair for pair in cells if pair[0].method.is_reference]
             cells = [pair for pair in cells if not pair[0].method.is_reference]
             outcome = self._answer_full()
@@ -297,6 +300,8 @@ class _Example:
         inside = renumbers(self.keeper(cells[0]))
         cache, logits = self._open(selections, rooms, keepers, inside)
         outcomes = self._outcomes(selections)
+        if self.prompt.streamed:
+            return self._streamed(cache, logits, outcomes, self._turns(cache, keepers))
         if self.full is not None:
             turns = self._turns(cache, keepers)
             with stopwatch(self.sweep.model.device, self.sweep.laps.fidelity):
@@ -311,6 +316,19 @@ class _Example:
                 cache, logits = self._open(selections, rooms, keepers, inside)
         for outcome, answer in zip(outcomes, self._generate(cache, logits, self._turns(cache, keepers)), strict=True):
             outcome.answer = answer
+        return [outcome.checked() for outcome in outcomes]
+
+    def _streamed(self, cache: RowCache, logits: Tensor, outcomes: list[Outcome], turns: Turns | None) -> list[Outcome]:
+        """Every token scored as it comes; no other cache is compared with."""
+        text = list(self.prompt.forced)
+        ends = cache.grown(len(text) - 1)
+        with stopwatch(self.sweep.model.device, self.sweep.laps.decode):
+            found = losses(self.sweep.model, cache, logits, text, turns)
+        for number, (outcome, mine) in enumerate(zip(outcomes, found.double(), strict=True)):
+            end = cache.counts()[number] if turns is not None else ends[number] if ends else None
+            outcome.answer = Answer(list(text), "forced", end, held=None if turns is None else turns.held[number])
+            outcome.fidelity = {"loss": float(mine.mean())}
+            outcome.by_distance = [float(part.mean()) for part in mine.tensor_split(min(RANGES, len(text)))]
         return [outcome.checked() for outcome in outcomes]
 
     def _turns(self, cache: RowCache, keepers: list[Keeper]) -> Turns | None:
