@@ -22,6 +22,8 @@ from reports.keys import Label
 from reports.more_tables import length_tables, lm_eval_table, missing_table
 from reports.needles import needle_maps
 from reports.over_answer import over_answer_table
+from reports.over_answer_plot import ABOUT as OVER_ANSWER
+from reports.over_answer_plot import over_answer_plots
 from reports.page import Content, Made, Pictures, page, reading
 from reports.places import ranking_tables, rankings
 from reports.plots import palette_of
@@ -77,6 +79,7 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
         _save(found, averaged, drawn)
         pictures = [
             Pictures("Bits", "entries against bits at equal bytes", ABOUT, bits_maps(found, plotted)),
+            Pictures("Over an answer", "mean and peak bytes", OVER_ANSWER, over_answer_plots(records, plotted)),
             *_pictures(out, records, drawn, measured, said),
         ]
         title, tables = f"KV-cache methods: {out.name}", [*cost, *rest]
