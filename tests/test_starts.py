@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +104,8 @@ def test_trained_on_argmax_routers_still_learn_what_expert_choice_says() -> None
     router = routers(net)[0]
     assert router.scores is not None and torch.equal(router.assigned, router.scores.argmax(-1))
     assert torch.equal(router.wanted, wanted) and not torch.equal(router.assigned, wanted)
-    assert float(router.loss("logits")) > 0 and parts["lm"] != chosen["lm"]
+    slow = -router.logits.log_softmax(-1).gather(-1, wanted[..., None]).mean()
+    assert float(router.loss("logits")) == pytest.approx(float(slow)) and parts["lm"] != chosen["lm"]
 
 
 def test_attention_outputs_of_the_parent_are_learned() -> None:
@@ -124,6 +126,14 @@ def test_scales_are_learned_with_keys_and_values() -> None:
     for grouping in groupings(net):
         assert grouping.scales is not None and grouping.scales.grad is not None
         assert grouping.scales.grad[0] == 0 and grouping.scales.grad[1:].all(), "the finest expert has no mean to scale"
+    attention: Any = attention_layers(net)[0]
+    hidden = torch.randn(2, 9, attention.k_proj.in_features)
+    attention.kv_grouping.router.segments = None
+    before = attention.k_proj(hidden), attention.v_proj(hidden)
+    attention.kv_grouping.scales.data.fill_(2.0)
+    keys, coarse = attention.k_proj(hidden), (attention.kv_grouping.assigned > 0)[..., None]
+    assert torch.allclose(keys, torch.where(coarse, 2 * before[0], before[0])) and coarse.any()
+    assert torch.equal(attention.v_proj(hidden), before[1])
 
 
 def test_trainings_multiply_bfloat16_where_the_processor_does(monkeypatch: pytest.MonkeyPatch) -> None:
