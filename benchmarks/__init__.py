@@ -9,7 +9,7 @@ from benchmarks.lm_eval_tasks import LmEval
 from benchmarks.longbench import CATEGORIES, ENGLISH, HEADKV, KINDS, LongBench
 from benchmarks.loogle import LooGLE
 from benchmarks.needle import NeedleInHaystack
-from benchmarks.perplexity import Perplexity, PerplexityOwn, PerplexityWindows
+from benchmarks.perplexity import Perplexity, PerplexityOwn, PerplexityWindows, Streaming
 from benchmarks.random_tokens import RandomTokens
 from benchmarks.ruler import RulerMultiKey, RulerSingle, RulerVariables
 
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Task] = {
     "perplexity_own": PerplexityOwn(),
     "perplexity": Perplexity(),
     "perplexity_windows": PerplexityWindows(),
+    "streaming": Streaming(),
     "needle": NeedleInHaystack(),
     "needle_facts": NeedleInHaystack(needles="facts"),
     "ruler_single": RulerSingle(),

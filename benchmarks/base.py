@@ -51,6 +51,7 @@ class Example:
     requests: tuple[Request, ...] = ()  # likelihoods that are asked for instead of an answer
     piece: tuple[int, int] | None = None  # of the prompt's tokens only [first, last)
     one_pass: bool = False  # what is scored is read in the same pass as what lies before it: there is no cache to compress
+    streamed: bool = False  # scored token by token as it comes, whatever its length: nothing is compared with the full cache
     cut: Literal["middle", "start", "never"] = "middle"  # what is left out of a prompt that is too long; never: it is skipped
 
 

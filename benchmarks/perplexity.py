@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -105,6 +105,31 @@ class Perplexity(OfText):
 
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
         return self.piece(index, self.read + self.scored, self.read)
+
+    def score(self, answer: str, example: Example) -> dict[str, float]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Streaming(OfText):
+    """A long text under a cap (Xiao et al., 2023, section 4.1): read `read` tokens, then score one token after the other.
+
+    It may be longer than the model has positions for: methods whose positions are those inside the cache go on,
+    others are skipped.
+    """
+
+    text: str = "python"
+    read: int = 256
+    scored: int = 16000
+    name = "streaming@1"
+    forced = True
+
+    def __post_init__(self) -> None:
+        if self.read < 2 or self.scored < 2:
+            raise ValueError("read and scored must be at least 2 tokens")
+
+    def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
+        return replace(self.piece(index, self.read + self.scored, self.read), streamed=True)
 
     def score(self, answer: str, example: Example) -> dict[str, float]:
         return {}

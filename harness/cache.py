@@ -288,6 +288,8 @@ class Keeper(Protocol):
         """Does it want to see entries by position? Else it may be shown them as they lie, with positions [S, n] a row."""
         ...
 
+    # A keeper may say `renumbers = True`: its cell's positions are then those inside the cache.
+
     def keep(self, held: Sequence[HeldRows], tokens: int) -> list[Tensor]:
         """[S, n] each, True for entries that stay.
 
@@ -296,6 +298,11 @@ class Keeper(Protocol):
             tokens: read so far, the prompt's and the answer's.
         """
         ...
+
+
+def renumbers(keeper: Keeper | None) -> bool:
+    """Are positions those inside the cache? A keeper that does not say keeps original ones."""
+    return bool(getattr(keeper, "renumbers", False))
 
 
 @dataclass(frozen=True)

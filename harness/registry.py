@@ -382,7 +382,10 @@ def _settings(kind: str, text: str, inside: str) -> dict[str, Any]:
         if not equals:
             raise UnknownChoice(f"{kind} {text!r}: {part!r} is not of the form setting=value")
         try:
-            settings[key.strip()] = ast.literal_eval(value.strip())
+            written = value.strip()
+            settings[key.strip()] = (
+                {"true": True, "false": False}[written] if written in ("true", "false") else ast.literal_eval(written)
+            )
         except (ValueError, SyntaxError):
             settings[key.strip()] = value.strip()
     return settings

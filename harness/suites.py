@@ -294,6 +294,13 @@ SUITES: dict[str, Suite] = {
         benchmarks=("perplexity_own(length=256,scored=1536)",),
         limit=10,
     ),
+    "streaming": Suite(
+        about="a text four times as long as the embedded model reaches, token by token under a cap (StreamingLLM's measure)",
+        methods=("full", "streaming_llm(every=1)", "streaming_llm(every=1,renumber=true)", "snapkv(every=32,renumber=true)"),
+        budgets=("128", "512"),
+        benchmarks=("streaming(scored=3000)", "streaming"),
+        limit=1,
+    ),
     "lm-eval": Suite(
         about="lm-eval's HellaSwag, PIQA, WinoGrande and ARC under a compressed cache",
         methods=COMPARED,

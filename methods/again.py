@@ -24,6 +24,7 @@ class Again:
     allocator: Any
     every: int
     cap: Callable[[int], int]
+    renumbers: bool = False
 
     @property
     def needs(self) -> Needs:

@@ -139,16 +139,22 @@ class Eviction:
     allocator: Allocator | LooksAtPrefill
     version: int = 1  # raised when the same settings keep other entries
     every: int = field(default=0, repr=False)  # tokens of an answer after which entries are chosen again; 0: never
+    renumber: bool = field(
+        default=False, repr=False
+    )  # positions are those inside the cache, as StreamingLLM's, not original ones
     takes_budget = True
     is_reference = False
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"every {self.every} must be 0, never, or a number of tokens")
+        if self.renumber and not self.every:
+            raise ValueError("renumber is for caches that evict while decoding: name an interval too, every=1 or more")
 
     def __repr__(self) -> str:
         """The parameters of a row: as they were before methods could evict while decoding, for those that do not."""
         again = f", every={self.every}" if self.every else ""
+        again += ", renumber=True" if self.renumber else ""
         return f"Eviction(scorer={self.scorer!r}, allocator={self.allocator!r}, version={self.version!r}{again})"
 
     @property
@@ -183,7 +189,7 @@ class Eviction:
         return too_small(budget.entries(parent or shape, tokens, granularity), floor, heads * shape.layers)
 
     def while_decoding(self, cap: Callable[[int], int]) -> Keeper | None:
-        return Again(self.scorer, self.allocator, self.every, cap) if self.every else None
+        return Again(self.scorer, self.allocator, self.every, cap, self.renumber) if self.every else None
 
     def compress(self, prefill: Prefill, total: int, scores: Scores | None) -> Selection:
         """The rows of a cache of min(total, everything) entries."""

@@ -1,8 +1,8 @@
 """StreamingLLM: keep the first tokens and the newest ones.
 
 Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023. arxiv.org/abs/2309.17453
-With `every=1` it evicts at every step of the answer, as in the paper. Differs from it: kept entries stay at their original
-positions; the paper renumbers them inside the cache.
+With `every=1` it evicts at every step of the answer, and with `renumber=true` positions are those inside the cache, as in
+the paper. As it stands it acts once, after the prefill, and kept entries stay at their original positions.
 """
 
 from __future__ import annotations

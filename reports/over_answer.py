@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from reports.formats import Table, TableCell, words
-from reports.keys import LineKey
+from reports.keys import LineKey, PanelKey
 from reports.names import named
 from results.record import Record
 
@@ -19,21 +19,32 @@ NOTE = (
 )
 
 
-def over_answer_table(records: Sequence[Record]) -> list[Table]:
-    """One line a cell, where any of the cells evicts while decoding; and then all of that panel's, to compare with."""
+def grouped(records: Sequence[Record]) -> dict[LineKey, list[Record]]:
+    """Rows by cell, of panels where any of the cells evicts while decoding: all of such a panel's, to compare with."""
     done = [(record, at) for record, at in zip(records, named(records), strict=True) if record.bytes_over_answer]
     panels = {at.panel for record, at in done if record.bytes_kept_peak is not None}
     groups: dict[LineKey, list[Record]] = {}
     for record, at in done:
         if at.panel in panels and record.status == "ok":
             groups.setdefault(at, []).append(record)
+    return groups
+
+
+def full_bytes(groups: dict[LineKey, list[Record]]) -> dict[PanelKey, tuple[float, float]]:
+    """Mean and peak bytes of each panel's full cache."""
+    return {at.panel: means(found) for at, found in groups.items() if at.label.is_full and not at.asked.variant}
+
+
+def over_answer_table(records: Sequence[Record]) -> list[Table]:
+    """One line a cell, see `grouped`."""
+    groups = grouped(records)
     if not groups:
         return []
-    full = {at.panel: _means(found) for at, found in groups.items() if at.label.is_full and not at.asked.variant}
+    full = full_bytes(groups)
     rows = []
     for at in sorted(groups, key=lambda at: at.order):
         found = groups[at]
-        shares = np.array(_means(found)) / np.array(full[at.panel]) if at.panel in full else (None, None)
+        shares = np.array(means(found)) / np.array(full[at.panel]) if at.panel in full else (None, None)
         scores = [next(iter(record.metrics.values())) for record in found if record.metrics]
         ends = [record.stop_reason in ("end", "text") for record in found if record.stop_reason != "forced"]
         where = f"{at.model}, {at.task}"
@@ -48,7 +59,7 @@ def over_answer_table(records: Sequence[Record]) -> list[Table]:
     return [Table("Bytes over the answer", header, tuple(rows), (NOTE,))]
 
 
-def _means(records: Sequence[Record]) -> tuple[float, float]:
+def means(records: Sequence[Record]) -> tuple[float, float]:
     """Mean and peak bytes, averaged over the examples."""
     both = np.array([record.bytes_over_answer for record in records if record.bytes_over_answer], dtype=np.float64)
     mean, peak = both.mean(0).tolist()

@@ -14,6 +14,7 @@ from reports.bits import ABOUT, bits_maps
 from reports.cost import Cost, costs
 from reports.cost_plots import cost_pictures
 from reports.cost_tables import cost_sentences, cost_tables
+from reports.distance import distance_tables
 from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
 from reports.front import fronts
@@ -21,6 +22,8 @@ from reports.keys import Label
 from reports.more_tables import length_tables, lm_eval_table, missing_table
 from reports.needles import needle_maps
 from reports.over_answer import over_answer_table
+from reports.over_answer_plot import ABOUT as OVER_ANSWER
+from reports.over_answer_plot import over_answer_plots
 from reports.page import Content, Made, Pictures, page, reading
 from reports.places import ranking_tables, rankings
 from reports.plots import palette_of
@@ -57,6 +60,7 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
     rest = [
         *protection_tables(records),
         *over_answer_table(records),
+        *distance_tables(records),
         *length_tables(records),
         *lm_eval_table(read_folder(out, "lm_eval"), records),
         *missing_table(records),
@@ -75,6 +79,7 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
         _save(found, averaged, drawn)
         pictures = [
             Pictures("Bits", "entries against bits at equal bytes", ABOUT, bits_maps(found, plotted)),
+            Pictures("Over an answer", "mean and peak bytes", OVER_ANSWER, over_answer_plots(records, plotted)),
             *_pictures(out, records, drawn, measured, said),
         ]
         title, tables = f"KV-cache methods: {out.name}", [*cost, *rest]

@@ -139,6 +139,7 @@ def budget_size(budget: str) -> BudgetSize:
     return BudgetSize(budget.endswith("%"), float(budget.removesuffix("%") or 0))
 
 
+ONLY_SOME = ("by_distance",)  # told where a cell has them, as are those of cells that evict while decoding:
 WHILE_DECODING = ("entries_peak", "bytes_kept_peak", "entries_mean", "bytes_kept_mean")  # told where a cell has them
 
 
@@ -171,6 +172,7 @@ class Record:
     bytes_kept_peak: int | None = None
     entries_mean: float | None = None  # over its tokens
     bytes_kept_mean: float | None = None
+    by_distance: list[float] | None = None  # of a long text: mean loss of each of its equal parts, in order, nats
     bytes_full: int | None = None  # the unconverted model's full cache of the same prompt: the common denominator
     kept: list[list[int]] | None = None  # [L][Hq] entries that each query head reads; of example 0 alone, for a picture
     schema: int = SCHEMA
@@ -190,7 +192,7 @@ class Record:
         return (self.bytes_kept + self.bytes_kept_end) / 2, float(max(self.bytes_kept, self.bytes_kept_end))
 
     def to_json(self) -> str:
-        said = {name: value for name, value in vars(self).items() if value is not None or name not in WHILE_DECODING}
+        said = {name: value for name, value in vars(self).items() if value is not None or name not in (*WHILE_DECODING, *ONLY_SOME)}
         said["key"] = vars(self.key)
         return json.dumps(said, ensure_ascii=False, separators=(",", ":"))
 
@@ -246,6 +248,7 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys(("entries_mean", "bytes_kept_mean"), or_none(is_number)),
     "bytes_full": or_none(lambda value: is_count(value) and value > 0),
     "kept": or_none(is_square),
+    "by_distance": or_none(list_of(is_number)),
 }
 
 

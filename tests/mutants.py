@@ -532,6 +532,27 @@ FAULTS = (
         "tests/test_evict.py",
     ),
     Fault(
+        "ranks do not close up",
+        "harness/engine/renumber.py",
+        "(staying.cumsum(1) - 1)",
+        "torch.arange(ranks.shape[1]).expand_as(ranks)",
+        "tests/test_renumber.py",
+    ),
+    Fault(
+        "beyond the positions nobody is asked",
+        "harness/evaluation/plan.py",
+        "if keeper is None or not renumbers(keeper) or cell.budget is None:",
+        "if keeper is None or cell.budget is None:",
+        "tests/test_renumber.py",
+    ),
+    Fault(
+        "remembered queries stay turned",
+        "harness/engine/renumber.py",
+        "turn(cell, last, back=True)",
+        "turn(cell, last * 0, back=True)",
+        "tests/test_renumber.py",
+    ),
+    Fault(
         "evicted a token early",
         "harness/engine/evict.py",
         "if since >= keeper.every",

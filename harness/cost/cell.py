@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import latency, memory
-from harness.cache import Arena, Budget, LayerKV, Prefill, Selection
+from harness.cache import Arena, Budget, LayerKV, Prefill, Selection, renumbers
 from harness.cost.meters import CpuMeter, CudaMeter, DeviceClock, free_bytes
 from harness.cost.request import CostCell
 from harness.cost.roofline import copy_bandwidth, matmul_rate, rooflines, weight_bytes
 from harness.engine.evict import Turns, remember, without_entries
 from harness.engine.measure import OutOfMemory, memory_errors
 from harness.engine.model import Model
+from harness.engine.renumber import cannot_renumber, renumber
 from harness.engine.rows import Counts, RowCache, compact_and_free
 from harness.engine.static_decode import CannotCapture, Mode, StaticDecode, captures
 from harness.models.load import load
@@ -106,6 +107,8 @@ class CacheSubject:
         held: list[LayerKV | None] = list(self.prefill.layers)
         expert_groups, shape = self.prefill.expert_groups, self.prefill.shape
         keeper = None if self.budget is None else self.method.while_decoding(self._cap)
+        if renumbers(keeper) and (why := cannot_renumber(self.model)):
+            raise CannotRun(why)
         seen = [without_entries(kv) for kv in self.prefill.layers] if keeper else []
         self.prefill = self.selection = None
         if keeper is None:
@@ -115,6 +118,8 @@ class CacheSubject:
             room = keeper.every - (-grown // (shape.layers * shape.kv_heads))
             self.cache = compact_and_free(held, expert_groups, shape, selections, min(self.new_tokens, room))
             remember(self.cache, seen, [keeper] * self.batch)
+            if renumbers(keeper):
+                renumber(self.model, self.cache)
             self.turns = Turns(self.cache, [keeper] * self.batch)
         self.counts = self.cache.counts()
         self.packed = any(part.packed is not None for layer in self.cache.layers for part in layer.parts)

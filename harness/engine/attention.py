@@ -34,7 +34,8 @@ def attend(
     """
     heads, tokens, dim = queries.shape
     mass = None if layer.memory is None else layer.memory.mass
-    if queries.is_cuda and kernels.can_run(queries.dtype, dim) and mass is None and _kernels_can_read(layer):
+    plain = mass is not None or layer.ranks is not None  # what a kernel does not do
+    if queries.is_cuda and kernels.can_run(queries.dtype, dim) and not plain and _kernels_can_read(layer):
         outs = [attend_by_kernel(part, queries, step, scaling, softcap, sinks) for part in layer.parts]
         return outs[0] if len(outs) == 1 else torch.stack(outs).sum(0)  # of what reads no row of a part there are zeros
     where = torch.as_tensor(np.concatenate([part.readers(step) for part in layer.parts]), device=queries.device)
@@ -108,6 +109,8 @@ def _attend_block(
         return None
     keys, values = block.entries(layer.keys), block.entries(layer.values)  # [rows, length, D]
     asked = queries.view(block.count, block.width * block.tokens, -1)
+    if layer.ranks is not None:
+        keys, asked = layer.ranks.keys(block, keys), layer.ranks.queries(block, asked)
     logits = softcapped(torch.bmm(asked, keys.transpose(1, 2)), softcap)  # [rows, width * Q, length]
     _hide(layer, block, step, logits.view(block.count, block.width, block.tokens, block.length))
     if lse is not None:

@@ -235,13 +235,18 @@ class _Rows:
 
         first, width = table.first[rows], int(table.width[rows[0]])
         reading = width * memory.like.readers  # query heads of all layers that read a row
+        keys = shown(layer.keys)
+        asking = None if memory.queries is None else _asking(memory.queries[self.cell], memory.like, first, width)
+        if layer.ranks is not None:  # as the next query would meet them
+            keys = layer.ranks.rotation.turn(keys, shown(layer.ranks.of))
+            asking = None if asking is None else layer.ranks.newest(asking, keys.shape[1])
         kv = replace(
             memory.like,
             tokens=self.tokens,
-            keys=shown(layer.keys),
+            keys=keys,
             values=shown(layer.values),
             width=reading,
-            queries=None if memory.queries is None else _asking(memory.queries[self.cell], memory.like, first, width),
+            queries=asking,
             column_sums=None if memory.mass is None else (shown(memory.mass) / reading).repeat_interleave(reading, 0),
             query_heads=len(rows) * reading,
             held=positions,
@@ -283,6 +288,8 @@ def _leave(layer: RowLayer, part: _Part, mask: Tensor) -> None:
     hole_row, hole = (~stays & (behind < counts[:, None])).nonzero().unbind(1)
     mover_row, mover = moving.nonzero().unbind(1)
     starts = torch.as_tensor(table.start[part.rows], device=device)
+    if layer.ranks is not None:
+        layer.ranks.leave(starts, stays)
     for pool in layer.columns:
         pool.index_copy_(0, starts[hole_row] + hole, pool[starts[mover_row] + least + mover])
     table.length[part.rows] = counts.cpu().numpy()

@@ -279,6 +279,8 @@ class Model:
         self.route("argmax")
         work = DecodePass(cache, cache.step(counts), watch)
         positions = torch.as_tensor(work.step.positions, device=ids.device)[None]
+        if cache.renumbered:
+            positions = torch.zeros_like(positions)
         logits = self.forward(ids[None], positions, work, keep)
         if work.layers_run != self.depth:
             raise UnsupportedModel(f"attention of model {self.name!r} ran in {work.layers_run} layers while decoding")

@@ -24,6 +24,7 @@ from harness.storage import Storage
 
 if TYPE_CHECKING:
     from harness.engine.evict import Memory
+    from harness.engine.renumber import Ranks
 
 SLACK_STEP = 64  # the slack behind a row is a multiple of this
 KEPT_PLANS = 8  # split plans of a layer, of steps that bring other numbers of tokens
@@ -134,12 +135,14 @@ class RowLayer:
         self.taken: list[list[int]] = [[] for _ in range(cells)]
         self._plans: dict[bytes, DevicePlan] = {}
         self.memory: Memory | None = None  # of cells that evict while decoding
+        self.ranks: Ranks | None = None  # of rows whose entries' positions are those inside the cache
 
     @property
     def columns(self) -> list[Tensor]:
         """Everything that the pool holds of an entry, [P, ...] each."""
         mass = [] if self.memory is None or self.memory.mass is None else [self.memory.mass]
-        return [self.keys, self.values, self.positions, *mass]
+        ranks = [] if self.ranks is None else [self.ranks.of]
+        return [self.keys, self.values, self.positions, *mass, *ranks]
 
     @property
     def routed(self) -> bool:
@@ -192,6 +195,8 @@ class RowLayer:
         self.positions.index_copy_(0, where, self._index(step.positions[token]).int())
         if self.memory is not None and self.memory.mass is not None:
             self.memory.mass[where] = 0.0
+        if self.ranks is not None:
+            self.ranks.of.index_copy_(0, where, self._index(number).int())
         table.length[:] += added
 
     def pairs(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
@@ -274,6 +279,7 @@ class MixedLayer:
     """A layer whose rows are held in several ways: one part for each. It answers as a `RowLayer` does."""
 
     memory = None  # cells that evict while decoding are not packed, and go among themselves
+    ranks = None
 
     def __init__(self, parts: Sequence[RowLayer]) -> None:
         self.parts = tuple(parts)
@@ -315,6 +321,11 @@ class RowCache:
         """The layers, or the parts of those whose rows are held in several ways."""
         return [part for layer in self.layers for part in layer.parts]
 
+    @property
+    def renumbered(self) -> bool:
+        """Are positions those inside the cache, so that the model itself is to turn nothing?"""
+        return any(part.ranks is not None for part in self.parts)
+
     def step(self, counts: Sequence[int]) -> Step:
         """The next `counts[cell]` tokens of each cell, not yet read."""
         many = np.asarray(counts, dtype=np.int64)
@@ -346,7 +357,8 @@ class RowCache:
                 table, (held, room) = part.table, part.sizes()
                 np.add.at(mine, table.cell, table.length)
                 np.add.at(kept, table.cell, held)
-                np.add.at(allocated, table.cell, room + table.capacity * part.positions.element_size())
+                beside = part.positions.element_size() * (1 if part.ranks is None else 2)
+                np.add.at(allocated, table.cell, room + table.capacity * beside)
             entries += mine
             bits += (layer.expert_groups - 1).bit_length() * np.minimum(mine, self.seen)
         kept += -(-bits // 8)

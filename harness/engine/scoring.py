@@ -79,6 +79,26 @@ def branch(model: Model, cache: RowCache, lead: Tensor, tokens: Sequence[int], s
     return sums
 
 
+def losses(model: Model, cache: RowCache, lead: Tensor, tokens: Sequence[int], turns: Turns | None = None) -> Tensor:
+    """The negative log-likelihood of each token behind what the cells hold, nats, [C, n] on the host.
+
+    Args:
+        lead: [C, V], logits of the first.
+        turns: of cells that evict while decoding; their cache is not left as it was.
+    """
+    wanted = torch.tensor(tokens, device=lead.device)
+    found = torch.empty(cache.cells, len(tokens))
+
+    def add(start: int, logprobs: Tensor) -> None:  # [C, p, V]
+        mine = wanted[start : start + logprobs.shape[1]].expand(len(logprobs), -1)
+        found[:, start : start + logprobs.shape[1]] = -logprobs.gather(-1, mine[..., None])[..., 0].cpu()
+
+    add(0, lead.float().log_softmax(-1)[:, None])
+    for start, logprobs in forced(model, cache, tokens[:-1], turns):
+        add(start + 1, logprobs)
+    return found
+
+
 @dataclass(frozen=True)
 class FullAnswer:
     """What the full cache said, and how sure it was: the yardstick of fidelity."""

@@ -10,8 +10,9 @@ from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.base import Example, Task, reads_data, scores_likelihoods
-from harness.cache import Budget
+from harness.cache import Budget, renumbers
 from harness.engine.model import Model
+from harness.engine.renumber import cannot_renumber
 from harness.errors import BadRequest
 from harness.evaluation.loglikelihood import likelihood_prompts
 from harness.evaluation.prompts import CannotPrompt, Prompt, Protocol, has_example, tokenize
@@ -360,7 +361,7 @@ def key_of(model: Model, grid: Grid, unit: Unit, cell: Cell) -> Key:
         dtype=str(model.network.dtype).removeprefix("torch."),
         seed=unit.seed,
         temperature=protocol.temperature,
-        fidelity=grid.fidelity and not scores_likelihoods(unit.task),
+        fidelity=grid.fidelity and not scores_likelihoods(unit.task) and not unit.example.streamed,
     )
 
 
@@ -390,12 +391,34 @@ def check_vocabulary(model: Model, prompts: Sequence[Prompt]) -> None:
 
 
 def _why_not(model: Model, unit: Unit, cell: Cell, prompt: Prompt) -> str | None:
+    if prompt.streamed and (why := _beyond_positions(model, unit, cell, prompt)) is not None:
+        return why
     if cell.method.is_reference:
         return None
     if prompt.one_pass:
         return NOTHING_TO_COMPRESS
+    if renumbers(cell.method.while_decoding(lambda tokens: tokens)) and (why := cannot_renumber(model)):
+        return why
     where = (prompt.context, unit.protocol.granularity)
     return cell.method.cannot_run(model.least_shape, cell.budget or WHOLE, *where, model.parent_shape)
+
+
+def _beyond_positions(model: Model, unit: Unit, cell: Cell, prompt: Prompt) -> str | None:
+    """Why a cell cannot go on to the end of a streamed text."""
+    tokens = prompt.context + len(prompt.forced)
+    if tokens <= model.max_tokens:
+        return None
+    keeper = cell.method.while_decoding(lambda tokens: tokens)
+    if keeper is None or not renumbers(keeper) or cell.budget is None:
+        return (
+            f"a text of {tokens} tokens is longer than the {model.max_tokens} positions of {model.name}: only caches whose "
+            "positions are those inside go on, as in streaming_llm(every=1,renumber=true)"
+        )
+    most = cell.budget.entries(model.parent_shape, tokens, unit.protocol.granularity)
+    heads = model.shape.query_heads if unit.protocol.granularity == "query" else model.shape.kv_heads
+    if (longest := -(-most // (model.shape.layers * heads)) + keeper.every) > model.max_tokens:
+        return f"{longest} entries of a row are more than the {model.max_tokens} positions of {model.name}"
+    return None
 
 
 def plan_of(model: Model, grid: Grid, store: Store | None) -> Plan:

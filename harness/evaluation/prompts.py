@@ -38,6 +38,7 @@ class Prompt:
     branches: tuple[Branch, ...] = ()  # what is scored behind the context, instead of an answer
     one_pass: tuple[int, ...] = ()  # what follows each of the last ids: scored in the pass that reads them, instead of an answer
     request: int = 0  # which request `one_pass` answers
+    streamed: bool = False  # `forced` is scored as it comes, beside nothing else
 
     @property
     def asks_likelihoods(self) -> bool:
@@ -74,13 +75,13 @@ def tokenize(
     ids, context = _ids(tokenizer, example, protocol)
     if not ids:
         raise CannotPrompt("the prompt is empty")
-    if len(ids) > limit and example.cut == "never":
+    if (context if example.streamed else len(ids)) > limit and example.cut == "never":
         raise CannotPrompt(f"{len(ids)} tokens do not fit into {limit}, and cut this prompt means nothing: ask for a shorter one")
     if example.one_pass:
         return Prompt(ids[:-1], len(ids) - 1, one_pass=tuple(ids[context:]))
     if len(ids) > limit and example.cut == "start":
         ids, context = ids[-limit:], max(0, context - (len(ids) - limit))
-    if len(ids) > limit:
+    if len(ids) > limit and not example.streamed:
         head = tail = limit // 2  # as LongBench does: an odd limit leaves one unused
         dropped = len(ids) - head - tail
         ids = ids[:head] + ids[len(ids) - tail :]
@@ -88,7 +89,7 @@ def tokenize(
     if forced:
         if not 0 < context < len(ids) - 1:
             raise CannotPrompt("nothing to read, or nothing to score behind it")
-        return Prompt(ids[:context], context, tuple(ids[context:]))
+        return Prompt(ids[:context], context, tuple(ids[context:]), streamed=example.streamed)
     if protocol.prompt == "question_in":
         return Prompt(ids, len(ids), until=_ends(tokenizer, example))
     if context >= len(ids):

@@ -14,18 +14,20 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from harness.cache import Arena, Budget, Keeper, Needs, Prefill, Selection, keep_all
+from harness.cache import Arena, Budget, Keeper, Needs, Prefill, Selection, keep_all, renumbers
 from harness.engine.evict import Held, Turns, remember
 from harness.engine.generate import MOST_DRAFTS, Answer, Decoder, NgramTable, Sampler, Stop, generate
 from harness.engine.measure import Lap, OutOfMemory, memory_errors, stopwatch
 from harness.engine.model import Model
+from harness.engine.renumber import renumber
 from harness.engine.rows import Counts, RowCache, compact, slack_for
-from harness.engine.scoring import FullAnswer, Likelihood, branch
+from harness.engine.scoring import FullAnswer, Likelihood, branch, losses
 from harness.evaluation.prompts import Prompt, Protocol, turn_end_of
 from harness.storage import row_bytes
 from methods.base import CannotRun, Method, Scorer, Scores, score_prefill
 
 NOT_A_NUMBER = "not a number"  # how the reason of a cell begins that holds one
+RANGES = 8  # of a streamed text, equally long, whose losses are told apart
 CELL_BYTES = 600_000_000  # rows of the cells decoded together, unless asked otherwise
 
 
@@ -51,6 +53,7 @@ class Outcome:
     kept: list[list[int]] | None = None  # [L][Hq] entries that each query head reads, right after compaction
     skipped: str | None = None
     failed: str | None = None
+    by_distance: list[float] | None = None  # mean loss of each of RANGES parts of a streamed text, nats
 
     def checked(self) -> Outcome:
         """Itself, or a failure where it holds what is no number."""
@@ -193,7 +196,8 @@ class _Example:
         return len(self.prompt.ids) - self.prompt.context + appended + self.most + MOST_DRAFTS
 
     def answer_all(self, cells: list[tuple[Cell, Selection]]) -> Iterator[tuple[Cell, Outcome]]:
-        if self.prompt.forced or (self.sweep.with_fidelity and not self.prompt.asks_likelihoods):
+        compared = self.sweep.with_fidelity and not self.prompt.asks_likelihoods
+        if not self.prompt.streamed and (self.prompt.forced or compared):
             mine = [pair for pair in cells if pair[0].method.is_reference]
             cells = [pair for pair in cells if not pair[0].method.is_reference]
             outcome = self._answer_full()
@@ -213,7 +217,8 @@ class _Example:
         """Is the answer over before the keeper's first turn? Then its cells go with the others, drafts and all."""
         read = len(self.prompt.ids) - self.prompt.context + self.most - 1
         routed = any(len(groups) > 1 for groups in self.prefill.expert_groups)  # which rows grow is not known beforehand
-        return read < keeper.every and not (routed or self.prompt.forced or self.prompt.asks_likelihoods)
+        alike = not renumbers(keeper)
+        return alike and read < keeper.every and not (routed or self.prompt.forced or self.prompt.asks_likelihoods)
 
     def _held(self, cell: Cell, answer: Answer, before: Counts) -> Held | None:
         """What a cell held that would have evicted, had its answer been longer."""
@@ -249,10 +254,13 @@ class _Example:
 
         Small cells go first: their steps are cheap, and what they say are the draft tokens of the large ones.
         """
-        for evicting in (False, True):  # cells that evict while decoding go among themselves: they make no drafts
+        kinds = {
+            cell: (keeper is not None, renumbers(keeper)) for cell, keeper in ((cell, self.keeper(cell)) for cell, _ in cells)
+        }
+        for kind in sorted(set(kinds.values())):  # cells that evict while decoding go among themselves: they make no drafts
             batch: list[tuple[Cell, Selection]] = []
             held = 0
-            mine = [(self._bytes(c, s), c, s) for c, s in cells if (self.keeper(c) is not None) == evicting]
+            mine = [(self._bytes(c, s), c, s) for c, s in cells if kinds[c] == kind]
             for size, cell, selection in sorted(mine, key=lambda item: item[0]):
                 if batch and held + size > self.sweep.cell_bytes:
                     yield batch
@@ -301,11 +309,14 @@ class _Example:
         yield from ((cell, outcome) for (cell, _), outcome in zip(batch, outcomes, strict=True))
 
     def _answer(self, cells: list[Cell], selections: list[Selection]) -> list[Outcome]:
-        """All of the cells evict while decoding, or none does."""
+        """All of the cells evict while decoding, or none does; and all positions are renumbered, or none."""
         keepers = [keeper for cell in cells if (keeper := self.keeper(cell)) and not self.prompt.asks_likelihoods]
         rooms = [self._room(cell) for cell in cells]
-        cache, logits = self._open(selections, rooms, keepers)
+        inside = renumbers(self.keeper(cells[0]))
+        cache, logits = self._open(selections, rooms, keepers, inside)
         outcomes = self._outcomes(selections)
+        if self.prompt.streamed:
+            return self._streamed(cache, logits, outcomes, self._turns(cache, keepers))
         if self.full is not None:
             turns = self._turns(cache, keepers)
             with stopwatch(self.sweep.model.device, self.sweep.laps.fidelity):
@@ -317,23 +328,41 @@ class _Example:
                     outcome.answer = Answer(list(self.prompt.forced), "forced", end, held=held)
                 return [outcome.checked() for outcome in outcomes]
             if turns is not None:  # what was evicted for the full cache's answer is there for the cell's own
-                cache, logits = self._open(selections, rooms, keepers)
+                cache, logits = self._open(selections, rooms, keepers, inside)
         opened = cache.counts()
         answers = self._generate(cache, logits, self._turns(cache, keepers))
         for cell, outcome, answer, before in zip(cells, outcomes, answers, opened, strict=True):
             outcome.answer = replace(answer, held=self._held(cell, answer, before))
         return [outcome.checked() for outcome in outcomes]
 
+    def _streamed(self, cache: RowCache, logits: Tensor, outcomes: list[Outcome], turns: Turns | None) -> list[Outcome]:
+        """Every token scored as it comes; no other cache is compared with."""
+        text = list(self.prompt.forced)
+        ends = cache.grown(len(text) - 1)
+        with stopwatch(self.sweep.model.device, self.sweep.laps.decode):
+            found = losses(self.sweep.model, cache, logits, text, turns)
+        for number, (outcome, mine) in enumerate(zip(outcomes, found.double(), strict=True)):
+            end = cache.counts()[number] if turns is not None else ends[number] if ends else None
+            outcome.answer = Answer(list(text), "forced", end, held=None if turns is None else turns.held[number])
+            outcome.fidelity = {"loss": float(mine.mean())}
+            outcome.by_distance = [float(part.mean()) for part in mine.tensor_split(min(RANGES, len(text)))]
+        return [outcome.checked() for outcome in outcomes]
+
     def _turns(self, cache: RowCache, keepers: list[Keeper]) -> Turns | None:
         return Turns(cache, keepers, len(self.prompt.ids) - self.prompt.context) if keepers else None
 
     def _open(
-        self, selections: list[Selection], rooms: Sequence[int] | None = None, keepers: Sequence[Keeper] = ()
+        self,
+        selections: list[Selection],
+        rooms: Sequence[int] | None = None,
+        keepers: Sequence[Keeper] = (),
+        inside: bool = False,
     ) -> tuple[RowCache, Tensor]:
         """A cache that has read the whole prompt, and each cell's logits for the first token, [C, V].
 
         Args:
             rooms: tokens of each cell that its rows have room for; None: for all that may come.
+            inside: positions are those inside the cache.
         """
         laps, model = self.sweep.laps, self.sweep.model
         with stopwatch(model.device, laps.compact):
@@ -341,6 +370,8 @@ class _Example:
             self.counts = cache.counts()
             if keepers:
                 remember(cache, self.prefill.layers, keepers)
+            if inside:
+                renumber(model, cache)
         question = self.prompt.ids[self.prompt.context :]
         if not question:
             return cache, self.prefill.logits.expand(len(selections), -1)
