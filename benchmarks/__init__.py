@@ -3,7 +3,7 @@
 from benchmarks import babilong, loogle
 from benchmarks.babilong import BabiLong
 from benchmarks.base import Task
-from benchmarks.facts import NeedleText, Recall, RecallMany, TwoHop
+from benchmarks.facts import NeedleText, Recall, RecallEach, RecallMany, TwoHop
 from benchmarks.instruct import SETS, Instruct
 from benchmarks.lm_eval_tasks import LmEval
 from benchmarks.longbench import CATEGORIES, ENGLISH, HEADKV, KINDS, LongBench
@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, Task] = {
     "recall": Recall(),
     "two_hop": TwoHop(),
     "recall_many": RecallMany(),
+    "recall_each": RecallEach(),
     "needle_text": NeedleText(),
     "perplexity_own": PerplexityOwn(),
     "perplexity": Perplexity(),

@@ -11,6 +11,7 @@ from typing import Any
 from reports import plots
 from reports.answers import sentence, verdicts
 from reports.bits import ABOUT, bits_maps
+from reports.by_question import by_question_table
 from reports.cost import Cost, costs
 from reports.cost_plots import cost_pictures
 from reports.cost_tables import cost_sentences, cost_tables
@@ -57,6 +58,7 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
     rest = [
         *protection_tables(records),
         *over_answer_table(records),
+        *by_question_table(records),
         *length_tables(records),
         *lm_eval_table(read_folder(out, "lm_eval"), records),
         *missing_table(records),
