@@ -27,6 +27,7 @@ from reports.places import ranking_tables, rankings
 from reports.plots import palette_of
 from reports.present import mean_tables, score_tables
 from reports.protection import protection_tables
+from reports.samples import samples_table
 from reports.sequential import looks_of
 from reports.style import Palette
 from reports.summary import Family, families
@@ -59,6 +60,7 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
         *protection_tables(records),
         *over_answer_table(records),
         *by_question_table(records),
+        *samples_table(records),
         *length_tables(records),
         *lm_eval_table(read_folder(out, "lm_eval"), records),
         *missing_table(records),
