@@ -1,9 +1,9 @@
 """The quality benchmarks, by name. This table is the only list; it has no logic."""
 
-from benchmarks import babilong, loogle
+from benchmarks import babilong, loogle, reasoning
 from benchmarks.babilong import BabiLong
 from benchmarks.base import Task
-from benchmarks.facts import NeedleText, Recall, RecallMany, TwoHop
+from benchmarks.facts import NeedleText, Recall, RecallEach, RecallMany, TwoHop
 from benchmarks.instruct import SETS, Instruct
 from benchmarks.lm_eval_tasks import LmEval
 from benchmarks.longbench import CATEGORIES, ENGLISH, HEADKV, KINDS, LongBench
@@ -11,12 +11,14 @@ from benchmarks.loogle import LooGLE
 from benchmarks.needle import NeedleInHaystack
 from benchmarks.perplexity import Perplexity, PerplexityOwn, PerplexityWindows, Streaming
 from benchmarks.random_tokens import RandomTokens
+from benchmarks.reasoning import Reasoning
 from benchmarks.ruler import RulerMultiKey, RulerSingle, RulerVariables
 
 BENCHMARKS: dict[str, Task] = {
     "recall": Recall(),
     "two_hop": TwoHop(),
     "recall_many": RecallMany(),
+    "recall_each": RecallEach(),
     "needle_text": NeedleText(),
     "perplexity_own": PerplexityOwn(),
     "perplexity": Perplexity(),
@@ -33,6 +35,7 @@ BENCHMARKS: dict[str, Task] = {
     **{name: Instruct(name) for name in SETS},
     **{f"babilong_qa{task}": BabiLong(task) for task in babilong.LABELS},
     **{f"loogle_{kind}": LooGLE(kind) for kind in loogle.KINDS},
+    **{name: Reasoning(name) for name in reasoning.SETS},
     "lm_eval": LmEval(),
 }
 
@@ -50,5 +53,6 @@ GROUPS: dict[str, tuple[str, ...]] = {  # names that stand for several
     "instruct": tuple(SETS),
     "babilong": tuple(f"babilong_qa{task}" for task in babilong.LABELS),
     "loogle": tuple(f"loogle_{kind}" for kind in loogle.KINDS),
+    "reasoning": tuple(reasoning.SETS),
     "ruler": ("ruler_single", "ruler_multi_key", "ruler_variables"),
 }

@@ -33,6 +33,14 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A question on a context, and its right answer, as they stand in a text that holds several."""
+
+    question: str  # all that stands behind the context, up to where the answer begins
+    answer: str  # with the white space before it, and with what ends it
+
+
+@dataclass(frozen=True)
 class Example:
     """One prompt and what a right answer to it is.
 
@@ -53,6 +61,8 @@ class Example:
     one_pass: bool = False  # what is scored is read in the same pass as what lies before it: there is no cache to compress
     streamed: bool = False  # scored token by token as it comes, whatever its length: nothing is compared with the full cache
     cut: Literal["middle", "start", "never"] = "middle"  # what is left out of a prompt that is too long; never: it is skipped
+    turns: tuple[Turn, ...] = ()  # all questions on its context, in order, where there are several
+    turn: int = 0  # which of them this is
 
 
 @dataclass(frozen=True)
@@ -93,8 +103,9 @@ class Task(Protocol):
 
     `name` ends in a version ("recall@1"), raised when prompts or scoring change: old rows must not mix with new ones.
 
-    A task may have two members more. They are no fields of a dataclass, so that they do not change its repr:
-    `likelihoods = True` where nothing is generated (see `Example.requests`), and `embedded_can = True` (see below).
+    A task may have members more. They are no fields of a dataclass, so that they do not change its repr:
+    `likelihoods = True` where nothing is generated (see `Example.requests`), `embedded_can = True`, and
+    `context_of(index) -> int` where several examples ask about one context (see below).
     """
 
     @property
@@ -140,6 +151,12 @@ def reads_data(task: Task) -> TypeGuard[ReadsData]:
 def scores_likelihoods(task: Task) -> bool:
     """Are its requests scored for their likelihood, so that nothing is generated? A task says so with `likelihoods = True`."""
     return bool(getattr(task, "likelihoods", False))
+
+
+def context_of(task: Task, index: int) -> int:
+    """The number of the first example that asks about the same context; an example's own where a task does not say."""
+    found = getattr(task, "context_of", None)
+    return index if found is None else int(found(index))
 
 
 def embedded_can(task: Task) -> bool:

@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from benchmarks.base import CountTokens, Example, Metric
+from benchmarks.base import CountTokens, Example, Metric, Turn
 from benchmarks.haystack import Haystack, weave
 
 NAMES = tuple(
@@ -146,6 +146,54 @@ class RecallMany(Facts):
         listed = f"{who[0]}, {who[1]}, {who[2]} and {who[3]}"
         answer = " ".join(world.codes[name] for name in who)
         return Question(f"the codes of {listed} are", answer, tuple(("code", name) for name in who))
+
+
+@dataclass(frozen=True)
+class RecallEach(Facts):
+    """Several questions on one context, the codes of different names: each is an example of its own."""
+
+    questions: int = 4  # on each context
+    name = "recall_each@1"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.questions <= self.facts:
+            raise ValueError(f"questions {self.questions} must lie between 2 and the {self.facts} facts")
+
+    def context_of(self, index: int) -> int:
+        return index - index % self.questions
+
+    def ask(self, rng: random.Random, world: World) -> Question:
+        """All of them, as one conversation with its answers: what the context must leave room for."""
+        asked = rng.sample(list(world.codes), self.questions)
+        turns = [_turn(name, world) for name in asked]
+        text = "".join(turn.question + turn.answer for turn in turns).removeprefix(" Question: ")
+        answer = max((world.codes[name] for name in asked), key=len)
+        return Question(text, answer, tuple(("code", name) for name in asked))
+
+    def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
+        """Question `index % questions` of context `index // questions`."""
+        made = super().example(self.context_of(index), seed, count_tokens)
+        context, world, order = made.prompt[: made.context_end], *self._asked(index, seed)
+        turns = tuple(_turn(name, world) for name in order)
+        number = index % self.questions
+        code = world.codes[order[number]]
+        stated = context.index(world.statements()["code", order[number]])
+        columns = made.columns | {"depth": round(stated / len(context), 3)}
+        return Example(
+            index, context + turns[number].question, len(context), (code,), count_tokens(" " + code),
+            columns=columns, cut="never", turns=turns, turn=number,
+        )  # fmt: skip
+
+    def _asked(self, index: int, seed: int) -> tuple[World, list[str]]:
+        """The context's world, and the names that are asked about, in order: drawn as `Facts.example` does."""
+        rng = random.Random(f"{self.name}/{seed}/{self.context_of(index)}")
+        world = World.draw(rng, self.facts, self.links)
+        return world, rng.sample(list(world.codes), self.questions)
+
+
+def _turn(name: str, world: World) -> Turn:
+    return Turn(f" Question: the code of {name} is", f" {world.codes[name]}.")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import data, longbench_metrics
-from benchmarks.base import CountTokens, Example, Metric
+from benchmarks.base import CountTokens, Example, Metric, Turn
 from benchmarks.data import BadData, Data, Source
 
 
@@ -193,11 +193,38 @@ class LongBench:
         text = context + after.replace("{input}", data.text_of(row["input"]))
         answers = tuple(str(answer) for answer in row["answers"])
         columns: dict[str, str | int | float] = {"words": int(row["length"])}
-        return Example(index, text, len(context), answers, prompt.max_new_tokens, None, columns)
+        same = self._sharing()[self.context_of(index)]
+        turns = tuple(self._turn(after, number) for number in same) if len(same) > 1 else ()
+        return Example(
+            index, text, len(context), answers, prompt.max_new_tokens, None, columns, turns=turns, turn=same.index(index)
+        )
+
+    def context_of(self, index: int) -> int:
+        """The first record with the same context."""
+        return _contexts(self.task, self.extended, self.data_dir)[index]
+
+    def _sharing(self) -> dict[int, list[int]]:
+        """Records with the same context, by the first of them."""
+        found: dict[int, list[int]] = {}
+        for number, first in enumerate(_contexts(self.task, self.extended, self.data_dir)):
+            found.setdefault(first, []).append(number)
+        return found
+
+    def _turn(self, after: str, index: int) -> Turn:
+        row = self.records().rows[index]
+        return Turn(after.replace("{input}", data.text_of(row["input"])), f" {next(iter(row['answers']), '')}\n\n")
 
     def score(self, answer: str, example: Example) -> dict[str, float]:
         classes = self.records().rows[example.index]["all_classes"] or ()
         return {"longbench": 100 * score(self.task, answer, example.answers, classes)}
+
+
+@lru_cache(maxsize=8)
+def _contexts(task: str, extended: bool, data_dir: Path | None) -> tuple[int, ...]:
+    """Of each record, the first one with the same context."""
+    firsts: dict[str, int] = {}
+    rows = data.load(source(task, extended), data_dir).rows
+    return tuple(firsts.setdefault(data.text_of(row["context"]), number) for number, row in enumerate(rows))
 
 
 def score(task: str, answer: str, answers: Iterable[str], classes: Sequence[str]) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import data
-from benchmarks.base import CountTokens, Example, Metric
+from benchmarks.base import CountTokens, Example, Metric, Turn
 from benchmarks.data import BadData, Data, Source
 from benchmarks.longbench_metrics import qa_f1
 
@@ -70,7 +70,15 @@ class LooGLE:
         row = self.records().rows[document]
         context = before + data.text_of(row["context"] if _is_flat(row) else row["input"])
         text = context + after.replace("{Q}", question)
-        return Example(index, text, len(context), (answer,), self.new_tokens or KINDS[self.kind][2])
+        asked = _on(self.kind, self.data_dir)[document]
+        turns = tuple(Turn(after.replace("{Q}", question), f"{answer}\n\n") for _, question, answer in asked)
+        most = self.new_tokens or KINDS[self.kind][2]
+        return Example(index, text, len(context), (answer,), most, turns=turns, turn=index - asked[0][0])
+
+    def context_of(self, index: int) -> int:
+        """The first question on the same document."""
+        document = _questions(self.kind, self.data_dir)[index][0]
+        return _on(self.kind, self.data_dir)[document][0][0]
 
     def score(self, answer: str, example: Example) -> dict[str, float]:
         return {"f1": 100 * qa_f1(answer, example.answers[0])}
@@ -146,6 +154,15 @@ def _questions(kind: str, data_dir: Path | None) -> tuple[tuple[int, str, str], 
         untold = any(map(_is_flat, rows)) and not any(row.get("type") for row in rows)
         hint = ": these records do not tell the types of their questions, the older ones with qa_pairs do" if untold else ""
         raise BadData(f"{_records(kind, data_dir).source} holds no question of type {wanted!r}{hint}")
+    return found
+
+
+@lru_cache(maxsize=8)
+def _on(kind: str, data_dir: Path | None) -> dict[int, list[tuple[int, str, str]]]:
+    """Number, question and answer of all questions on a document, by document."""
+    found: dict[int, list[tuple[int, str, str]]] = {}
+    for number, (document, question, answer) in enumerate(_questions(kind, data_dir)):
+        found.setdefault(document, []).append((number, question, answer))
     return found
 
 

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-PromptProtocol = Literal["question_in", "question_after"]  # is the question read before entries are chosen, or asked behind them?
+PromptProtocol = Literal[
+    "question_in",  # the question is read before entries are chosen
+    "question_after",  # it is asked behind them
+    "first_question",  # entries are chosen with the context's first question in view, which is taken back before each is asked
+    "turns",  # the same, but the first question stays, and each follows those before it with their right answers
+    "turns_after",  # entries are chosen before any question is known, then as `turns`
+]
 Chat = Literal["raw", "template"]
 Granularity = Literal["kv", "query"]  # a row for each KV head, or for each query head
 Routing = Literal["expert_choice", "argmax"]  # of tokens to experts, where a layer has several
@@ -35,6 +41,7 @@ class Arena:
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
+        self.tenant: object = None  # what a sweep read last and left here, for the next question on the same context
 
     def take(self, name: str, rows: int, like: Tensor) -> Tensor:
         """[rows, *like.shape[1:]] of `like`'s type, uninitialised. The same name is the same memory: one user at a time."""

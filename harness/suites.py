@@ -301,6 +301,18 @@ SUITES: dict[str, Suite] = {
         benchmarks=("streaming(scored=3000)", "streaming"),
         limit=1,
     ),
+    "reasoning": Suite(
+        about="GSM8K, MATH-500 and AIME, four samples of a problem: eviction once and while the answer is written; for a GPU",
+        models=("deepseek-ai/DeepSeek-R1-Distill-Llama-8B",),
+        methods=("full", "snapkv", *("snapkv(every=128)", "streaming_llm(every=128)", "h2o(every=128)", "rkv")),
+        budgets=("512", "1024", "2048"),
+        benchmarks=("reasoning",),
+        limit=500,
+        seeds=(0, 1, 2, 3),
+        temperature=0.6,
+        fidelity=False,
+        chat="template",
+    ),
     "lm-eval": Suite(
         about="lm-eval's HellaSwag, PIQA, WinoGrande and ARC under a compressed cache",
         methods=COMPARED,

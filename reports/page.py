@@ -49,7 +49,8 @@ READING = (
     "are told apart with a chance of at most 5%, whichever is looked at, the best one included. Not shown to be worse does not "
     "mean equal.",
     "question_in: the prompt is read with its question, then compressed. question_after: the context alone is read and "
-    "compressed, then the question is asked. Protocols are never ranked together.",
+    "compressed, then the question is asked (query-agnostic). first_question, turns, turns_after: see `Many questions, one "
+    "context`. Protocols are never ranked together.",
 )
 
 
@@ -150,7 +151,7 @@ def page(content: Content) -> str:
         about_ranks=ABOUT_RANKS,
         ranks=_ranks(content.ranks, content.palette),
         means=mean_tables(several),
-        panels=[_panel(panel) for panel in shown],
+        panels=[_panel(panel, content.found) for panel in shown],
         pictures=pictured,
         sections=sections,
         commands=content.made.commands,
@@ -206,8 +207,8 @@ def _subtitle(records: Sequence[Record]) -> str:
     return f"{', '.join(models)}. {counts}."
 
 
-def _panel(panel: plots.Panel) -> dict[str, Any]:
-    tables = [replace(table, title="") for table in score_tables(panel.lines)]
+def _panel(panel: plots.Panel, found: Sequence[Line]) -> dict[str, Any]:
+    tables = [replace(table, title="") for table in score_tables(panel.lines, found)]
     return {"title": panel.at.title, "note": PATH_ONLY if panel.lines[0].path_only else "", "tables": tables}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from reports.formats import Table, TableCell
-from reports.keys import PanelKey
+from reports.keys import Label, PanelKey
 from reports.statistics import Estimate
 from reports.summary import Family, Overall
 from reports.tables import Line
@@ -13,24 +14,43 @@ from results.record import budget_size
 
 PATH_ONLY = "The embedded model cannot do this task: these scores prove the path, not the methods, and are not to be ranked on."
 HEADER = ("method", "budget", "bytes kept", "allocated", "n", "score", "against full", "KL to full", "same top token")
+AGNOSTIC = "question_after"
+QUERY_AGNOSTIC = (
+    "Query-agnostic: the score of the same method and budget where the cache was compressed before the question was known."
+)
 BYTES = ("method", "budget", "entries asked", "entries kept", "bytes kept", "allocated", "prompts that lost entries")
 
 
-def score_tables(found: Sequence[Line]) -> list[Table]:
-    """One table a model, benchmark and protocol."""
+def score_tables(found: Sequence[Line], among: Sequence[Line] = ()) -> list[Table]:
+    """One table a model, benchmark and protocol.
+
+    Args:
+        among: more lines, for what stands beside a score: that of a cache compressed before the question was known.
+    """
     grouped: dict[PanelKey, list[Line]] = {}
     for line in found:
         grouped.setdefault(line.panel, []).append(line)
     made = []
+    agnostic = {_but_prompt(line): line for line in (*found, *among) if line.protocol.prompt == AGNOSTIC}
     for panel, mine in grouped.items():
+        others = [agnostic.get(_but_prompt(line)) for line in mine] if panel.protocol.prompt != AGNOSTIC else []
+        known = any(others)  # asked both ways
         metric = next((line.metric for line in mine if line.metric), None)
         notes = [f"Score: {metric}. Protocol: {panel.protocol}" if metric else f"Protocol: {panel.protocol}"]
         notes += [PATH_ONLY] if mine[0].path_only else []
         judged = any(line.judge for line in mine)  # without a judge there is no column
         rows = tuple((*_scores(line), *([estimated(line.judge)] if judged else [])) for line in mine)
-        header = (*HEADER, "judge") if judged else HEADER
+        if known:
+            rows = tuple((*row, estimated(other.score if other else None)) for row, other in zip(rows, others, strict=True))
+        header = (*HEADER, *(["judge"] if judged else []), *(["query-agnostic"] if known else []))
+        notes += [QUERY_AGNOSTIC] if known else []
         made.append(Table(panel.title, header, rows, tuple(notes)))
     return made
+
+
+def _but_prompt(line: Line) -> tuple[object, ...]:
+    """The same for a cell whether or not its question was known when the cache was compressed."""
+    return (line.model, line.at.task, replace(line.protocol, prompt=""), line.label, line.budget)
 
 
 def _scores(line: Line) -> tuple[TableCell, ...]:
@@ -67,11 +87,22 @@ def size_of(budget: str) -> float:
 def mean_tables(found: Sequence[Family]) -> list[Table]:
     """Methods x budgets: the mean of the tasks' means, the best of a budget marked."""
     made = []
+    agnostic = {_asked_before(family): _by_place(family) for family in found if family.at.protocol.prompt == AGNOSTIC}
     for family in found:
+        after: Mapping[tuple[Label, str], Overall] = {}
+        if family.at.protocol.prompt != AGNOSTIC:
+            after = agnostic.get(_asked_before(family), {})
         budgets = sorted({cell.budget for cell in family.cells if cell.budget}, key=size_of)
-        by_place = {(cell.label, cell.budget): cell for cell in family.cells}
+        by_place = _by_place(family)
         best = {budget: _best(family, budget) for budget in budgets}
-        header = ("method", *budgets, "whole cache", "its bytes", "n")
+        header = (
+            "method",
+            *budgets,
+            "whole cache",
+            "its bytes",
+            "n",
+            *(f"query-agnostic {budget}" for budget in budgets if after),
+        )
         rows = []
         for label in dict.fromkeys(cell.label for cell in family.cells):
             at = [by_place.get((label, budget)) for budget in budgets]
@@ -80,11 +111,22 @@ def mean_tables(found: Sequence[Family]) -> list[Table]:
             counts = [cell.score.n for cell in (*at, whole) if cell is not None]
             shown = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
             share = _share(whole.byte_share if whole else None)
-            rows.append((TableCell(str(label)), *marked, _mean(whole, False), share, TableCell(shown, counts[0])))
+            unseen = (_mean(after.get((label, budget)), False) for budget in budgets if after)
+            rows.append((TableCell(str(label)), *marked, _mean(whole, False), share, TableCell(shown, counts[0]), *unseen))
         notes = [f"Mean {family.at.metric} of: {', '.join(map(str, family.tasks))}. Protocol: {family.at.protocol}."]
         notes += [PATH_ONLY] if family.path_only else []
+        notes += [QUERY_AGNOSTIC] if after else []
         made.append(Table(family.title, header, tuple(rows), tuple(notes)))
     return made
+
+
+def _by_place(family: Family) -> dict[tuple[Label, str], Overall]:
+    return {(cell.label, cell.budget): cell for cell in family.cells}
+
+
+def _asked_before(family: Family) -> tuple[object, ...]:
+    """The same for a family whether or not its questions were known when caches were compressed."""
+    return (replace(family.at, protocol=replace(family.at.protocol, prompt="")), family.tasks)
 
 
 def _best(family: Family, budget: str) -> float:

@@ -55,6 +55,34 @@ def estimate(values: np.ndarray, seed: int = 0, looks: int = 1) -> Estimate:
     return Estimate(mean, float(low), float(high), len(values))
 
 
+def clustered(clusters: Sequence[np.ndarray], seed: int = 0) -> Estimate:
+    """The mean over all values of clusters that were drawn together (questions on one context, samples of one problem), every
+    value counting alike; its percentile bootstrap draws clusters, and within each drawn one its values (two stages: Davison and
+    Hinkley 1997, section 3.8). So it counts how clusters differ, and how draws within them do. One cluster has no interval.
+    """
+    sizes = np.array([len(values) for values in clusters])
+    sums = np.array([values.sum() for values in clusters])
+    mean = float(sums.sum() / sizes.sum())
+    every = np.concatenate(clusters)
+    if len(clusters) == 1 or bool((every == every[0]).all()):
+        return Estimate(mean, mean, mean, len(clusters))
+    rng = np.random.default_rng(seed)
+    starts, means = np.cumsum(sizes) - sizes, []
+    for chunk in _chunks(len(every)):
+        drawn = rng.integers(0, len(clusters), (chunk, len(clusters)))  # clusters
+        total = np.zeros(chunk)
+        for place in range(len(clusters)):
+            mine = drawn[:, place]
+            size = sizes[mine]
+            within = rng.random((chunk, int(size.max())))  # values of the drawn cluster, as many as it has
+            picked = starts[mine][:, None] + (within * size[:, None]).astype(np.int64)
+            counted = np.arange(within.shape[1]) < size[:, None]
+            total += np.where(counted, every[np.minimum(picked, len(every) - 1)], 0.0).sum(1)
+        means.append(total / sizes[drawn].sum(1))
+    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(mean, min(float(low), mean), max(float(high), mean), len(clusters))
+
+
 def mean_of_means(tasks: Sequence[np.ndarray], seed: int = 0) -> Estimate:
     """The mean of the tasks' means, every task counting alike, its bootstrap drawn within each task. `n`: all examples."""
     mean = float(np.mean([np.mean(values) for values in tasks]))

@@ -11,6 +11,7 @@ from typing import Any
 from reports import plots
 from reports.answers import sentence, verdicts
 from reports.bits import ABOUT, bits_maps
+from reports.by_question import by_question_table
 from reports.cost import Cost, costs
 from reports.cost_plots import cost_pictures
 from reports.cost_tables import cost_sentences, cost_tables
@@ -29,6 +30,7 @@ from reports.places import ranking_tables, rankings
 from reports.plots import palette_of
 from reports.present import mean_tables, score_tables
 from reports.protection import protection_tables
+from reports.samples import samples_table
 from reports.sequential import looks_of
 from reports.style import Palette
 from reports.summary import Family, families
@@ -61,6 +63,8 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
         *protection_tables(records),
         *over_answer_table(records),
         *distance_tables(records),
+        *by_question_table(records),
+        *samples_table(records),
         *length_tables(records),
         *lm_eval_table(read_folder(out, "lm_eval"), records),
         *missing_table(records),

@@ -40,7 +40,7 @@ class Key:
     method: str  # "snapkv@1"
     params: str  # repr of the method
     budget: str  # "128", "25%", "" for a method that takes none
-    prompt: str  # question_in | question_after
+    prompt: str  # question_in | question_after | first_question | turns | turns_after
     chat: str  # raw | template
     truncation: int  # tokens; longer prompts keep their two ends
     granularity: str  # kv | query

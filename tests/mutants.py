@@ -829,6 +829,41 @@ FAULTS = (
         "scores, total * prefill.shape.entry_bytes()",
         PACKED,
     ),
+    Fault(
+        "a first question that keeps its place",
+        "harness/evaluation/sweep.py",
+        "cache.seen = cache.seen - len(self.prompt.looked)",
+        "cache.seen = cache.seen - 0",
+        "tests/test_turns.py",
+    ),
+    Fault(
+        "a first question that stays",
+        "harness/evaluation/reading.py",
+        "stay = positions[kept] < end",
+        "stay = positions[kept] >= 0",
+        "tests/test_turns.py",
+    ),
+    Fault(
+        "one context's rows for another's question",
+        "harness/evaluation/reading.py",
+        "same = self.ids == read_of(prompt) and",
+        "same = len(self.ids) == len(read_of(prompt)) and",
+        "tests/test_turns.py",
+    ),
+    Fault(
+        "memory that another sweep has read into",
+        "harness/evaluation/sweep.py",
+        "return self._reading if self._reading is self.arena.tenant else None",
+        "return self._reading",
+        "tests/test_turns.py",
+    ),
+    Fault(
+        "draws of one problem as if each were a problem",
+        "reports/statistics.py",
+        "total = np.zeros(chunk)",
+        "total, sizes, starts = np.zeros(chunk), np.ones_like(sizes), np.arange(len(sizes))",
+        "tests/test_turns.py",
+    ),
     Fault("shares of another type", "harness/evaluation/unit.py", "if outcome.packed else", "if False else", PACKED),
 )
 HELPER = """

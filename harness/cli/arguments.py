@@ -51,7 +51,7 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add("--methods", help="such as snapkv,h2o or snapkv(kernel=5); h2o:pyramid puts another allocator behind a scorer")
     add("--budgets", help="KV sizes (128) or shares of the full cache (25%%), with commas")
     add("--benchmarks", help="such as random_tokens(length=1024), with commas")
-    add("--prompt", help="question_in, question_after, or both with a comma")
+    add("--prompt", help="question_in, question_after, first_question, turns, turns_after; several with a comma")
     add("--chat", choices=("raw", "template"), help="(default: raw)")
     add("--granularity", choices=("kv", "query"), help="rows a KV head or a query head (default: kv)")
     add("--protect", help="first,last positions that every method protects, beside each at its own: 4,8 or 10%%,10%%")

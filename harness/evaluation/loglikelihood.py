@@ -35,11 +35,11 @@ def likelihood_prompts(
     """Prompts that answer all requests of an example, at most `limit` tokens each.
 
     Raises:
-        CannotPrompt: no tokenizer or chat template, nothing to score, or `question_after`.
+        CannotPrompt: no tokenizer or chat template, nothing to score, or a protocol other than `question_in`.
     """
     if tokenizer is None:
         raise CannotPrompt("the model has no tokenizer for a prompt in words")
-    if protocol.prompt == "question_after":
+    if protocol.prompt != "question_in":
         raise CannotPrompt("lm-eval does not say where a context ends and its question begins")
     prompts: list[Prompt] = []
     asked: list[Asked] = []

@@ -9,16 +9,18 @@ from functools import lru_cache
 from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.base import Example, Task, reads_data, scores_likelihoods
+from benchmarks.base import Example, Task, context_of, reads_data, scores_likelihoods
 from harness.cache import Budget, renumbers
 from harness.engine.model import Model
 from harness.engine.renumber import cannot_renumber
 from harness.errors import BadRequest
 from harness.evaluation.loglikelihood import likelihood_prompts
-from harness.evaluation.prompts import CannotPrompt, Prompt, Protocol, has_example, tokenize
+from harness.evaluation.prompts import CannotPrompt, Prompt, Protocol, has_example
+from harness.evaluation.reading import read_of
 from harness.evaluation.request import Part, RunRequest, Shard, narrowed
 from harness.evaluation.sweep import Cell
 from harness.evaluation.tokens import beyond
+from harness.evaluation.turns import prompt_of
 from harness.registry import BUILTIN, Registry
 from harness.suites import COST_SUITES, SUITES, Suite
 from methods.base import Method
@@ -64,9 +66,14 @@ class Grid:
         return found
 
     def examples(self, task: Task) -> list[int]:
+        """Their numbers, questions on one context behind each other: they share what is read, and belong to one shard."""
         count = self.limit if task.size is None else min(self.limit, task.size)
         asked = [n for n in range(count) if self.part == "all" or is_held_out(n) == (self.part == "held_out")]
-        return asked[self.shard.number - 1 :: self.shard.of]
+        contexts: dict[int, list[int]] = {}
+        for number in asked:
+            contexts.setdefault(context_of(task, number), []).append(number)
+        mine = list(contexts.values())[self.shard.number - 1 :: self.shard.of]
+        return [number for questions in mine for number in questions]
 
     @property
     def size(self) -> int:
@@ -371,8 +378,9 @@ def opened(model: Model, unit: Unit) -> Opened:
         if unit.example.requests:
             prompts = likelihood_prompts(model.tokenizer, unit.example, unit.protocol, unit.limit)
         else:
-            prompts = [tokenize(model.tokenizer, unit.example, unit.protocol, unit.limit, unit.task.forced)]
+            prompts = [prompt_of(model.tokenizer, unit.example, unit.protocol, unit.limit, unit.task.forced)]
         check_vocabulary(model, prompts)
+        _check_windows(model, prompts)
     except CannotPrompt as reason:
         return Opened([], dict.fromkeys(unit.keys, str(reason)))
     reasons = {cell: why for cell in unit.keys for prompt in prompts if (why := _why_not(model, unit, cell, prompt)) is not None}
@@ -385,9 +393,22 @@ def check_vocabulary(model: Model, prompts: Sequence[Prompt]) -> None:
         CannotPrompt: a token that the model has no embedding for.
     """
     for prompt in prompts:
-        read = chain(prompt.ids, prompt.forced, prompt.one_pass, *(branch.ids for branch in prompt.branches))
+        read = chain(prompt.ids, prompt.looked, prompt.forced, prompt.one_pass, *(branch.ids for branch in prompt.branches))
         if (why := beyond(max(read, default=0), model.vocabulary, model.tokenizer)) is not None:
             raise CannotPrompt(why)
+
+
+def _check_windows(model: Model, prompts: Sequence[Prompt]) -> None:
+    """
+    Raises:
+        CannotPrompt: a layer has let go of entries for a question that is to be taken back.
+    """
+    for prompt in prompts:
+        narrowest = min((window for window in model.parent_shape.windows if window is not None), default=None)
+        if prompt.looked and narrowest is not None and prompt.context + len(prompt.looked) > narrowest:
+            raise CannotPrompt(
+                f"a window of {narrowest} tokens has moved on to the first question, so that it cannot be taken back: use turns"
+            )
 
 
 def _why_not(model: Model, unit: Unit, cell: Cell, prompt: Prompt) -> str | None:
@@ -399,6 +420,8 @@ def _why_not(model: Model, unit: Unit, cell: Cell, prompt: Prompt) -> str | None
         return NOTHING_TO_COMPRESS
     if renumbers(cell.method.while_decoding(lambda tokens: tokens)) and (why := cannot_renumber(model)):
         return why
+    if prompt.looked and cell.method.while_decoding(lambda tokens: tokens) is not None:
+        return "it remembers what it has looked at, so that the first question cannot be taken back: use --prompt turns"
     where = (prompt.context, unit.protocol.granularity)
     return cell.method.cannot_run(model.least_shape, cell.budget or WHOLE, *where, model.parent_shape)
 
@@ -429,13 +452,18 @@ def plan_of(model: Model, grid: Grid, store: Store | None) -> Plan:
     check_shares(model, grid)
     check_tasks(model, grid)
     plan = Plan(model.name)
+    last: tuple[object, ...] = ()  # what is read for several questions is read once
     for unit in checked(model, units(model, grid, store)):
         left = unit.left
-        reasons = [f"{cell.name}: {why}" for cell, why in opened(model, unit).skipped.items() if cell in left] if left else []
+        found = opened(model, unit) if left else Opened([], {})
+        reasons = [f"{cell.name}: {why}" for cell, why in found.skipped.items() if cell in left]
         for reason in reasons:
             plan.skipped[reason] = plan.skipped.get(reason, 0) + 1
         plan.cells += len(left) - len(reasons)
-        plan.prefills += len(left) > len(reasons)
+        if len(left) > len(reasons):
+            read = (unit.protocol, unit.seed, *map(read_of, found.prompts))
+            plan.prefills += read != last
+            last = read
         plan.finished += len(unit.finished)
     return plan
 

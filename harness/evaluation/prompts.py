@@ -39,6 +39,7 @@ class Prompt:
     one_pass: tuple[int, ...] = ()  # what follows each of the last ids: scored in the pass that reads them, instead of an answer
     request: int = 0  # which request `one_pass` answers
     streamed: bool = False  # `forced` is scored as it comes, beside nothing else
+    looked: tuple[int, ...] = ()  # read behind the context while entries are chosen, and then taken back
 
     @property
     def asks_likelihoods(self) -> bool:
@@ -91,15 +92,15 @@ def tokenize(
             raise CannotPrompt("nothing to read, or nothing to score behind it")
         return Prompt(ids[:context], context, tuple(ids[context:]), streamed=example.streamed)
     if protocol.prompt == "question_in":
-        return Prompt(ids, len(ids), until=_ends(tokenizer, example))
+        return Prompt(ids, len(ids), until=ends_of(tokenizer, example))
     if context >= len(ids):
         raise CannotPrompt("no text behind the context, so nothing can be asked after it")
     if context <= 0:
         raise CannotPrompt("no context before the question")
-    return Prompt(ids, context, until=_ends(tokenizer, example))
+    return Prompt(ids, context, until=ends_of(tokenizer, example))
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase | None, example: Example) -> tuple[str, ...]:
+def ends_of(tokenizer: PreTrainedTokenizerBase | None, example: Example) -> tuple[str, ...]:
     """Texts that end an answer; among several, as in lm-eval, the end token's, where a model spells it letter by letter."""
     end = tokenizer.eos_token if tokenizer is not None and example.until else None
     return example.until if end is None or end in example.until else (*example.until, str(end))
@@ -128,9 +129,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase | None, example: Example, protocol: 
             start = []
         return start + _stream(tokenizer, example.prompt)[first : last - len(start)], example.context_end
     encoded = encode(tokenizer, example.prompt, protocol.chat)
-    end = example.context_end + encoded.shift
-    holds = [number for number, (start, stop) in enumerate(encoded.offsets) if start < min(stop, end)]
-    return encoded.ids, holds[-1] + 1 if holds else 0
+    return encoded.ids, encoded.reach(example.context_end)
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,11 @@ class Encoded:
     ids: list[int]
     offsets: list[tuple[int, int]]  # characters
     shift: int  # characters that the chat template puts in front of the text
+
+    def reach(self, end: int) -> int:
+        """How many tokens reach to the text's character before `end`."""
+        holds = [number for number, (start, stop) in enumerate(self.offsets) if start < min(stop, end + self.shift)]
+        return holds[-1] + 1 if holds else 0
 
     def tokens_of(self, start: int, stop: int) -> tuple[int, int]:
         """[first, last) tokens that hold any of the text's characters [start, stop)."""
@@ -156,11 +160,11 @@ def _fixed(clock: re.Match[str]) -> str:
     return repr(TODAY.strftime(clock[2]))
 
 
-def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """`text` as the one message of a user, up to where the answer begins.
+def as_chat(tokenizer: PreTrainedTokenizerBase, *said: str) -> str:
+    """What a user and an assistant have said in turn, the user first and last, up to where the next answer begins.
 
     Raises:
-        CannotPrompt: no chat template, none that is the default, or one that cannot be applied to such a message.
+        CannotPrompt: no chat template, none that is the default, or one that cannot be applied to such messages.
     """
     templates = tokenizer.chat_template
     if not templates:
@@ -170,14 +174,15 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
             f"the tokenizer{_of(tokenizer)} has the chat templates {', '.join(sorted(templates))} and none named default: "
             "use --chat raw, or name one of them so in a copy of the model"
         )
-    message = [{"role": "user", "content": text}]
+    messages = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(said)]
     try:
         written = CLOCK.sub(_fixed, templates["default"] if isinstance(templates, dict) else templates)
-        return str(tokenizer.apply_chat_template(message, chat_template=written, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, chat_template=written, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program of its author's
-        said = f"{type(error).__name__}: {first_line(error)}"
+        what = "a lone user message" if len(said) == 1 else f"a conversation of {len(said)} messages"
         raise CannotPrompt(
-            f"the chat template{_of(tokenizer)} cannot be applied to a lone user message ({said}): use --chat raw"
+            f"the chat template{_of(tokenizer)} cannot be applied to {what} ({type(error).__name__}: {first_line(error)}): "
+            "use --chat raw"
         ) from None
 
 

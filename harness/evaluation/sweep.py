@@ -23,8 +23,9 @@ from harness.engine.renumber import renumber
 from harness.engine.rows import Counts, RowCache, compact, slack_for
 from harness.engine.scoring import FullAnswer, Likelihood, branch, losses
 from harness.evaluation.prompts import Prompt, Protocol, turn_end_of
+from harness.evaluation.reading import Reading, read_of
 from harness.storage import row_bytes
-from methods.base import CannotRun, Method, Scorer, Scores, score_prefill
+from methods.base import CannotRun, Method
 
 NOT_A_NUMBER = "not a number"  # how the reason of a cell begins that holds one
 RANGES = 8  # of a streamed text, equally long, whose losses are told apart
@@ -107,6 +108,17 @@ class Sweep:
     seed: int = 0  # of sampled answers
     laps: Laps = field(default_factory=Laps)
     arena: Arena = field(default_factory=Arena)
+    read: int = 0  # contexts, rather than questions
+    _reading: Reading | None = field(default=None, repr=False)
+
+    @property
+    def reading(self) -> Reading | None:
+        """What was read last, unless another sweep has read into the same memory since."""
+        return self._reading if self._reading is self.arena.tenant else None
+
+    @reading.setter
+    def reading(self, reading: Reading | None) -> None:
+        self._reading = self.arena.tenant = reading
 
     def example(self, prompt: Prompt, cells: Sequence[Cell], most: int) -> Iterator[tuple[Cell, Outcome]]:
         """Outcomes of the cells of one prompt, as they are finished. Every cell gets exactly one."""
@@ -137,44 +149,49 @@ class _Example:
     sweep: Sweep
     prompt: Prompt
     most: int
-    scores: dict[Scorer, Scores] = field(default_factory=dict)
     full: FullAnswer | None = None
     ngrams: NgramTable = field(default_factory=NgramTable)
 
     def read(self, needs: Needs) -> None:
-        laps, model = self.sweep.laps, self.sweep.model
-        ids = torch.tensor(self.prompt.ids[: self.prompt.context], device=model.device)
-        turn_end = turn_end_of(model.tokenizer, self.sweep.protocol.chat) if needs.replays else ""
+        """The context, unless the last question was asked on the same one."""
+        held = self.sweep.reading
+        self.reading = held if held is not None and held.serves(self.prompt, needs) else self._read(needs)
+        self.prefill: Prefill = self.reading.prefill
+        self.everything = self.reading.without_question(keep_all(self.prefill))
+        self.ngrams.learn(self.prompt.ids)
+
+    def _read(self, needs: Needs) -> Reading:
+        sweep, prompt = self.sweep, self.prompt
+        laps, model = sweep.laps, sweep.model
+        sweep.reading = None  # its memory is the next one's
+        ids = torch.tensor(read_of(prompt), device=model.device)
+        turn_end = turn_end_of(model.tokenizer, sweep.protocol.chat) if needs.replays else ""
         with stopwatch(model.device, laps.prefill):
-            prefill, observed = model.prefill(
-                ids, needs, self.sweep.arena, self.sweep.protocol.routing, len(self.prompt.one_pass), turn_end
-            )
+            prefill, observed = model.prefill(ids, needs, sweep.arena, sweep.protocol.routing, len(prompt.one_pass), turn_end)
         laps.prefill.seconds -= observed.seconds
         laps.observe.seconds += observed.seconds
-        self.prefill: Prefill = prefill.at(self.sweep.protocol.granularity)
-        self.ngrams.learn(self.prompt.ids)
+        sweep.read += 1
+        prefill = prefill.at(sweep.protocol.granularity)
+        sweep.reading = Reading(read_of(prompt), len(prompt.looked), len(prompt.one_pass), needs, prefill)
+        return sweep.reading
 
     def select(self, cell: Cell) -> Selection | Outcome:
         """The rows that a cell keeps, or why it keeps none."""
+        reading = self.reading
+        if cell in reading.selections:
+            return reading.selections[cell]
         try:
             with memory_errors(), stopwatch(self.sweep.model.device, self.sweep.laps.score):
-                return cell.method.compress(self.prefill, self.asked(cell), self._scores(cell.method.scorer))
+                chosen = cell.method.compress(self.prefill, self.asked(cell), reading.scores_of(cell.method.scorer))
+                return reading.selections.setdefault(cell, reading.without_question(chosen))
         except CannotRun as reason:
             return Outcome(skipped=str(reason))
         except (ValueError, OutOfMemory) as error:
             return Outcome(failed=f"{type(error).__name__}: {error}")
 
-    def _scores(self, scorer: Scorer | None) -> Scores | None:
-        """Once for all methods and budgets that rank by the same scorer."""
-        if scorer is None:
-            return None
-        if scorer not in self.scores:
-            self.scores[scorer] = score_prefill(scorer, self.prefill)
-        return self.scores[scorer]
-
     def asked(self, cell: Cell) -> int:
         if cell.budget is None:
-            return self.entries(keep_all(self.prefill))
+            return self.entries(self.everything)
         return cell.budget.entries(self.sweep.model.parent_shape, self.prefill.tokens, self.sweep.protocol.granularity)
 
     def entries(self, selection: Selection) -> int:
@@ -232,11 +249,10 @@ class _Example:
 
     def _answer_full(self) -> Outcome:
         """Full first: the others' fidelity is measured against its answer."""
-        everything = keep_all(self.prefill)
         try:
             with memory_errors():
-                cache, logits = self._open([everything])
-                outcome = self._outcomes([everything])[0]
+                cache, logits = self._open([self.everything])
+                outcome = self._outcomes([self.everything])[0]
                 read = cache.seen
                 outcome.answer = self._generate(cache, logits)[0]
                 if (checked := outcome.checked()).failed:
@@ -367,6 +383,7 @@ class _Example:
         laps, model = self.sweep.laps, self.sweep.model
         with stopwatch(model.device, laps.compact):
             cache = compact(self.prefill, selections, rooms or self.to_come, self.sweep.arena)
+            cache.seen = cache.seen - len(self.prompt.looked)  # their entries are in no selection
             self.counts = cache.counts()
             if keepers:
                 remember(cache, self.prefill.layers, keepers)
@@ -380,7 +397,7 @@ class _Example:
             return cache, model.decode(cache, ids)[:, -1]
 
     def _outcomes(self, selections: list[Selection]) -> list[Outcome]:
-        everything = self.entries(keep_all(self.prefill))
+        everything = self.entries(self.everything)
         packed = [any(row.storage is not None for layer in selection for row in layer) for selection in selections]
         return [
             Outcome(counts=counts, compressed=fewer_bits or counts.entries < everything, packed=fewer_bits)

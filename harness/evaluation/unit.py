@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from benchmarks.base import NLL, embedded_can
+from benchmarks.base import NLL, context_of, embedded_can
 from harness.cache import Arena
 from harness.engine.generate import Answer
 from harness.engine.measure import keep_freed_memory
@@ -31,7 +31,7 @@ from harness.evaluation.sweep import CELL_BYTES, NOT_A_NUMBER, Cell, Outcome, Sw
 from harness.models.load import load_model
 from harness.registry import registry_of
 from harness.storage import HALF
-from results.record import Record, Status
+from results.record import Column, Record, Status
 
 
 @dataclass
@@ -100,7 +100,7 @@ def run_unit(request: RunRequest, unit: Unit, loaded: Loaded | None = None) -> I
             yield record_of(model, unit, found.prompts, cell, outcome, env)
         except Exception as error:  # a benchmark's own scoring, which may be a plugin's or lm-eval's
             reason = f"scoring: {type(error).__name__}: {first_line(error)}"
-            yield Record(unit.keys[cell], "failed", env, reason=reason, columns=unit.example.columns)
+            yield Record(unit.keys[cell], "failed", env, reason=reason, columns=columns_of(unit))
 
 
 def _outcomes(sweep: Sweep, unit: Unit, found: Opened) -> Iterator[tuple[Cell, Outcome]]:
@@ -124,12 +124,20 @@ def _outcomes(sweep: Sweep, unit: Unit, found: Opened) -> Iterator[tuple[Cell, O
         yield from ((cell, Outcome(failed=reason)) for cell in cells if cell not in done)
 
 
+def columns_of(unit: Unit) -> dict[str, Column]:
+    """The example's, and which question on its context it is, where there are several; numbered from 1."""
+    example = unit.example
+    if len(example.turns) < 2:
+        return example.columns
+    return example.columns | {"question": example.turn + 1, "shares": context_of(unit.task, example.index)}
+
+
 def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outcome: Outcome, env: str) -> Record:
     key, can = unit.keys[cell], embedded_can(unit.task)
     reason = outcome.failed or outcome.skipped
     if reason or not prompts:
         status: Status = "failed" if outcome.failed else "skipped"
-        return Record(key, status, env, reason=reason, columns=unit.example.columns, embedded_can=can)
+        return Record(key, status, env, reason=reason, columns=columns_of(unit), embedded_can=can)
     assert outcome.answer is not None and outcome.counts is not None
     text = said(model, prompts[0], outcome.answer)
     end, held = outcome.answer.end, outcome.answer.held
@@ -138,7 +146,7 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
     scored = (NLL,) if prompts[0].forced else unit.task.metrics
     metrics = {NLL.name: outcome.fidelity["loss"]} if prompts[0].forced else unit.task.score(str(text), unit.example)
     if wrong := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
-        return Record(key, "failed", env, reason=f"{NOT_A_NUMBER}: {', '.join(wrong)}", answer=text, columns=unit.example.columns)
+        return Record(key, "failed", env, reason=f"{NOT_A_NUMBER}: {', '.join(wrong)}", answer=text, columns=columns_of(unit))
     return Record(
         key,
         "ok",
@@ -151,7 +159,7 @@ def record_of(model: Model, unit: Unit, prompts: list[Prompt], cell: Cell, outco
         embedded_can=can,
         fidelity={} if outcome.by_distance else outcome.fidelity,
         by_distance=outcome.by_distance,
-        columns=unit.example.columns,
+        columns=columns_of(unit),
         prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
         new_tokens=len(outcome.answer.tokens),
         compressed=outcome.compressed,
