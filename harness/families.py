@@ -75,11 +75,11 @@ class Handle:
             return torch.stack((queries, keys, values), -2).flatten(-3)
         return torch.cat([part.flatten(-2) for part in (queries, keys, values)], -1)
 
-    def key_values(self) -> list[Tensor]:
-        """Weights [H, D, hidden] and biases [H, D] of keys and values: views, to be changed in place."""
-        found = []
+    def key_values(self, values: bool = True) -> list[Tensor]:
+        """Weights [H, D, hidden] and biases [H, D] of keys and, if asked for, values: views, to be changed in place."""
+        found, last = [], 3 if values else 2
         if self.layout == "apart":
-            for projection in (self.attention.k_proj, self.attention.v_proj):
+            for projection in (self.attention.k_proj, self.attention.v_proj)[: last - 1]:
                 found += [
                     part.data.unflatten(0, (-1, self.head_dim))
                     for part in (projection.weight, projection.bias)
@@ -87,11 +87,19 @@ class Handle:
                 ]
             return found
         weight, bias = self.fused.weight.data, self.fused.bias
-        for part in self.split(weight.t())[1:]:  # [hidden, H, D]
+        for part in self.split(weight.t())[1:last]:  # [hidden, H, D]
             found.append(part.permute(1, 2, 0))
         if bias is not None:
-            found += list(self.split(bias.data)[1:])
+            found += list(self.split(bias.data)[1:last])
         return found
+
+    def queries(self) -> list[Tensor]:
+        """The same of the queries: weight [Hq, D, hidden], and bias [Hq, D] where there is one."""
+        if self.layout == "apart":
+            given = (self.attention.q_proj.weight, self.attention.q_proj.bias)
+            return [part.data.unflatten(0, (-1, self.head_dim)) for part in given if part is not None]
+        found = [self.split(self.fused.weight.data.t())[0].permute(1, 2, 0)]
+        return found if self.fused.bias is None else [*found, self.split(self.fused.bias.data)[0]]
 
 
 def text_config(config: Any) -> Any:
@@ -158,6 +166,11 @@ def handles(network: PreTrainedModel) -> list[Handle]:
     for handle in made:
         _check_handle(handle, family)
     return made
+
+
+def attention_layers(network: PreTrainedModel) -> list[nn.Module]:
+    """The modules that project keys, in order; of a converted model too."""
+    return [module for module in network.get_decoder().modules() if any(_holds(module, name) for name in PROJECTIONS)]
 
 
 def _holds(module: nn.Module, name: str) -> bool:
@@ -287,12 +300,14 @@ class Grouping(nn.Module):
 
     Args:
         router: a module that is shown the layer's input and then has `assigned`, [B, T]: the expert of each token.
+        scaled: are averaged keys multiplied by a number that is learned, one an expert?
     """
 
-    def __init__(self, groups: Sequence[int], router: Any = None) -> None:
+    def __init__(self, groups: Sequence[int], router: Any = None, scaled: bool = False) -> None:
         super().__init__()
         self.groups = tuple(groups)
         self.router = router
+        self.scales = nn.Parameter(torch.ones(len(self.groups))) if scaled else None
 
     @property
     def assigned(self) -> Tensor | None:
@@ -303,13 +318,15 @@ class Grouping(nn.Module):
         if self.router is not None:
             self.router(hidden)
 
-    def merged(self, heads: Tensor) -> Tensor:
+    def merged(self, heads: Tensor, keys: bool = False) -> Tensor:
         """[B, T, H, D]: heads averaged in the groups of each token's expert, and repeated back to H."""
         merged = heads
         for number, group in enumerate(self.groups):
             if group == 1:
                 continue
             mean = heads.unflatten(-2, (-1, group)).mean(-2, keepdim=True)
+            if keys and self.scales is not None:
+                mean = mean * self.scales[number].to(mean.dtype)
             mean = mean.expand(*mean.shape[:-2], group, -1).flatten(-3, -2)
             assigned = self.assigned
             merged = mean if assigned is None else torch.where((assigned == number)[..., None, None], mean, merged)
@@ -328,7 +345,8 @@ class GroupedProjection(nn.Module):
         (grouping,) = self._grouping
         if self.routes:
             grouping.route(hidden)
-        return grouping.merged(self.inner(hidden).unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        heads = self.inner(hidden).unflatten(-1, (-1, self.head_dim))
+        return grouping.merged(heads, keys=self.routes).flatten(-2)  # keys are projected first
 
     @property
     def weight(self) -> Tensor:
@@ -355,7 +373,7 @@ class GroupedFused(nn.Module):
         grouping, handle = self._about
         grouping.route(hidden)
         queries, keys, values = handle.split(self.inner(hidden))
-        return handle.join(queries, grouping.merged(keys), grouping.merged(values))
+        return handle.join(queries, grouping.merged(keys, keys=True), grouping.merged(values))
 
 
 def wrap(handle: Handle, grouping: Grouping) -> None:

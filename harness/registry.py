@@ -156,7 +156,7 @@ class Registry:
         try:
             if known.numbers and not parts:
                 raise ValueError(f"it needs {known.numbers} behind it")
-            numbers = tuple(int(number) for number in parts.pop(0).split(":")) if known.numbers else ()
+            numbers = tuple(_number(number, known.pairs) for number in parts.pop(0).split(":")) if known.numbers else ()
             return known.make(numbers, "-".join(parts))
         except ValueError as error:
             raise UnknownChoice(f"conversion {text!r}: {error} ({known.about})") from None
@@ -288,6 +288,15 @@ def _wrong(table: str, entry: Any) -> str | None:
         missing = [part for part in SCORER if not hasattr(entry.scorer, part)]
         return f"has a scorer without {missing[0]!r}" if missing else None
     return None
+
+
+def _number(text: str, pairs: bool) -> int | tuple[int, int]:
+    """
+    Raises:
+        ValueError: neither a whole number nor, where that is known, a pair of them.
+    """
+    first, times, second = text.partition("x")
+    return (int(first), int(second)) if times and pairs else int(text)
 
 
 def split(text: str) -> list[str]:

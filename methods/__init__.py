@@ -76,7 +76,11 @@ CONVERSIONS: dict[str, Conversion] = {
     "gqa": Conversion("gqa-2: KV heads averaged in groups of 2; ablations gqa-2-first, gqa-2-random", GroupedHeads.of, "groups"),
     "mqa": Conversion("all KV heads averaged into one; ablations mqa-first, mqa-random", GroupedHeads.of),
     "mixsga": Conversion(
-        "mixsga-3:1:6: shares of the tokens that keep every head, half, a quarter; ablation -random", MixSGA.of, "ratios"
+        "mixsga-3:1:6: shares of the tokens that keep every head, half, a quarter; mixsga-1x1:2x3: shares x heads a group; "
+        "ablation -random",
+        MixSGA.of,
+        "ratios",
+        pairs=True,
     ),
     "cla": Conversion(
         "cla-50: neighbouring layers share keys and values, half as many stored; ablation -first", SharedLayers.of, "percent"

@@ -273,5 +273,6 @@ class Conversion:
     """A family of converters, as it is named: `name-numbers-option`."""
 
     about: str
-    make: Callable[[tuple[int, ...], str], Converter]  # from numbers and option; ValueError says what is wrong with them
+    make: Callable[[tuple[Any, ...], str], Converter]  # from numbers and option; ValueError says what is wrong with them
     numbers: str = ""  # what they are; "" where there are none
+    pairs: bool = False  # may numbers come as pairs, 2x3?

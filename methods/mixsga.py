@@ -17,27 +17,42 @@ from harness.cache import ModelShape
 
 @dataclass(frozen=True)
 class MixSGA:
-    """Experts of 1, 2, 4, ... heads a group, and a router a layer. With a single expert there is no router."""
+    """Experts of 1, 2, 4, ... heads a group, or of the sizes that are named, and a router a layer. With a single expert there is
+    no router.
+    """
 
     ratios: tuple[int, ...]  # of the tokens, in order of cost; 0: no such expert
     learned: bool = True  # else experts are drawn at random
+    groups: tuple[int, ...] = ()  # heads a group of each expert, ascending; empty: 1, 2, 4, ...
+    scaled: bool = False  # a learned number for the averaged keys of each layer and expert: ours, not the paper's
 
     @classmethod
-    def of(cls, numbers: tuple[int, ...], option: str) -> MixSGA:
+    def of(cls, numbers: tuple[int, ...] | tuple[tuple[int, int], ...], option: str) -> MixSGA:
         """
+        Args:
+            numbers: ratios (3:1:6), or ratios each with its heads a group (1x1:2x3), for models whose KV heads are no power of 2.
+
         Raises:
-            ValueError: ratios that make no sense, or an option that is not there.
+            ValueError: ratios or groups that make no sense, or an option that is not there.
         """
-        if any(ratio < 0 for ratio in numbers) or not any(numbers):
+        named = sum(isinstance(number, tuple) for number in numbers)
+        if named not in (0, len(numbers)):
+            raise ValueError("either all ratios come with their heads a group, or none does")
+        pairs = [number if isinstance(number, tuple) else (number, 2**place) for place, number in enumerate(numbers)]
+        ratios, groups = tuple(ratio for ratio, _ in pairs), tuple(group for _, group in pairs)
+        if any(ratio < 0 for ratio in ratios) or not any(ratios):
             raise ValueError("ratios must not be negative, nor all 0")
-        if option not in ("", "random"):
-            raise ValueError(f"{option!r} is no ablation of it; random is")
-        return cls(numbers, learned=not option)
+        if min(groups) < 1 or list(groups) != sorted(set(groups)):
+            raise ValueError("groups must be sizes of at least 1 that grow from expert to expert")
+        if option not in ("", "random", "scaled"):
+            raise ValueError(f"{option!r} is no option of it; random and scaled are")
+        return cls(ratios, option != "random", groups if named else (), option == "scaled")
 
     @property
     def experts(self) -> list[tuple[int, int]]:
         """Heads a group, and ratio, of those that take part."""
-        return [(2**number, ratio) for number, ratio in enumerate(self.ratios) if ratio]
+        groups = self.groups or [2**number for number in range(len(self.ratios))]
+        return [(group, ratio) for group, ratio in zip(groups, self.ratios, strict=True) if ratio]
 
     def share(self, shape: ModelShape) -> float:
         return sum(ratio / group for group, ratio in self.experts) / sum(self.ratios)
@@ -60,6 +75,4 @@ class MixSGA:
             torch.manual_seed(seed)
             for handle in found:
                 router = Router(handle.hidden, used, ratios, self.learned) if len(used) > 1 else None
-                if router is not None:
-                    router.to(next(handle.attention.parameters()).device)
-                wrap(handle, Grouping(used, router))
+                wrap(handle, Grouping(used, router, self.scaled).to(next(handle.attention.parameters()).device))

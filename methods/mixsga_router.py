@@ -75,6 +75,7 @@ class Router(nn.Module):
         super().__init__()
         kept = [(group, ratio) for group, ratio in zip(groups, ratios, strict=True) if ratio]
         self.groups, self.ratios = tuple(g for g, _ in kept), tuple(r for _, r in kept)
+        self.current = self.ratios  # of this step of a training that approaches them
         self.learned = learned
         self.score = nn.Linear(hidden, len(kept))
         nn.init.kaiming_normal_(self.score.weight)
@@ -83,6 +84,7 @@ class Router(nn.Module):
         self.mode: Routing = "expert_choice"
         self.segments: Tensor | None = None  # [B, T] of the next pass, in training; None: every row is one sequence
         self.assigned: Tensor | None = None  # [B, T] of the last pass
+        self.wanted: Tensor | None = None  # [B, T] of it: what expert choice says, whatever was assigned in training
         self.logits: Tensor | None = None  # [B, T, E] of the last pass, float32
         self.scores: Tensor | None = None  # what was ranked: the logits, or random scores
 
@@ -92,16 +94,34 @@ class Router(nn.Module):
             logits = nn.functional.linear(hidden.float(), self.score.weight.float(), self.score.bias.float())
         self.logits = logits
         scores = self.scores = logits.detach() if self.learned else self._random(logits.detach())
-        if self.mode == "argmax":
-            self.assigned = scores.argmax(-1)
-        else:
-            rows, tokens = hidden.shape[:2]
-            segments = self.segments
-            if segments is None:
-                segments = torch.arange(rows, device=hidden.device)[:, None].expand(rows, tokens)
-            # the sigmoid changes no ranking, but rounds logits together that differ: ranked are the logits
-            self.assigned = expert_choice(scores.flatten(0, 1), self.ratios, segments.flatten()).view(rows, tokens)
-        return self.assigned
+        best = scores.argmax(-1)
+        if self.mode == "argmax" and not self.training:
+            self.assigned = best
+            return best
+        wanted = self.wanted = self._chosen(scores)
+        chosen = self.assigned = wanted if self.mode == "expert_choice" else best.masked_fill(wanted < 0, -1)
+        return chosen
+
+    def _chosen(self, scores: Tensor) -> Tensor:
+        """[B, T, E] -> [B, T], by expert choice."""
+        rows, tokens = scores.shape[:2]
+        segments = self.segments
+        if segments is None:
+            segments = torch.arange(rows, device=scores.device)[:, None].expand(rows, tokens)
+        # the sigmoid changes no ranking, but rounds logits together that differ: ranked are the logits
+        return expert_choice(scores.flatten(0, 1), self.current, segments.flatten()).view(rows, tokens)
+
+    def approach(self, done: float) -> None:
+        """Moves the shares that expert choice gives from all tokens at the first expert (0) to the ratios (1), in a line.
+
+        The first expert keeps the most heads: a training can begin with the model as it was.
+        """
+        whole, parts = sum(self.ratios), 1000
+        if done >= 1:
+            self.current = self.ratios
+            return
+        moved = [round(parts * done * ratio / whole) for ratio in self.ratios]
+        self.current = (parts - sum(moved[1:]), *moved[1:])
 
     def _random(self, logits: Tensor) -> Tensor:
         """Random scores, from each token alone, so that decoding needs no state. Their argmax follows the ratios."""
@@ -111,10 +131,10 @@ class Router(nn.Module):
         return torch.where(torch.cat(inside, -1), 1.0 + draw, draw)
 
     def loss(self, form: RouterLoss) -> Tensor:
-        """Cross-entropy between the last pass's scores and the experts that it assigned, over real tokens (section 3.3)."""
-        assert self.logits is not None and self.assigned is not None
+        """Cross-entropy between the last pass's scores and what expert choice says, over real tokens (section 3.3)."""
+        assert self.logits is not None and self.wanted is not None
         scores = self.logits if form == "logits" else self.logits.sigmoid()
-        return cross_entropy(scores.flatten(0, 1), self.assigned.flatten(), ignore_index=-1)
+        return cross_entropy(scores.flatten(0, 1), self.wanted.flatten(), ignore_index=-1)
 
     def agreement(self) -> tuple[int, int]:
         """Of the last pass: tokens for which argmax says what was assigned, and all real tokens."""

@@ -27,6 +27,7 @@ class Fault:
     tests: str = "tests/test_invariants.py tests/test_rows.py tests/test_methods.py tests/test_answer.py"
 
 
+STARTS = "tests/test_starts.py"
 PACKED = "tests/test_packed_rows.py tests/test_storages.py"
 FAULTS = (
     Fault(
@@ -441,7 +442,31 @@ FAULTS = (
         "if False:",
         "tests/test_checkpoints.py",
     ),
-    Fault("another model under a variant's name", "harness/models/variants.py", "> ALIKE:", "> 99:", "tests/test_checkpoints.py"),
+    Fault("queries stay where their heads went", "harness/training/starts.py", "part[readers]", "part[:]", STARTS),
+    Fault("values agree where keys were asked for", "harness/training/starts.py", 'recipe.agree_on == "kv"', "True", STARTS),
+    Fault("the fine experts get their ratios at once", "methods/mixsga_router.py", "parts * done *", "parts *", STARTS),
+    Fault(
+        "argmax learns from itself",
+        "methods/mixsga_router.py",
+        "self.wanted.flatten(), ignore",
+        "self.assigned.flatten(), ignore",
+        STARTS,
+    ),
+    Fault(
+        "averaged values are scaled as well",
+        "harness/families.py",
+        "keys=self.routes",
+        "keys=True",
+        "tests/test_starts.py tests/test_conversions.py",
+    ),
+    Fault("a touchy variant is refused", "harness/models/variants.py", "2 * moved", "0 * moved", STARTS),
+    Fault(
+        "another model under a variant's name",
+        "harness/models/variants.py",
+        "> max(ALIKE",
+        "> max(99",
+        "tests/test_checkpoints.py",
+    ),
     Fault(
         "scaled positions forgotten",
         "harness/engine/model.py",

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import SCORED, WIDE, call, converted, dense, masked_logits, tokens, wide
+from helpers import BASE, SCORED, WIDE, call, converted, dense, masked_logits, tokens, wide
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.cache import Budget, ModelShape, Needs, keep_all
 from harness.engine.model import Model
@@ -84,6 +84,47 @@ def test_rows_of_grouped_models_are_fewer_and_exact(family: str, text: str) -> N
     group = {"gqa-2": 2, "mqa": model.parent_shape.kv_heads, "mixsga-0:1:0": 2}[text]
     assert held * group == model.parent_shape.full_entries(T + 6) or family in ("mistral-window", "gemma2")
     assert compact(prefill, [keep_all(prefill)], 10).counts()[0].entries * group == model.parent_shape.full_entries(T)
+
+
+@pytest.mark.parametrize(
+    ("heads", "text"), [(2, "mixsga-1x1:1x2"), (3, "mixsga-1x1:2x3"), (12, "mixsga-1x1:1x3:1x4:2x12"), (4, "mixsga-3:1:6-scaled")]
+)
+def test_mixsga_of_any_number_of_heads_decodes_over_rows_as_dense_attention(heads: int, text: str) -> None:
+    ids = tokens(T + 9)
+    given = {**BASE, "model_type": "llama", "hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": heads}
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given), dtype=torch.float32).eval()
+    for weight in net.parameters():
+        if weight.ndim > 1:
+            weight.data.normal_(std=0.15)
+    plain = dense(net, ids)
+    alone = copy.deepcopy(net)
+    BUILTIN.conversion("mixsga-1x1").apply(alone)
+    assert torch.equal(dense(alone, ids), plain)
+    ours, theirs = copy.deepcopy(net), copy.deepcopy(net)
+    BUILTIN.conversion(f"mixsga-1x{heads}").apply(ours)
+    BUILTIN.conversion("mqa").apply(theirs)
+    assert (dense(ours, ids) - dense(theirs, ids)).abs().max() < 1e-4
+    model = converted("llama", text, net)
+    for grouping in groupings(model.network):
+        if grouping.scales is not None:
+            grouping.scales.data.uniform_(0.5, 1.5)
+    prefill = model.prefill(ids[:T], Needs())[0]
+    cache = compact(prefill, [keep_all(prefill)], 20)
+    logits = model.decode(cache, ids[None, T:], keep=9)[0]
+    twin = copy.deepcopy(model.network)
+    mixed(Model(twin, None, "twin", "0", model.parent_shape), T)
+    whole = dense(twin, ids)
+    assert (prefill.logits - whole[T - 1]).abs().max() < 1e-4 and (logits - whole[T:]).abs().max() < 1e-4
+    full = BUILTIN.conversion(text).share(model.parent_shape) * model.parent_shape.full_entries(T)
+    held = compact(prefill, [keep_all(prefill)], 0).counts()[0].entries
+    assert abs(held - full) <= 3 * model.shape.layers * heads, "shares are rounded up, token by token"
+
+
+@pytest.mark.parametrize("text", ["mixsga-1x0", "mixsga-1x2:1x1", "mixsga-1x2:1x2", "mixsga-3:1x3", "gqa-1x2", "mixsga-0x1"])
+def test_groups_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(UnknownChoice):
+        BUILTIN.conversion(text)
 
 
 @pytest.mark.parametrize("family", WIDE)

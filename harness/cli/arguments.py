@@ -121,8 +121,14 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     add("--recipe", help="mixsga-sft or mixsga-pretrain: the paper's data, rates and length; options below change it")
     add("--groups", type=int, help="KV heads merged into one by gqa")
     add("--percent", type=int, help="of the layers that cla stores: 50 for half")
-    add("--ratios", help="of mixSGA's experts, which keep every head, half, a quarter, ...: 3:1:6")
-    add("--ablation", help="gqa, mqa: first or random heads instead of means; mixsga: random; cla: first")
+    add(
+        "--ratios",
+        help="of mixSGA's experts, which keep every head, half, a quarter, ...: 3:1:6; or each with its heads a group: 1x1:2x3",
+    )
+    add(
+        "--ablation",
+        help="gqa, mqa: first or random heads instead of means; mixsga: random, or scaled (ours: learned scales); cla: first",
+    )
     add("--text", type=_path, help="file or folder of .txt to heal on")
     add("--instruct", type=_path, help=".jsonl with prompt and output to heal on; only outputs are trained on")
     add("--data-dir", type=_path, help="folder with the recipe's data; for the embedded model, with lm/books")
@@ -138,6 +144,17 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     add("--trains", choices=("all", "kv"), help="every weight, or keys, values and routers (default: all)")
     add("--alpha", type=float, help="weight of mixSGA's consistency loss (default: 0.1)")
     add("--router-loss", choices=("logits", "sigmoid"), help="what its cross-entropy acts on (default: logits)")
+    add(
+        "--order",
+        choices=("as_is", "likeness"),
+        help="of the KV heads before they are grouped: likeness puts like heads together",
+    )
+    add("--agree", type=float, help="share of the way that heads go to the mean of their widest group at first (default: 0)")
+    add("--agree-on", choices=("kv", "k"), help="keys and values, or keys alone (default: kv)")
+    add("--ramp", type=float, help="share of the steps in which mixSGA's experts go from 1:0:0 to their ratios (default: 0)")
+    add("--routing", choices=("expert_choice", "argmax"), help="of training (default: expert_choice)")
+    add("--layers", type=float, help="weight of the distance of attention outputs to the parent's (default: 0)")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="multiply in bfloat16 (default: where the device has instructions)")
     add("--checkpointing", action="store_true", help="of activations: less memory, more time")
     add("--shard-weights", action="store_true", help="with several processes: each holds a part of the weights (FSDP2)")
     add("--save-every", type=int, help="steps between checkpoints (default: 100)")

@@ -7,6 +7,7 @@ checkpoint of transformers beside `variant.json`; another keeps its weights in `
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -29,7 +30,7 @@ from harness.registry import BUILTIN, Registry
 ABOUT, WEIGHTS = "variant.json", "variant.safetensors"
 FORMAT = "variant/1"
 PROBED, SHOWN = 4, 32  # tokens, and logits of each, by which a variant is known again
-ALIKE = 0.2  # of their spread: what another dtype may change of them
+ALIKE = 0.2  # of their spread: what another dtype may change of them, unless more was seen when they were saved
 
 
 class BadVariant(UserError):
@@ -95,7 +96,9 @@ def save(network: PreTrainedModel, tokenizer: Any, about: About, folder: Path, w
         {"chunk": size} if isinstance(size, Chunk) else size for size in about.parent_shape.windows
     ]
     if weights is None:
-        said["logits"] = [round(float(value), 4) for value in sample_logits(network).flatten()]
+        logits = sample_logits(network)
+        said["logits"] = [round(float(value), 4) for value in logits.flatten()]
+        said["moved"] = round(float(_apart(_in_another_dtype(network), logits).median()), 4)
     text = json.dumps(said, indent=1)
     with whole(folder / ABOUT) as draft:
         draft.write_text(text + "\n")
@@ -121,8 +124,26 @@ def sample_logits(network: PreTrainedModel) -> Tensor:
     return logits.reshape(PROBED, -1)[:, :: max(1, vocabulary // SHOWN)][:, :SHOWN].float().cpu()
 
 
-def _check_logits(network: PreTrainedModel, saved: list[float], folder: Path) -> None:
+def _in_another_dtype(network: PreTrainedModel) -> Tensor:
+    """The same few logits, computed in float32 where the network is of 16 bits, else in bfloat16. The network stays as it is."""
+    own = network.dtype
+    if own == torch.float32:
+        return sample_logits(copy.deepcopy(network).to(torch.bfloat16))  # type: ignore[arg-type]
+    found = sample_logits(network.float())
+    network.to(own)  # type: ignore[arg-type]
+    return found
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> Tensor:
+    """[PROBED]: how far logits are from others, in units of how far these spread."""
+    return (ours - theirs).square().mean(1).sqrt() / theirs.std(1)
+
+
+def _check_logits(network: PreTrainedModel, saved: list[float], moved: float, folder: Path) -> None:
     """
+    Args:
+        moved: what another dtype changed of the saved logits, in units of their spread; a model that healed badly can be touchy.
+
     Raises:
         BadVariant: the network says something else than the one that was saved, beyond what another dtype does.
     """
@@ -130,8 +151,8 @@ def _check_logits(network: PreTrainedModel, saved: list[float], folder: Path) ->
     if len(saved) != ours.numel():
         raise BadVariant(f"variant {folder}: {ABOUT} tells {len(saved)} logits, and the model has {ours.numel()}; train it again")
     theirs = torch.tensor(saved).view_as(ours)
-    off = (ours - theirs).square().mean(1).sqrt() / theirs.std(1)  # [PROBED]
-    if torch.isfinite(off).all() and off.median() > ALIKE:
+    off = _apart(ours, theirs)
+    if torch.isfinite(off).all() and off.median() > max(ALIKE, 2 * moved):
         raise BadVariant(
             f"variant {folder}: its logits differ by up to {(ours - theirs).abs().max():.3g} from those that it was saved with: "
             "its files, or what transformers makes of them, have changed; train it again"
@@ -151,7 +172,8 @@ def read_about(folder: Path) -> About:
         found = json.loads((folder / ABOUT).read_text())
         if found.pop("format") != FORMAT:
             raise ValueError(f"of another format than {FORMAT}")
-        found.pop("logits", None)
+        for name in ("logits", "moved"):
+            found.pop(name, None)
         shape = found["parent_shape"]
         windows = (Chunk(size["chunk"]) if isinstance(size, dict) else size for size in shape["windows"])
         shape |= {"windows": tuple(windows), "head_dims": tuple(shape.get("head_dims", ()))}
@@ -190,8 +212,9 @@ def open_variant(folder: Path, dtype: torch.dtype, registry: Registry = BUILTIN)
             network = read_network(folder, dtype)
     except Exception as error:  # see read_network
         raise BadVariant(f"variant {folder} cannot be read: {first_line(error)}") from None
-    if saved := json.loads((folder / ABOUT).read_text()).get("logits"):
-        _check_logits(network, saved, folder)
+    said = json.loads((folder / ABOUT).read_text())
+    if saved := said.get("logits"):
+        _check_logits(network, saved, said.get("moved", 0.0), folder)
     return network.eval(), about, digest_of(folder, about.conversion + registry.mark("CONVERSIONS", about.conversion))
 
 

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from harness.engine.model import own_attention
 from harness.families import routers
 from harness.training.checkpoint import CannotTrain, resume, save, stops_between_steps
+from harness.training.distill import attention_outputs, distance
 from harness.training.recipes import Recipe
 from methods.mixsga_router import Router
 
@@ -79,7 +80,7 @@ class Course:
 
     recipe: Recipe
     batches: Batches
-    teacher: PreTrainedModel | None = None  # whose predictions are learned, if the recipe's loss is `distill`
+    teacher: PreTrainedModel | None = None  # the parent, if the recipe learns from it (`recipe.taught`)
     about: str = ""  # what beside the recipe tells this training from others: model, conversion, text
     shard: bool = False  # each of several processes holds a part of the weights and of the optimizer (FSDP2)
 
@@ -119,6 +120,8 @@ def heal(network: PreTrainedModel, course: Course, folder: Path) -> Progress:
                 training.accelerator.wait_for_everyone()
             if stopped():
                 raise KeyboardInterrupt
+    for router in routers(network):
+        router.approach(1.0)
     network.eval()
     return progress
 
@@ -161,6 +164,9 @@ class _Training:
         for optimizer, full in zip(self.optimizers, self.rates, strict=True):
             for group, rate in zip(optimizer.param_groups, full, strict=True):
                 group["lr"] = rate * self.course.recipe.rate(step)
+        recipe = self.course.recipe
+        for router in routers(self.network) if recipe.ramp else ():
+            router.approach(step / (recipe.ramp * recipe.steps))
         parts = self._backward(step, progress)
         if not all(math.isfinite(value) for value in parts.values()):
             raise CannotTrain(f"the loss is no number any more at step {step}: lower --lr, and choose another --out")
@@ -201,7 +207,7 @@ def _shard(network: PreTrainedModel) -> None:
 def choose_trained(network: PreTrainedModel, recipe: Recipe) -> None:
     """Which weights are trained. A random router never is."""
     lot = {id(weight) for router in routers(network) if not router.learned for weight in router.parameters()}
-    kinds = ("k_proj", "v_proj", "k_norm", "router")
+    kinds = ("k_proj", "v_proj", "k_norm", "router", "kv_grouping.scales")
     if recipe.trains == "kv" and not any("k_proj" in name for name, _ in network.named_parameters()):
         raise CannotTrain(f"{network.config.model_type} projects queries, keys and values at once: --trains kv is not possible")
     for name, weight in network.named_parameters():
@@ -233,16 +239,36 @@ def loss_of(
     """The loss of one batch, and its parts: of the labels or to the teacher, and mixSGA's consistency."""
     found = routers(network)
     for router in found:
-        router.mode, router.segments = "expert_choice", batch.documents
-    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.bf16):
+        router.mode, router.segments = recipe.routing, batch.documents
+    bare = getattr(network, "module", network)  # under DDP the model is a module of its wrapper
+    with _seen(bare, recipe) as ours, torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.bf16):
         logits = predictions(network, batch)
-    task = _task_loss(logits, batch, recipe, teacher)
+    wanted, theirs = _of_teacher(teacher, batch, recipe)
+    task = _task_loss(logits, batch, recipe, wanted)
     parts: dict[str, float] = {recipe.loss: float(task.detach())}
+    if recipe.layers:
+        apart = distance(ours, theirs, batch.documents >= 0)
+        parts["layers"] = float(apart.detach())
+        task = task + recipe.layers * apart
     if found and found[0].learned:
         consistency = torch.stack([router.loss(recipe.router_loss) for router in found]).mean()
         parts["router"] = float(consistency.detach())
         task = task + recipe.alpha * consistency
     return task, parts
+
+
+@torch.no_grad()
+def _of_teacher(teacher: PreTrainedModel | None, batch: Batch, recipe: Recipe) -> tuple[Tensor | None, list[Tensor]]:
+    """Its logits, and what its attention layers give, as far as the recipe asks."""
+    if teacher is None:
+        return None, []
+    with _seen(teacher, recipe) as given, torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.bf16):
+        return predictions(teacher, batch), given
+
+
+def _seen(network: PreTrainedModel, recipe: Recipe) -> AbstractContextManager[list[Tensor]]:
+    """What attention layers give meanwhile, where the recipe asks for it; else nothing."""
+    return attention_outputs(network) if recipe.layers else nullcontext([])
 
 
 def predictions(network: Any, batch: Batch) -> Tensor:
@@ -259,11 +285,9 @@ def _block_mask(batch: Batch) -> Tensor:
     return (same & (place[:, None] >= place[None, :]))[:, None]
 
 
-def _task_loss(logits: Tensor, batch: Batch, recipe: Recipe, teacher: PreTrainedModel | None) -> Tensor:
+def _task_loss(logits: Tensor, batch: Batch, recipe: Recipe, wanted: Tensor | None) -> Tensor:
     if recipe.loss == "distill":
-        assert teacher is not None
-        with torch.no_grad(), torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=recipe.bf16):
-            wanted = predictions(teacher, batch)
+        assert wanted is not None
         scored = batch.labels != IGNORED
         ours, theirs = (part[scored].float().log_softmax(-1) for part in (logits, wanted))
         return kl_div(ours, theirs, log_target=True, reduction="batchmean")

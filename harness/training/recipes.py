@@ -37,6 +37,12 @@ class Recipe:
     trains: Literal["all", "kv"] = "all"  # every weight, or keys, values and routers
     alpha: float = 0.1  # weight of mixSGA's consistency loss
     router_loss: RouterLoss = "logits"
+    order: Literal["as_is", "likeness"] = "as_is"  # of the KV heads, before they are grouped
+    agree: float = 0.0  # share of the way that heads are moved to the mean of their widest group before training
+    agree_on: Literal["kv", "k"] = "kv"  # keys and values, or keys alone
+    ramp: float = 0.0  # share of the steps in which experts go from all tokens at the first to their ratios
+    routing: Literal["expert_choice", "argmax"] = "expert_choice"  # of the training's passes; argmax is what decodes
+    layers: float = 0.0  # weight of the distance of every layer's attention output to the parent's
     seed: int = 0
     save_every: int = 100  # steps
 
@@ -46,6 +52,13 @@ class Recipe:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if not (self.lr > 0 and self.router_lr > 0) or not 0 <= self.warmup < 1 or self.alpha < 0:
             raise UserError("--lr and --router-lr must be above 0, the warm-up a share below 1 and --alpha not below 0")
+        if not (0 <= self.agree <= 1 and 0 <= self.ramp <= 1 and self.layers >= 0):
+            raise UserError("--agree and --ramp are shares from 0 to 1, --layers is not below 0")
+
+    @property
+    def taught(self) -> bool:
+        """Is the parent needed beside the model?"""
+        return self.loss == "distill" or self.layers > 0
 
     def rate(self, step: int) -> float:
         """Share of the full rate: warm-up, then a cosine down to a tenth."""

@@ -18,6 +18,9 @@ from harness.training.recipes import RECIPES, Loss, NamedRecipe, Recipe
 from results.store import slug
 
 if TYPE_CHECKING:
+    import torch
+
+    from harness.cache import Routing
     from harness.engine.model import Model
     from harness.models.variants import About
     from harness.training.data import ReferenceBatches
@@ -56,6 +59,13 @@ class TrainRequest:
     alpha: float | None = None
     router_loss: RouterLoss | None = None
     checkpointing: bool | None = None
+    bf16: bool | None = None  # None: where the device multiplies bfloat16 faster than float32
+    order: Literal["as_is", "likeness"] | None = None
+    agree: float | None = None
+    agree_on: Literal["kv", "k"] | None = None
+    ramp: float | None = None
+    routing: Routing | None = None
+    layers: float | None = None
     save_every: int | None = None
     seed: int = 0
     shard_weights: bool = False  # with several processes: each holds a part of the weights (FSDP2)
@@ -90,6 +100,20 @@ class TrainRequest:
         plain = REFERENCE_RECIPE if self.model == "reference" else Recipe()
         return replace(self.named.recipe if self.named else plain, **{**more, **given})
 
+    def arithmetic(self, device: torch.device) -> TrainRequest:
+        """The same request, with it settled in which arithmetic matrices are multiplied on that device."""
+        return self if self.bf16 is not None else replace(self, bf16=multiplies_bf16(device))
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Elsewhere bfloat16 is imitated: several times slower than float32 (a step of the embedded model on AVX2: 6.5 times)."""
+    import torch
+
+    if device.type != "cpu":
+        return True
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch has no public name for it
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -119,6 +143,7 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
     from harness.engine.model import own_attention
     from harness.models.load import check_name, load_model, one_device
     from harness.training.loop import Course, heal
+    from harness.training.starts import prepare
 
     conversion = registry.conversion(request.conversion)
     check_name(request.model, registry)
@@ -132,11 +157,13 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
         raise BadRequest(f"model {model.name} is a variant already: convert its parent")
     if model.tokenizer is None:
         raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a training text")
+    request = request.arithmetic(model.device)
     reading = reading_of(request, model)
     out = request.out or Path("results/variants") / slug(f"{model.name}+{request.conversion}")
-    teacher = copy.deepcopy(model.network) if reading.recipe.loss == "distill" else None
+    teacher = copy.deepcopy(model.network) if reading.recipe.taught else None
     if teacher is not None:
         teacher.set_attn_implementation(own_attention(teacher))
+    prepare(model.network, conversion, reading.recipe)
     conversion.apply(model.network, reading.recipe.seed)
     if processes.is_main_process:
         check_free(out)

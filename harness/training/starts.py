@@ -1,0 +1,111 @@
+"""What is done to a parent's heads before they are grouped and healed: ours, not the papers'.
+
+Averaging heads that have nothing to do with each other loses most of what they say. Two ways around it, in any family:
+`reorder` makes heads neighbours that are alike, which changes nothing of what the model says; `agree` moves the heads of a
+group to their mean, so that coarse and fine experts start as one model and training pulls the fine ones apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from harness.engine.projections import output_weight
+from harness.errors import BadRequest
+from harness.families import Handle, check_groups, handles
+from harness.training.recipes import Recipe
+from methods.base import Converter
+
+
+@torch.no_grad()
+def prepare(network: Any, conversion: Converter, recipe: Recipe) -> None:
+    """As the recipe says, in place, before the conversion.
+
+    Raises:
+        BadRequest: the conversion does not group heads, or the family's output projection is not found.
+        CannotConvert: groups that do not divide the heads.
+    """
+    if recipe.order == "as_is" and not recipe.agree:
+        return
+    groups = sorted(set(_groups(network, conversion)) - {1})
+    if not groups:
+        raise BadRequest("--order and --agree are for conversions that group heads: gqa, mqa, mixsga")
+    found = check_groups(network, groups)
+    if recipe.order == "likeness":
+        for handle in found:
+            reorder(handle, likeness_order(handle, groups))
+    if recipe.agree:
+        for handle in found:
+            agree(handle, groups[-1], recipe.agree, recipe.agree_on == "kv")
+
+
+def _groups(network: Any, conversion: Converter) -> list[int]:
+    """Heads a group of a conversion that has groups."""
+    if (experts := getattr(conversion, "experts", None)) is not None:
+        return [group for group, _ in experts]
+    group = getattr(conversion, "group", None)
+    return [] if group is None else [group or handles(network)[0].kv_heads]
+
+
+def agree(handle: Handle, group: int, share: float, values: bool = True) -> None:
+    """Moves heads to the mean of their group, all the way where `share` is 1: keys, and values if asked for."""
+    for part in handle.key_values(values):
+        mean = part.unflatten(0, (-1, group)).mean(1, keepdim=True)
+        part.copy_(part.lerp(mean.expand(-1, group, *part.shape[1:]).flatten(0, 1), share))
+
+
+def likeness_order(handle: Handle, groups: Sequence[int]) -> list[int]:
+    """An order of the KV heads in which neighbours are alike: the cosine of their key and value weights, taken together.
+
+    Groups grow from the best free pair, always by the head that is nearest to their mean; where group sizes are multiples of
+    each other the wider ones are made of the narrower ones in the same way.
+    """
+    heads = torch.cat([part.float().flatten(1) for part in handle.key_values()], 1)  # [H, all its weights]
+    members = [[head] for head in range(handle.kv_heads)]
+    for group in groups:
+        size = len(members[0])
+        if group % size:
+            break  # the sizes do not nest: the narrower ones decide
+        members = _together(members, torch.stack([heads[mine].mean(0) for mine in members]), group // size)
+    return [head for mine in members for head in mine]
+
+
+def _together(members: list[list[int]], vectors: Tensor, count: int) -> list[list[int]]:
+    """Puts `count` of the members together, again and again; each stays in the order it was found in."""
+    free, found, unit = list(range(len(members))), list[list[int]](), normalize(vectors, dim=1)
+    while free:
+        alike = (unit[free] @ unit[free].T).fill_diagonal_(-torch.inf)
+        first, second = divmod(int(alike.argmax()), len(free))
+        mine = sorted((free[first], free[second])) if count > 1 else [free[0]]
+        while len(mine) < count:
+            others = [place for place in free if place not in mine]
+            mean = normalize(vectors[mine].mean(0), dim=0)
+            mine.append(others[int((unit[others] @ mean).argmax())])
+        found.append([head for place in mine for head in members[place]])
+        free = [place for place in free if place not in mine]
+    return sorted(found)
+
+
+def reorder(handle: Handle, order: Sequence[int]) -> None:
+    """Puts the KV heads of a layer, the queries that read them and their columns of the output projection into another order.
+
+    The model says what it said.
+
+    Raises:
+        BadRequest: the output projection is not found.
+    """
+    output = output_weight(handle.attention, handle.query_heads * handle.head_dim)
+    if output is None:
+        raise BadRequest("--order likeness needs the output projection of every layer, and one is not found")
+    each = handle.query_heads // handle.kv_heads
+    readers = [head * each + number for head in order for number in range(each)]
+    for part in handle.key_values():
+        part.copy_(part[list(order)].clone())
+    for part in handle.queries():
+        part.copy_(part[readers].clone())
+    columns = output.data.unflatten(1, (-1, handle.head_dim))
+    columns.copy_(columns[:, readers].clone())

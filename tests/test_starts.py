@@ -1,0 +1,162 @@
+"""What is done to heads before they are grouped, and ways of training that are ours."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FAST, WIDE, batches, call, converted, dense, tokens, trainable, wide
+
+from harness.errors import BadRequest
+from harness.families import attention_layers, groupings, handles, routers
+from harness.models.variants import ABOUT, About, BadVariant, open_variant, save
+from harness.registry import BUILTIN
+from harness.training.loop import Course, choose_trained, heal, loss_of
+from harness.training.recipes import Recipe
+from harness.training.request import TrainRequest
+from harness.training.starts import likeness_order, prepare, reorder
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_heads_in_another_order_say_the_same(family: str) -> None:
+    ids, net = tokens(40), wide(family)
+    plain = dense(net, ids)
+    before = [part.clone() for part in handles(net)[0].key_values()]
+    for handle in handles(net):
+        reorder(handle, [2, 0, 3, 1, *range(4, handle.kv_heads)])
+    assert (dense(net, ids) - plain).abs().max() < 1e-4
+    assert not torch.equal(before[0], handles(net)[0].key_values()[0])
+
+
+def test_heads_that_are_alike_become_neighbours() -> None:
+    net = wide("llama")
+    for handle in handles(net):
+        for part in handle.key_values():
+            part[3] = part[0] + 0.01 * torch.randn_like(part[0])
+            part[2] = part[1] + 0.02 * torch.randn_like(part[1])
+    assert [likeness_order(handle, [2, 4]) for handle in handles(net)] == [[0, 3, 1, 2]] * len(handles(net))
+    assert likeness_order(handles(net)[0], [4])[:2] == [0, 3]
+    prepare(net, BUILTIN.conversion("gqa-2"), Recipe(order="likeness"))
+    keys = handles(net)[0].key_values()[0]
+    assert (keys[0] - keys[1]).abs().max() < 0.1 and (keys[1] - keys[2]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_experts_of_heads_that_agree_start_as_one_model(family: str) -> None:
+    ids, net = tokens(40), wide(family)
+    for handle in handles(net):
+        for part in (*handle.key_values(), *handle.queries()):
+            part += 0.05 * torch.randn_like(part)  # biases are 0 in new models
+    one, parent = copy.deepcopy(net), copy.deepcopy(net)
+    BUILTIN.conversion("gqa-4").apply(one)
+    prepare(net, BUILTIN.conversion("mixsga-3:1:6"), Recipe(agree=1.0))
+    mixed = converted(family, "mixsga-3:1:6", net).network
+    assert (dense(mixed, ids) - dense(one, ids)).abs().max() < 1e-4
+    for agreed, share in ((copy.deepcopy(parent), 0.25), (copy.deepcopy(parent), 1.0)):
+        prepare(agreed, BUILTIN.conversion("mixsga-3:1:6"), Recipe(agree=share, agree_on="k"))
+        for ours, theirs in zip(handles(agreed), handles(parent), strict=True):
+            moved, keys = ours.key_values(values=False), theirs.key_values(values=False)
+            for part, was in zip(moved, keys, strict=True):
+                mean = was.unflatten(0, (-1, 4)).mean(1).repeat_interleave(4, 0)
+                assert torch.allclose(part, was + share * (mean - was), atol=1e-6)
+            both = zip(ours.key_values(), theirs.key_values(), strict=True)
+            assert sum(not torch.equal(part, was) for part, was in both) == len(keys), "values stay"
+
+
+def test_starts_are_for_conversions_that_group_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BadRequest, match="that group heads"):
+        prepare(wide("llama"), BUILTIN.conversion("cla-50"), Recipe(agree=1.0))
+    assert call("train", "--model", "random:tiny-llama", "--conversion", "none", "--agree", "2") == 2
+    assert "--agree and --ramp are shares" in capsys.readouterr().err
+
+
+def test_a_ramp_begins_with_the_model_as_it_was_and_ends_at_the_ratios(tmp_path: Path) -> None:
+    net = trainable("llama", "mixsga-3:1:6")
+    router, seen = routers(net)[0], list[tuple[int, ...]]()
+    plain, batch = trainable("llama", "none"), batches()(0)
+    router.approach(0.0)
+    assert router.current == (1000, 0, 0)
+    for other in routers(net):
+        other.approach(0.0)
+    first, _ = loss_of(net, batch, Recipe(bf16=False, alpha=0.0))
+    assert float(first) == pytest.approx(float(loss_of(plain, batch, Recipe(bf16=False))[0]), abs=1e-5)
+    router.approach(0.5)
+    assert router.current == (650, 50, 300)
+
+    def look(number: int) -> object:
+        seen.append(router.current)
+        return batches()(number)
+
+    heal(net, Course(replace(FAST, ramp=0.5), look), tmp_path)  # type: ignore[arg-type]
+    assert seen[0] == (1000, 0, 0) and seen[-1] == (3, 1, 6) == router.current and len(set(seen)) == 4
+
+
+def test_trained_on_argmax_routers_still_learn_what_expert_choice_says() -> None:
+    net, batch = trainable("llama", "mixsga-3:1:6"), batches()(0)
+    _, chosen = loss_of(net, batch, Recipe(bf16=False))
+    wanted = routers(net)[0].assigned
+    _, parts = loss_of(net, batch, Recipe(bf16=False, routing="argmax"))
+    router = routers(net)[0]
+    assert router.scores is not None and torch.equal(router.assigned, router.scores.argmax(-1))
+    assert torch.equal(router.wanted, wanted) and not torch.equal(router.assigned, wanted)
+    slow = -router.logits.log_softmax(-1).gather(-1, wanted[..., None]).mean()
+    assert float(router.loss("logits")) == pytest.approx(float(slow)) and parts["lm"] != chosen["lm"]
+
+
+def test_attention_outputs_of_the_parent_are_learned() -> None:
+    parent, batch = trainable("llama", "none"), batches()(0)
+    recipe = Recipe(bf16=False, layers=2.0, alpha=0.0)
+    total, parts = loss_of(copy.deepcopy(parent), batch, recipe, parent)
+    assert parts["layers"] == 0.0 and float(total) == pytest.approx(parts["lm"])
+    net = trainable("llama", "mixsga-1:1:2")
+    total, parts = loss_of(net, batch, recipe, parent)
+    assert parts["layers"] > 0.01 and float(total) == pytest.approx(parts["lm"] + 2 * parts["layers"], abs=1e-5)
+    assert not any(module._forward_hooks for one in (net, parent) for module in attention_layers(one))
+
+
+def test_scales_are_learned_with_keys_and_values() -> None:
+    net = trainable("llama", "mixsga-3:1:6-scaled")
+    choose_trained(net, Recipe(trains="kv"))
+    loss_of(net, batches()(0), Recipe(bf16=False))[0].backward()
+    for grouping in groupings(net):
+        assert grouping.scales is not None and grouping.scales.grad is not None
+        assert grouping.scales.grad[0] == 0 and grouping.scales.grad[1:].all(), "the finest expert has no mean to scale"
+    attention: Any = attention_layers(net)[0]
+    hidden = torch.randn(2, 9, attention.k_proj.in_features)
+    attention.kv_grouping.router.segments = None
+    before = attention.k_proj(hidden), attention.v_proj(hidden)
+    attention.kv_grouping.scales.data.fill_(2.0)
+    keys, coarse = attention.k_proj(hidden), (attention.kv_grouping.assigned > 0)[..., None]
+    assert torch.allclose(keys, torch.where(coarse, 2 * before[0], before[0])) and coarse.any()
+    assert torch.equal(attention.v_proj(hidden), before[1])
+
+
+def test_trainings_multiply_bfloat16_where_the_processor_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, cpu = TrainRequest(model="reference", conversion="none"), torch.device("cpu")
+    for able in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert asked.arithmetic(cpu).settings().bf16 is able
+        assert replace(asked, bf16=not able).arithmetic(cpu).settings().bf16 is not able
+    assert asked.arithmetic(torch.device("cuda")).settings().bf16
+
+
+def test_a_touchy_variant_is_known_again_in_another_dtype(tmp_path: Path) -> None:
+    """Another dtype changed its logits by so much when it was saved: that is no reason to refuse it."""
+    model = converted("llama", "mixsga-3:1:6")
+    save(model.network, None, About("p", "0", model.parent_shape, "mixsga-3:1:6"), tmp_path)
+    open_variant(tmp_path, torch.float32)
+    open_variant(tmp_path, torch.bfloat16)
+    said = json.loads((tmp_path / ABOUT).read_text())
+    assert 0 < said["moved"] < 0.2
+    said["logits"] = [value + (2 if number % 2 else 0) for number, value in enumerate(said["logits"])]
+    (tmp_path / ABOUT).write_text(json.dumps(said))
+    with pytest.raises(BadVariant, match="differ by"):
+        open_variant(tmp_path, torch.float32)
+    (tmp_path / ABOUT).write_text(json.dumps({**said, "moved": 2.0}))
+    open_variant(tmp_path, torch.float32)
