@@ -30,8 +30,9 @@ def storage_speed(storages: Mapping[str, Any], entries: int = ENTRIES, laps: int
     keep_freed_memory()
     prefill = _prefill(entries)
     heads, dim = prefill.shape.query_heads, prefill.shape.head_dim
-    held = {"full": None, **{name: replace(storage, spared=0) for name, storage in storages.items()}}
-    caches, line = {}, {}
+    held: dict[str, Any] = {"full": None, **{name: replace(storage, spared=0) for name, storage in storages.items()}}
+    caches: dict[str, RowCache] = {}
+    line: dict[str, float] = {}
     for name, storage in held.items():
         start = time.thread_time()
         caches[name] = _grown(_cache(prefill, storage), prefill.shape)
