@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _over_queries(attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance, [Hq, W, n] -> [Hq, n] each; torch's own `var` takes four times as long over an axis in the middle."""
+    mean = attention.mean(1)
+    return mean, (attention - mean[:, None]).square_().mean(1)
+
+
 @dataclass(frozen=True)
 class MeanAndVariance:
     window: int = 32  # last queries looked at; their own entries are never evicted
@@ -44,8 +50,8 @@ class MeanAndVariance:
     def score(self, layer: LayerKV) -> Tensor:
         from torch.nn.functional import avg_pool1d
 
-        attention = layer.window_attention(self.window)  # [Hq, W, n]
-        scores = attention.mean(1) + self.gamma * attention.var(1, correction=0)
+        mean, variance = _over_queries(layer.window_attention(self.window))
+        scores = mean + self.gamma * variance
         before = max(0, scores.shape[1] - self.window)
         if before:
             scores[:, :before] = avg_pool1d(scores[:, None, :before], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
@@ -74,9 +80,9 @@ class LayerPreference(LooksAtPrefill):
         before = attention[..., : max(0, attention.shape[2] - self.window)].double()  # [Hq, W, m]
         if not before.numel():
             return 0.0
-        mean = before.mean(1)
+        mean, over_queries = _over_queries(before)
         entropy = -float((mean * mean.clamp(min=1e-20).log()).sum())
-        variance = float(before.var(1, correction=0).sum())
+        variance = float(over_queries.sum())
         return max(entropy, 0.0) ** (1 / self.t1) * variance ** (1 / self.t2)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 2**22  # similarities held at once: bounds the memory where a whole prompt is compared with itself
+COMPARED = 512  # keys that are looked through at once, at most: what is compared stays in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,45 @@ class ImportantAndUnlike:
         return max_pool1d(weights.mean(1)[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
 
     def _redundancy(self, keys: Tensor) -> Tensor:
-        """keys: [S, m, D] -> [S, m]"""
+        """keys: [S, m, D] -> [S, m]
+
+        The similarities of a key to all keys sum to its product with the sum of them, so no m x m numbers are added up.
+        """
         import torch
 
         unit = torch.nn.functional.normalize(keys, dim=-1)
-        heads, count, _ = unit.shape
-        sums = unit.new_zeros(heads, count)
-        step = max(1, BLOCK // (heads * count))
-        places = torch.arange(count, device=keys.device)
-        for start in range(0, count, step):
-            alike = unit[:, start : start + step] @ unit.transpose(1, 2)  # [S, b, m]
-            alike[:, places[: alike.shape[1]], places[start : start + step]] = 0.0  # not with oneself
-            latest = torch.where(alike > self.alike, places, -1).amax(-1, keepdim=True)  # [S, b, 1]
-            alike.scatter_(2, latest.clamp_min(0), alike.gather(2, latest.clamp_min(0)).masked_fill(latest >= 0, 0.0))
-            sums += alike.sum(1)
-        return (sums / count).softmax(-1)
+        sums = (unit * unit.sum(1, keepdim=True)).sum(-1) - unit.square().sum(-1)  # not with oneself
+        for row, head in zip(sums, unit, strict=True):
+            latest, similarity = latest_alike(head, self.alike)
+            row.index_add_(0, latest, -similarity)
+        return (sums / unit.shape[1]).softmax(-1)
+
+
+def latest_alike(unit: Tensor, alike: float) -> tuple[Tensor, Tensor]:
+    """Of each key the latest other one whose similarity to it is over `alike`: its place, and the similarity. [m, D] -> [m], [m]
+
+    Where there is none, the similarity is 0. Looked for from the end on. On a CPU a key that has found its own is compared no
+    further; a GPU would have to wait for the numbers to know.
+    """
+    import torch
+
+    count, width = len(unit), max(1, min(COMPARED, BLOCK // len(unit)))
+    asking = places = torch.arange(count, device=unit.device)
+    latest, similarity = torch.full_like(places, -1), unit.new_zeros(count)
+    for first in reversed(range(0, count, width)):
+        there = places[first : first + width]
+        found = unit[asking] @ unit[first : first + width].T  # [a, b]
+        own = (asking - first).clamp(0, len(there) - 1)[:, None]
+        itself = there[own] == asking[:, None]
+        found.scatter_(1, own, found.gather(1, own).masked_fill_(itself, float("-inf")))
+        if unit.device.type == "cpu":
+            over = found.amax(1) > alike
+            found, mine, asking = found[over], asking[over], asking[~over]
+        else:
+            mine = places
+        last = torch.where(found > alike, there, -1).amax(1)  # [a]
+        fresh = (latest[mine] < 0) & (last >= 0)
+        value = found.gather(1, (last - first).clamp_min(0)[:, None])[:, 0]
+        latest[mine] = torch.where(fresh, last, latest[mine])
+        similarity[mine] = torch.where(fresh, value, similarity[mine])
+    return latest.clamp_min_(0), similarity

@@ -194,6 +194,12 @@ def test_with_a_long_interval_a_method_is_its_one_shot_self_and_at_100_percent_t
         assert once.answer is not None and again.answer is not None
         assert once.answer.tokens == again.answer.tokens and once.counts == again.counts
         assert once.fidelity == pytest.approx(again.fidelity, abs=1e-4)
+        held, end = again.answer.held, again.answer.end
+        assert held is not None and end is not None and end == once.answer.end
+        added = model.shape.layers * model.shape.kv_heads  # entries a token
+        assert held.tokens == 29 and held.entries_peak == end.entries and held.bytes_peak == end.bytes_kept
+        assert held.entries_mean == end.entries - added * 14, "the middle of 29 tokens"
+        assert held.bytes_mean == end.bytes_kept - added * model.shape.entry_bytes() * 14
     whole = answers(model, "full", "snapkv(every=3)", "h2o(every=1)", budget="100%", prompt=asked)
     assert len({tuple(outcome.answer.tokens) for outcome in whole.values() if outcome.answer}) == 1
 

@@ -62,7 +62,7 @@ def test_tova_is_one_ranking_a_layer(family: str) -> None:
 
 
 def test_rkv_is_importance_without_redundancy(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for block in (2**22, 1):
+    for block in (2**22, 26 * 5, 1):
         monkeypatch.setattr("methods.rkv.BLOCK", block)
         for layer in read(family, tokens(30)).layers:
             got = ImportantAndUnlike(importance=0.3, window=4, kernel=3, alike=0.2).score(layer)
@@ -93,13 +93,18 @@ def test_rkv_is_importance_without_redundancy(family: str, monkeypatch: pytest.M
 def test_column_sums(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     queries, keys = torch.randn(4, 23, 8), torch.randn(2, 23, 8)
-    for window, softcap in ((None, None), (7, None), (7, 3.0)):
-        settings = AttentionSettings(0.3, softcap, window)
+    for window, softcap, scaling in (
+        (None, None, 0.3),
+        (None, None, 40.0),
+        (7, None, 0.3),
+        (7, 3.0, 0.3),
+    ):  # 40: far below the bound
+        settings = AttentionSettings(scaling, softcap, window)
         slow = torch.zeros(4, 23)
         for head in range(4):
             for place in range(23):
                 first = 0 if window is None else max(0, place - window + 1)
-                logits = keys[head // 2, first : place + 1] @ queries[head, place] * 0.3
+                logits = keys[head // 2, first : place + 1] @ queries[head, place] * scaling
                 logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
                 slow[head, first : place + 1] += logits.softmax(0)
         for block in (2**25, 4 * 23 * 5, 1):

@@ -100,6 +100,18 @@ class Held:
     def of(cls, counts: Counts) -> Held:
         return cls(counts.entries, counts.bytes_kept)
 
+    @classmethod
+    def growing(cls, before: Counts, end: Counts, tokens: int) -> Held:
+        """Over so many tokens without an eviction, each of which added as much to `before` as the others."""
+        entries, size = end.entries - before.entries, end.bytes_kept - before.bytes_kept
+        return cls(
+            end.entries,
+            end.bytes_kept,
+            tokens * before.entries + entries * (tokens + 1) // 2,
+            tokens * before.bytes_kept + size * (tokens + 1) // 2,
+            tokens,
+        )
+
     def add(self, counts: Counts, tokens: int = 1) -> None:
         self.entries_peak = max(self.entries_peak, counts.entries)
         self.bytes_peak = max(self.bytes_peak, counts.bytes_kept)

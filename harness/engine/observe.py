@@ -24,6 +24,8 @@ NOTHING_AROUND = Projections()
 # faster than one whose memory the system hands out and takes back each time (8 heads, 2,048 tokens: 20 and 181 ms).
 BLOCK_LOGITS = 2**20
 GPU_BLOCK_LOGITS = 2**25
+STRIP = 192  # queries of one KV head's readers that are looked at together on a CPU
+LEAST_TOTAL = 1e-24  # of the weights of a softmax in float32, whose least normal number is 1e-38
 
 
 @dataclass
@@ -176,10 +178,42 @@ def column_sums(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> T
     Returns:
         [Hq, T], float32
     """
+    if keys.device.type == "cpu" and settings.window is None and settings.softcap is None and settings.sinks is None:
+        return _sums_on_cpu(queries.float() * settings.scaling, keys.float())
     sums = torch.zeros(queries.shape[:2], device=keys.device)
     for _, seen, weights, total in _exponentials(queries, keys, settings):
         sums[:, seen] += (total.reciprocal_()[:, None] @ weights)[:, 0]
     return sums
+
+
+def _sums_on_cpu(queries: Tensor, keys: Tensor) -> Tensor:
+    """The same of scaled queries without window, softcap and sinks: in strips of one KV head's queries, in fewer passes.
+
+    A softmax is the same whatever is taken off its logits. Here it is a bound, |q| max |k|, which is known beforehand and so goes
+    into the product, instead of the largest. Where it lies so far above them that float32 loses the weights, it is the largest.
+    """
+    heads, tokens, _ = keys.shape
+    asked = queries.unflatten(0, (heads, -1))  # [H, G, T, D]
+    group = asked.shape[1]
+    step = max(1, min(STRIP // group, BLOCK_LOGITS // (group * tokens)))
+    sums, later = queries.new_zeros(heads, group, tokens), torch.ones(step, step, dtype=torch.bool).triu(1)
+    buffer = queries.new_empty(group * step * tokens)
+    for mine, head, into in zip(asked, keys, sums, strict=True):
+        bound = -mine.norm(dim=-1) * head.norm(dim=-1).max()  # [G, T]
+        for start in range(0, tokens, step):
+            stop = min(start + step, tokens)
+            rows = mine[:, start:stop].flatten(0, 1)  # [G * q, D]
+            logits = buffer[: len(rows) * stop].view(len(rows), stop)
+            weights = logits.view(group, -1, stop)
+            unseen = later[: stop - start, : stop - start]
+            torch.addmm(bound[:, start:stop].reshape(-1, 1), rows, head[:stop].t(), out=logits).exp_()
+            total = weights[..., start:].masked_fill_(unseen, 0.0).sum(-1) + weights[..., :start].sum(-1)  # [G, q]
+            if float(total.min()) < LEAST_TOTAL:
+                torch.mm(rows, head[:stop].t(), out=logits)
+                weights[..., start:].masked_fill_(unseen, float("-inf"))
+                total = logits.sub_(logits.amax(-1, keepdim=True)).exp_().sum(-1).view_as(total)
+            into[:, :stop] += (total.reciprocal_()[:, None] @ weights)[:, 0]
+    return sums.flatten(0, 1)
 
 
 def softcapped_attention(queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:

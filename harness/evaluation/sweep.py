@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from harness.cache import Arena, Budget, Keeper, Needs, Prefill, Selection, keep_all
-from harness.engine.evict import Turns, remember
+from harness.engine.evict import Held, Turns, remember
 from harness.engine.generate import MOST_DRAFTS, Answer, Decoder, NgramTable, Sampler, Stop, generate
 from harness.engine.measure import Lap, OutOfMemory, memory_errors, stopwatch
 from harness.engine.model import Model
@@ -205,8 +205,22 @@ class _Example:
             yield from self._answer_or_split(batch)
 
     def keeper(self, cell: Cell) -> Keeper | None:
-        """What the cell's method does while the answer is decoded."""
-        return cell.method.while_decoding(partial(self._cap, cell.budget)) if cell.budget is not None else None
+        """What the cell's method does while the answer is decoded; None where the answer ends before its first turn."""
+        keeper = None if cell.budget is None else cell.method.while_decoding(partial(self._cap, cell.budget))
+        return None if keeper is None or self._ends_before(keeper) else keeper
+
+    def _ends_before(self, keeper: Keeper) -> bool:
+        """Is the answer over before the keeper's first turn? Then its cells go with the others, drafts and all."""
+        read = len(self.prompt.ids) - self.prompt.context + self.most - 1
+        routed = any(len(groups) > 1 for groups in self.prefill.expert_groups)  # which rows grow is not known beforehand
+        return read < keeper.every and not (routed or self.prompt.forced or self.prompt.asks_likelihoods)
+
+    def _held(self, cell: Cell, answer: Answer, before: Counts) -> Held | None:
+        """What a cell held that would have evicted, had its answer been longer."""
+        evicts = cell.budget is not None and cell.method.while_decoding(int) is not None
+        if answer.end is None or not evicts or answer.held is not None or self.prompt.asks_likelihoods:
+            return answer.held
+        return Held.growing(before, answer.end, len(answer.tokens) - 1)
 
     def _cap(self, budget: Budget, tokens: int) -> int:
         return budget.entries(self.sweep.model.parent_shape, tokens, self.sweep.protocol.granularity)
@@ -304,8 +318,10 @@ class _Example:
                 return [outcome.checked() for outcome in outcomes]
             if turns is not None:  # what was evicted for the full cache's answer is there for the cell's own
                 cache, logits = self._open(selections, rooms, keepers)
-        for outcome, answer in zip(outcomes, self._generate(cache, logits, self._turns(cache, keepers)), strict=True):
-            outcome.answer = answer
+        opened = cache.counts()
+        answers = self._generate(cache, logits, self._turns(cache, keepers))
+        for cell, outcome, answer, before in zip(cells, outcomes, answers, opened, strict=True):
+            outcome.answer = replace(answer, held=self._held(cell, answer, before))
         return [outcome.checked() for outcome in outcomes]
 
     def _turns(self, cache: RowCache, keepers: list[Keeper]) -> Turns | None:
