@@ -76,6 +76,10 @@ class Codec(ABC):
         """Why heads of this size cannot be packed, or None."""
         return None
 
+    def beside(self, dim: int) -> bool:
+        """Should the fields of one token be neighbours in a processor's memory? Asked of values; `mix` may count on nothing."""
+        return False
+
     def turn(self, queries: Tensor) -> Tensor:
         """[..., D] queries as `dot` wants them, or what `mix` gives in its basis turned into the model's; its own inverse."""
         return queries

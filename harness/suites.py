@@ -183,12 +183,13 @@ SUITES: dict[str, Suite] = {
         behind=("bits-smollm2",),
     ),
     "bits-smollm2": Suite(
-        about="bits against entries at equal bytes on SmolLM2: needles, likelihood of Python's manual",
+        about="bits against entries at equal bytes on SmolLM2: needles, RULER-style tasks, likelihood of Python's manual",
         models=("smollm2",),
         methods=("full", *FEWER_BITS, "snapkv", *(f"snapkv+{bits}" for bits in BITS), "headkv_r2", "headkv_r2+int4"),
         budgets=LADDER,
         benchmarks=(
             "needle(haystack=python,shortest=512,longest=1024,lengths=3,depths=5)",
+            *(f"{task}(haystack=python,length=1024)" for task in RULER),
             "perplexity(text=python,read=512,scored=128)",
         ),
         chat="template",

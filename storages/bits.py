@@ -55,23 +55,28 @@ def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
     """[..., n * bits / 8] uint8 -> [..., n] float32. One pass of bytes and one conversion: it stays in a processor's cache."""
     import torch
 
-    planes = PLANES[bits]
-    edges = [0]
-    for width in planes:
-        edges.append(edges[-1] + packed_width(count, width))
+    if len(PLANES[bits]) > 1:
+        return code_bytes(packed, count, bits).float()
     out = torch.empty((*packed.shape[:-1], count), dtype=torch.float32, device=packed.device)
-    if len(planes) == 1:
-        for stretch, part in zip(out.unflatten(-1, (8 // bits, -1)).unbind(-2), _stretches(packed, bits), strict=True):
-            stretch.copy_(part)
-        return out
-    codes = torch.zeros((*packed.shape[:-1], count), dtype=torch.uint8, device=packed.device)
-    shift = 0
-    for width, (low, high) in zip(planes, pairwise(edges), strict=True):
-        mine = codes.unflatten(-1, (8 // width, -1)).unbind(-2)
-        for stretch, part in zip(mine, _stretches(packed[..., low:high], width), strict=True):
-            stretch |= part << shift
+    for stretch, part in zip(out.unflatten(-1, (8 // bits, -1)).unbind(-2), _stretches(packed, bits), strict=True):
+        stretch.copy_(part)
+    return out
+
+
+def code_bytes(packed: Tensor, count: int, bits: int) -> Tensor:
+    """[..., n * bits / 8] uint8 -> [..., n] uint8, a code each."""
+    import torch
+
+    edges = [0]
+    for width in PLANES[bits]:
+        edges.append(edges[-1] + packed_width(count, width))
+    codes, shift = None, 0
+    for width, (low, high) in zip(PLANES[bits], pairwise(edges), strict=True):
+        plane = torch.cat(_stretches(packed[..., low:high], width), -1)
+        codes = plane if codes is None else codes.bitwise_or_(plane << shift)
         shift += width
-    return out.copy_(codes)
+    assert codes is not None
+    return codes
 
 
 def _stretches(plane: Tensor, width: int) -> list[Tensor]:

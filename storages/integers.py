@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from harness.storage import LARGEST_HALF, Codec, Field, KernelFormat
+from harness.storage import HALF, LARGEST_HALF, Codec, Field, KernelFormat
 from storages.bits import KNOWN, cannot_pack, pack_bits, packed_width, stretches_of, unpack_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+FEW = 3  # queries of a row for which the bags are faster than unpacking once: they unpack for each query
 
 
 def check_bits(bits: int, known: Sequence[int] = KNOWN) -> None:
@@ -52,6 +54,9 @@ class ByToken(Codec):
     def groups(self, dim: int) -> int:
         return dim // (self.group or dim)
 
+    def beside(self, dim: int) -> bool:
+        return self.bits == 4 and self.groups(dim) == 1 and dim % 4 == 0  # halves at even bytes
+
     def fields(self, dim: int) -> tuple[Field, ...]:
         shared = self.groups(dim)
         codes = Field("codes", packed_width(dim, self.bits), "uint8")
@@ -87,6 +92,8 @@ class ByToken(Codec):
     def mix(self, weights: Tensor, parts: Sequence[Tensor], dim: int) -> Tensor:
         """The scales meet the weights."""
         codes, scale, least = parts
+        if weights.shape[1] <= FEW and self.beside(dim) and lie_beside(parts):
+            return weighted_bags(weights, parts)
         if self.groups(dim) == 1:
             scaled, shift = weights * scale.float().mT, weights @ least.float()
             return _side_by_side([scaled @ stretch for stretch in stretches_of(codes, dim, self.bits)]).add_(shift)
@@ -94,6 +101,37 @@ class ByToken(Codec):
         shifts = weights @ least.float()  # [r, M, groups]
         sums = [(weights * s.float()[..., None, :]) @ numbers[..., g, :] for g, s in enumerate(scale.unbind(-1))]
         return _side_by_side(sums).unflatten(-1, (self.groups(dim), -1)).add_(shifts[..., None]).flatten(-2)
+
+
+def lie_beside(parts: Sequence[Tensor]) -> bool:
+    """Are codes, scale and least of a token neighbours in memory, as `PackedEntries` lays them where a codec asks for it?"""
+    codes, scale, least = parts
+    width = codes.shape[-1] + 2 * HALF
+    found = tuple(part.data_ptr() - codes.data_ptr() for part in (scale, least))
+    return codes.stride(-2) == width and found == (codes.shape[-1], codes.shape[-1] + HALF)
+
+
+def weighted_bags(weights: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Sums of tokens of 4 bits by torch's kernel for quantised embedding bags, which unpacks in registers.
+
+    Its rows are ours: codes, scale and bias of 16 bits. The two codes of a byte it takes for neighbours.
+
+    Args:
+        weights: [r, M, n]. parts: each [r, n, width], neighbours in memory.
+    """
+    import torch
+
+    (rows, queries, tokens), codes = weights.shape, parts[0]
+    width = codes.stride(1)
+    apart = codes.stride(0) // width if rows > 1 else tokens  # from one row's first token to the next's
+    table = codes.as_strided((apart * (rows - 1) + tokens, width), (width, 1))
+    first = torch.arange(rows, dtype=torch.int32)[:, None, None] * apart
+    index = (first + torch.arange(tokens, dtype=torch.int32)).expand(rows, queries, tokens).contiguous().flatten()
+    bags = torch.arange(0, rows * queries * tokens + 1, tokens, dtype=torch.int32)
+    sums = torch.ops.quantized.embedding_bag_4bit_rowwise_offsets(
+        table, index, bags, False, 0, False, weights.contiguous().flatten(), None, True
+    )
+    return cast("Tensor", sums).view(rows, queries, -1, 2).transpose(-1, -2).flatten(-2)
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
@@ -134,12 +172,11 @@ class ByChannel(Codec):
         return numbers.flatten(-3, -2)
 
     def dot(self, turned: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """The scales meet the queries, once a group."""
+        """The scales meet the codes in one pass: many small products, one a group, cost more. The least meet the queries."""
         codes, scale, least = parts
-        scaled = turned[:, None] * scale.float()[:, :, None]  # [r, groups, M, D]
-        products = scaled @ self._codes(codes, turned.shape[-1]).mT  # [r, groups, M, tokens]
-        products += (least.float() @ turned.mT)[..., None]
-        return products.transpose(1, 2).flatten(2)
+        numbers = self._codes(codes, turned.shape[-1]).mul_(scale.float()[..., None, :])
+        products = (turned @ numbers.flatten(-3, -2).mT).unflatten(-1, (-1, self.tokens))  # [r, M, groups, tokens]
+        return products.add_((turned @ least.float().mT)[..., None]).flatten(2)
 
 
 @dataclass(frozen=True)

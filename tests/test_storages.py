@@ -173,6 +173,22 @@ def test_a_cell_of_fewer_bits_is_counted_against_the_cache_that_is_deployed() ->
     assert found["snapkv"].counts.bytes_kept == 2 * whole / 4 and found["int8"].compressed  # type: ignore[union-attr]
 
 
+def test_spared_layers_stay_in_16_bits_and_count_so() -> None:
+    """The first and the last of three layers: 60 entries of two heads of size 16, by hand, as bytes and as what lies there."""
+    prefill, storage = read("llama", tokens(60)), STORAGES["turbo-3"]
+    kept = Packed(METHODS["full"], replace(storage, spared=1)).compress(prefill, 0, None)  # type: ignore[type-var]
+    cache = compact(prefill, [kept], 0)
+    in_16_bits, packed = 60 * 2 * 2 * 16 * 2, 60 * 2 * ((6 + 2) + (6 + 2 + 2))
+    assert cache.counts()[0].bytes_kept == 2 * in_16_bits + packed
+    for number, (part, kv) in enumerate(zip(cache.parts, prefill.layers, strict=True)):
+        keys, _ = part.packed.seen(0, 60, 60)  # type: ignore[union-attr]
+        exact = torch.equal(keys, kv.keys[0].half().float())
+        assert exact == (number != 1)
+    assert [of_layer(STORAGES["turbo-3"], layer, 8) is STORAGES["turbo-3"] for layer in range(8)] == [False] * 2 + [True] * 4 + [
+        False
+    ] * 2
+
+
 def test_names_and_settings() -> None:
     label, method = BUILTIN.method("snapkv(kernel=5)+kivi-4(residual=64)")
     assert label == "snapkv(kernel=5)+kivi-4(residual=64)" and method.takes_budget

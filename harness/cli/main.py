@@ -338,6 +338,11 @@ def _bench(options: argparse.Namespace) -> int:
         line = sweep_speed(METHODS, "verify" in given)
     elif options.what == "attention":
         line = attention_speed()
+    elif options.what == "storages":
+        from harness.cost.storage_bench import storage_speed
+        from storages import STORAGES
+
+        line = storage_speed(STORAGES)
     elif options.what == "evict":
         line = evict_speed(METHODS)
     else:

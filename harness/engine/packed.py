@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from harness.engine.split_plan import within_runs
-from harness.storage import HALF, Number, Storage, codec_bytes, packed_keys, packed_values, row_bytes
+from harness.storage import HALF, Field, Number, Storage, codec_bytes, packed_keys, packed_values, row_bytes
 
 
 def half_of(dtype: torch.dtype) -> torch.dtype:
@@ -58,8 +59,9 @@ class PackedEntries:
             key_room = value_room = np.zeros_like(length)
         self.places = Places(_starts(packed), _starts(groups), _starts(key_room) - base_keys, _starts(value_room) - base_values)
         device, half = like.device, half_of(like.dtype)
-        self.keys = [_field(int(groups.sum()), f.width, f.dtype, device) for f in storage.keys.fields(dim)]
-        self.values = [_field(int(packed.sum()), f.width, f.dtype, device) for f in storage.values.fields(dim)]
+        self.keys = _fields(storage.keys.fields(dim), int(groups.sum()), device)
+        together = device.type == "cpu" and storage.values.beside(dim)
+        self.values = _fields(storage.values.fields(dim), int(packed.sum()), device, together)
         self.key_tail, self.value_tail = (
             torch.empty(int(room.sum()), dim, dtype=half, device=device) for room in (key_room, value_room)
         )
@@ -179,8 +181,14 @@ def _starts(sizes: np.ndarray) -> np.ndarray:
     return np.cumsum(sizes) - sizes
 
 
-def _field(count: int, width: int, dtype: str, device: torch.device) -> Tensor:
-    return torch.empty(count, width, dtype=getattr(torch, dtype), device=device)
+def _fields(asked: Sequence[Field], count: int, device: torch.device, together: bool = False) -> list[Tensor]:
+    """Each field [count, width], of its own or as columns of one tensor of bytes."""
+    if not together:
+        return [torch.empty(count, field.width, dtype=getattr(torch, field.dtype), device=device) for field in asked]
+    edges = np.cumsum([0, *(field.bytes for field in asked)]).tolist()
+    whole = torch.empty(count, edges[-1], dtype=torch.uint8, device=device)
+    spans = zip(asked, pairwise(edges), strict=True)
+    return [whole[:, start:stop].view(getattr(torch, field.dtype)) for field, (start, stop) in spans]
 
 
 def _put(into: Sequence[Tensor], where: Tensor, parts: Sequence[Tensor]) -> None:

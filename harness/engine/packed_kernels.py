@@ -89,7 +89,8 @@ def attend_packed(
     turned = storage.keys.turn(queries.float()).to(queries.dtype) if packed.keys else queries
     levels = storage.keys.kernel.levels if storage.keys.kernel else ()
     table = torch.tensor(levels or (0.0,), dtype=torch.float32, device=queries.device) if levels else held
-    keys, values = [*packed.keys, *[held] * (3 - len(packed.keys))], [*packed.values, *[held] * (3 - len(packed.values))]
+    fields = ([field.contiguous() for field in side] for side in (packed.keys, packed.values))  # on a GPU they are
+    keys, values = ([*side, *[held] * (3 - len(side))] for side in fields)
     tables = (work.row, work.item, work.reader, work.parts, work.span)
     numbers = [constants.kind, constants.key_bits, constants.key_group, int(constants.has_values), constants.value_bits]
     numbers += [constants.value_group, constants.residual]
