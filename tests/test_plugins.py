@@ -113,7 +113,7 @@ def test_a_metric_that_is_right_or_wrong_is_0_or_1(tmp_path: Path, capsys: pytes
 
 def test_facts_of_a_task_are_no_part_of_its_repr() -> None:
     made_for = {name for name, task in BENCHMARKS.items() if embedded_can(task)}
-    facts = ("recall", "two_hop", "recall_many", "needle_text", "needle_facts")
+    facts = ("recall", "recall_each", "two_hop", "recall_many", "needle_text", "needle_facts")
     assert made_for == {*facts, "perplexity_own", "random_tokens"}
     assert not any("embedded_can" in repr(task) or "right_or_wrong" in repr(task) for task in BENCHMARKS.values())
 
