@@ -35,7 +35,10 @@ SETS = {
     "gsm8k": ProblemSet("openai/gsm8k", "main/test-00000-of-00001.parquet", "MIT", 1024),
     "math500": ProblemSet("HuggingFaceH4/MATH-500", "test.jsonl", "MIT (PRM800K)", 16384, integer=False),
     "aime24": ProblemSet(
-        "HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet", "the repository names its own; the problems are the MAA's", 32768
+        "HuggingFaceH4/aime_2024",
+        "data/train-00000-of-00001.parquet",
+        "the repository names its own; the problems are the MAA's",
+        32768,
     ),
     "aime25": ProblemSet("math-ai/aime25", "test.jsonl", "the repository names its own; the problems are the MAA's", 32768),
 }
