@@ -340,9 +340,9 @@ def _bench(options: argparse.Namespace) -> int:
         line = attention_speed()
     elif options.what == "storages":
         from harness.cost.storage_bench import storage_speed
-        from storages import STORAGES
+        from harness.registry import BUILTIN
 
-        line = storage_speed(STORAGES)
+        line = storage_speed(BUILTIN.storages)
     elif options.what == "evict":
         line = evict_speed(METHODS)
     else:
