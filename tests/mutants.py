@@ -190,8 +190,8 @@ FAULTS = (
     Fault(
         "shards before the filter",
         "harness/evaluation/plan.py",
-        "return asked[self.shard.number - 1 :: self.shard.of]",
-        "return [n for n in asked if n % self.shard.of == self.shard.number - 1]",
+        "list(contexts.values())[self.shard.number - 1 :: self.shard.of]",
+        "[mine for n, mine in contexts.items() if n % self.shard.of == self.shard.number - 1]",
         "tests/test_cluster.py",
     ),
     Fault(
@@ -232,8 +232,8 @@ FAULTS = (
     Fault(
         "cut in front of the question",
         "harness/evaluation/prompts.py",
-        "start < min(stop, end)]",
-        "start <= end]",
+        "start < min(stop, end + self.shift)]",
+        "start <= end + self.shift]",
         "tests/test_prompts.py",
     ),
     Fault(
@@ -604,8 +604,8 @@ FAULTS = (
     Fault(
         "a turn within the answer is not waited for",
         "harness/evaluation/sweep.py",
-        "return read < keeper.every and",
-        "return",
+        "return alike and read < keeper.every and",
+        "return alike and",
         "tests/test_evict.py",
     ),
     Fault(
@@ -799,7 +799,7 @@ FAULTS = (
     ),
     Fault("scales of the residual forgotten", "harness/storage.py", "(entries - packed) * (HALF * dim)", "0", PACKED),
     Fault("spared layers packed", "harness/storage.py", "Sixteen() if min(layer,", "storage if min(layer,", PACKED),
-    Fault("upper bit lost", "storages/bits.py", "stretch |= part << shift", "stretch |= part", PACKED),
+    Fault("upper bit lost", "storages/bits.py", "bitwise_or_(plane << shift)", "bitwise_or_(plane)", PACKED),
     Fault(
         "rotation undone twice",
         "storages/turbo.py",
