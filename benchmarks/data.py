@@ -43,6 +43,21 @@ class Source:
     fault: Callable[[dict[str, Any]], str | None] | None = None  # what else is wrong with a record
 
 
+class OfRecords:
+    """A task whose examples are the records of one data set, in order."""
+
+    def records(self) -> Data:
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        return len(self.records().rows)
+
+    @property
+    def data(self) -> str:
+        return self.records().sha256
+
+
 def text_of(value: Any) -> str:
     """A record's text: null is none, a number its digits, and a conversation of one user turn what the user says.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from benchmarks import data
 from benchmarks.base import CountTokens, Example, Metric
-from benchmarks.data import BadData, Data, Source
+from benchmarks.data import BadData, Data, OfRecords, Source
 from benchmarks.wording import rouge
 
 
@@ -41,7 +41,7 @@ SETS: dict[str, Source] = {
 
 
 @dataclass(frozen=True)
-class Instruct:
+class Instruct(OfRecords):
     """One set."""
 
     dataset: str = "dolly"
@@ -67,14 +67,6 @@ class Instruct:
 
     def records(self) -> Data:
         return data.load(SETS[self.dataset], self.data_dir)
-
-    @property
-    def size(self) -> int:
-        return len(self.records().rows)
-
-    @property
-    def data(self) -> str:
-        return self.records().sha256
 
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
         row = self.records().rows[index]

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import data
 from benchmarks.base import CountTokens, Example, Metric
-from benchmarks.data import BadData, Data, Source
+from benchmarks.data import BadData, Data, OfRecords, Source
 
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
 
@@ -45,7 +45,7 @@ SETS = {
 
 
 @dataclass(frozen=True)
-class Reasoning:
+class Reasoning(OfRecords):
     """One set. An example is a problem; samples of it are rows of several seeds."""
 
     kind: str = "gsm8k"
@@ -68,14 +68,6 @@ class Reasoning:
         local = (f"reasoning/{self.kind}", self.kind)
         source = Source(local, ("answer",), its.licence, its.repository, its.file, fault=_fault)
         return data.load(source, self.data_dir)
-
-    @property
-    def size(self) -> int:
-        return len(self.records().rows)
-
-    @property
-    def data(self) -> str:
-        return self.records().sha256
 
     def example(self, index: int, seed: int, count_tokens: CountTokens) -> Example:
         row = self.records().rows[index]

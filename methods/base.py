@@ -255,7 +255,10 @@ class Full:
 
 
 class Converter(Protocol):
-    """Changes a model's keys and values in place; every evicting method runs on top."""
+    """Changes a model's keys and values in place; every evicting method runs on top.
+
+    One that averages KV heads may say in which groups, `groups_of(kv_heads) -> Sequence[int]`: `train --order` and `--agree` ask.
+    """
 
     @property
     def index_bits(self) -> int:

@@ -35,6 +35,9 @@ class GroupedHeads:
             raise ValueError(f"{option!r} is no ablation of it; first and random are")
         return cls(sum(numbers), option or "mean")  # type: ignore[arg-type]
 
+    def groups_of(self, kv_heads: int) -> tuple[int, ...]:
+        return (self.group or kv_heads,)
+
     def share(self, shape: ModelShape) -> float:
         return 1 / (self.group or shape.kv_heads)
 

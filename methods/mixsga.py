@@ -54,6 +54,9 @@ class MixSGA:
         groups = self.groups or [2**number for number in range(len(self.ratios))]
         return [(group, ratio) for group, ratio in zip(groups, self.ratios, strict=True) if ratio]
 
+    def groups_of(self, kv_heads: int) -> tuple[int, ...]:
+        return tuple(group for group, _ in self.experts)
+
     def share(self, shape: ModelShape) -> float:
         return sum(ratio / group for group, ratio in self.experts) / sum(self.ratios)
 

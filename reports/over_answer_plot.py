@@ -12,22 +12,24 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from reports.drawing import SOFT
 from reports.formats import literal
-from reports.keys import LineKey, PanelKey
+from reports.keys import Label, LineKey, PanelKey
 from reports.over_answer import full_bytes, grouped, means
 from reports.pictures import place
-from reports.style import COLOURS, MARKERS
+from reports.style import Palette, Style
 from results.record import Record
 
 ABOUT = (
     "Quality against the bytes held over an answer, as shares of the full cache's over its answers to the same prompts: the mean "
     "over its tokens on the left, the peak on the right. Dashed lines are methods that evict while decoding. At equal budgets a "
-    "method that evicts once holds more by the end, so compare at one height of a panel, not at one budget."
+    "method that evicts once holds more by the end, so compare what stands above the same share, not at one budget. "
+    "Means, without intervals."
 )
-Points = dict[str, list[tuple[float, float, float]]]  # by method: mean share, peak share, score
+Points = dict[Label, list[tuple[float, float, float]]]  # by method: mean share, peak share, score
 
 
-def over_answer_plots(records: Sequence[Record], folder: Path) -> list[Path]:
+def over_answer_plots(records: Sequence[Record], folder: Path, palette: Palette) -> list[Path]:
     """One picture for each panel in which a method evicts while decoding."""
     groups = grouped(records)
     full = full_bytes(groups)
@@ -35,30 +37,33 @@ def over_answer_plots(records: Sequence[Record], folder: Path) -> list[Path]:
     for at, found in groups.items():
         if at.panel in full and any(record.metrics for record in found):
             panels.setdefault(at.panel, {})[at] = found
-    return [_picture(panel, found, full[panel], folder) for panel, found in panels.items()]
+    return [_picture(panel, found, full[panel], folder, palette) for panel, found in panels.items()]
 
 
-def _picture(panel: PanelKey, groups: Mapping[LineKey, list[Record]], full: tuple[float, float], folder: Path) -> Path:
+def _picture(
+    panel: PanelKey, groups: Mapping[LineKey, list[Record]], full: tuple[float, float], folder: Path, palette: Palette
+) -> Path:
     points: Points = {}
-    again: set[str] = set()
+    again: set[Label] = set()
     for at in sorted(groups, key=lambda at: at.order):
         mean, peak = np.array(means(groups[at])) / np.array(full)
         score = float(np.mean([next(iter(record.metrics.values())) for record in groups[at] if record.metrics]))
-        points.setdefault(at.label.name, []).append((float(mean), float(peak), score))
+        points.setdefault(at.label, []).append((float(mean), float(peak), score))
         if any(record.bytes_kept_peak is not None for record in groups[at]):
-            again.add(at.label.name)
+            again.add(at.label)
     metric = next((name for found in groups.values() for record in found for name in record.metrics), "score")
     figure, axes = plt.subplots(1, 2, figsize=(11.6, 4.2), sharey=True, layout="constrained")
     for which, (axis, what) in enumerate(zip(axes, ("mean", "peak"), strict=True)):
-        for number, (name, found) in enumerate(points.items()):
-            _draw(axis, [(point[which], point[2]) for point in found], name, number, name in again)
+        for label, found in points.items():
+            _draw(axis, [(point[which], point[2]) for point in found], label, palette.of_label(label), label in again)
         axis.set(xlabel=f"{what} bytes over the answer, share of the full cache's", xscale="log")
         shares = [point[which] for found in points.values() for point in found]
         ticks = [tick for tick in (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0) if tick >= min(shares) / 1.3]
         axis.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.5)
-    axes[0].set_ylabel(literal(metric))
+    lower = any(metric in record.lower_is_better for found in groups.values() for record in found)
+    axes[0].set_ylabel(literal(f"{metric}, lower is better" if lower else metric))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
     figure.suptitle(literal(panel.title), fontsize=9)
     name = f"over_answer_{panel.model}_{panel.task}_{panel.protocol.prompt}"
@@ -68,7 +73,7 @@ def _picture(panel: PanelKey, groups: Mapping[LineKey, list[Record]], full: tupl
     return path
 
 
-def _draw(axis: Any, points: Sequence[tuple[float, float]], name: str, number: int, dashed: bool) -> None:
-    style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+def _draw(axis: Any, points: Sequence[tuple[float, float]], label: Label, style: Style, dashed: bool) -> None:
+    manner = {"color": SOFT if style.grey else style.colour, "marker": style.marker, "markersize": 5, "linewidth": 1.2}
     shares, scores = zip(*sorted(points), strict=True)
-    axis.plot(shares, scores, linestyle="--" if dashed else "-", label=literal(name), **style)
+    axis.plot(shares, scores, linestyle="--" if dashed else "-", label=literal(label.name), **manner)

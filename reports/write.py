@@ -83,7 +83,7 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
         _save(found, averaged, drawn)
         pictures = [
             Pictures("Bits", "entries against bits at equal bytes", ABOUT, bits_maps(found, plotted)),
-            Pictures("Over an answer", "mean and peak bytes", OVER_ANSWER, over_answer_plots(records, plotted)),
+            Pictures("Over an answer", "mean and peak bytes", OVER_ANSWER, over_answer_plots(records, plotted, palette)),
             *_pictures(out, records, drawn, measured, said),
         ]
         title, tables = f"KV-cache methods: {out.name}", [*cost, *rest]

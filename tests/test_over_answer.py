@@ -7,6 +7,7 @@ from pathlib import Path
 
 from reports.over_answer import grouped, over_answer_table
 from reports.over_answer_plot import over_answer_plots
+from reports.style import Palette
 from results.record import Key, Record
 
 FULL = Key(
@@ -24,10 +25,10 @@ def row(method: str, budget: str, start: int, end: int, peak: int | None, mean: 
 
 def test_the_picture_stands_where_a_method_evicts_while_decoding(tmp_path: Path) -> None:
     once = [row("full", "", 1000, 3000, None, None, 2.0), row("snapkv", "128", 500, 2500, None, None, 2.2)]
-    assert over_answer_plots(once, tmp_path) == [] and over_answer_table(once) == []
+    assert over_answer_plots(once, tmp_path, Palette.of({})) == [] and over_answer_table(once) == []
     again = [row("snapkv(every=8)", budget, size, size, size + 20, size + 10.0, 2.9 - size / 1000) for budget, size in
              (("128", 500), ("256", 800))]  # fmt: skip
-    (picture,) = over_answer_plots([*once, *again], tmp_path)
+    (picture,) = over_answer_plots([*once, *again], tmp_path, Palette.of({}))
     assert picture.suffix == ".png" and picture.stat().st_size > 10_000
     (table,) = over_answer_table([*once, *again])
     shown = {(str(line[1].text), str(line[2].text)): [cell.text for cell in line[5:7]] for line in table.rows}

@@ -31,7 +31,8 @@ def prepare(network: Any, conversion: Converter, recipe: Recipe) -> None:
     """
     if recipe.order == "as_is" and not recipe.agree:
         return
-    groups = sorted(set(_groups(network, conversion)) - {1})
+    groups_of = getattr(conversion, "groups_of", None)
+    groups = [] if groups_of is None else sorted(set(groups_of(handles(network)[0].kv_heads)) - {1})
     if not groups:
         raise BadRequest("--order and --agree are for conversions that group heads: gqa, mqa, mixsga")
     found = check_groups(network, groups)
@@ -41,14 +42,6 @@ def prepare(network: Any, conversion: Converter, recipe: Recipe) -> None:
     if recipe.agree:
         for handle in found:
             agree(handle, groups[-1], recipe.agree, recipe.agree_on == "kv")
-
-
-def _groups(network: Any, conversion: Converter) -> list[int]:
-    """Heads a group of a conversion that has groups."""
-    if (experts := getattr(conversion, "experts", None)) is not None:
-        return [group for group, _ in experts]
-    group = getattr(conversion, "group", None)
-    return [] if group is None else [group or handles(network)[0].kv_heads]
 
 
 def agree(handle: Handle, group: int, share: float, values: bool = True) -> None:
