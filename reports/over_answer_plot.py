@@ -74,6 +74,7 @@ def _picture(
 
 
 def _draw(axis: Any, points: Sequence[tuple[float, float]], label: Label, style: Style, dashed: bool) -> None:
-    manner = {"color": SOFT if style.grey else style.colour, "marker": style.marker, "markersize": 5, "linewidth": 1.2}
+    marker = style.marker or "o"  # a line of one point, as the full cache's, is its mark alone
+    manner = {"color": SOFT if style.grey else style.colour, "marker": marker, "markersize": 5, "linewidth": 1.2}
     shares, scores = zip(*sorted(points), strict=True)
     axis.plot(shares, scores, linestyle="--" if dashed else "-", label=literal(label.name), **manner)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+
+from reports.keys import Label
 from reports.over_answer import grouped, over_answer_table
-from reports.over_answer_plot import over_answer_plots
+from reports.over_answer_plot import _draw, over_answer_plots
 from reports.style import Palette
 from results.record import Key, Record
 
@@ -35,3 +38,11 @@ def test_the_picture_stands_where_a_method_evicts_while_decoding(tmp_path: Path)
     assert shown["snapkv", "128"] == ["75.0%", "83.3%"]  # half way from 500 to 2,500, of 2,000; and of 3,000
     assert shown["snapkv(every=8)", "128"] == ["25.5%", "17.3%"]
     assert len(grouped([*once, *again])) == 4
+
+
+def test_a_line_of_one_point_has_a_mark() -> None:
+    figure, axis = plt.subplots()
+    for name in ("full", "snapkv"):
+        _draw(axis, [(0.5, 2.0)], Label(name), Palette.of({}).of_label(Label(name)), dashed=False)
+    assert all(line.get_marker() not in ("", "None", None) for line in axis.lines) and len(axis.lines) == 2
+    plt.close(figure)
