@@ -74,7 +74,7 @@ def test_cells_that_cannot_run_are_rows_with_a_reason(tmp_path: Path) -> None:
         (("--model", "surely/not-there"), "neither a folder here nor reachable"),
         (("--methods", "snapkw"), "no method 'snapkw'; known: full, random"),
         (("--methods", "snapkv(kernel=4)"), "kernel 4 odd"),
-        (("--methods", "snapkv(colour=4)"), "no setting 'colour'; it has: every, kernel, pooling, window"),
+        (("--methods", "snapkv(colour=4)"), "no setting 'colour'; it has: every, kernel, pooling, renumber, window"),
         (("--methods", "snapkv(pooling=maximum)"), "neither max nor mean"),
         (("--methods", "h2o(recent=-5)"), "recent -5 be 0 or more"),
         (("--methods", "full(version=3)"), "no setting 'version'"),
