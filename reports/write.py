@@ -40,12 +40,14 @@ from results.lines import Check, dict_of, is_count, is_number, is_text, list_of,
 from results.record import Record
 from results.store import read_commands, read_costs, read_folder, read_ratings, read_rows, read_verdicts
 
+USUAL = plots.FORMATS  # of pictures, unless asked for
 
-def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Path]:
+
+def write_report(out: Path, formats: Collection[str] = ()) -> list[Path]:
     """Rebuilds every table, plot and page of `out` under `<out>/report`, and gives the paths of the first to be looked at.
 
     Args:
-        formats: of the pictures of scores; those that the page holds are PNG in any case.
+        formats: of the pictures of scores, all where none is asked for; those that the page holds are PNG in any case.
 
     Raises:
         StoreError: no rows, rows of another schema, or a folder that cannot be written to.
@@ -79,7 +81,7 @@ def write_report(out: Path, formats: Collection[str] = plots.FORMATS) -> list[Pa
         ranks = ranking_tables(ranked)
         text.write_text(_head(found, averaged, said, judged) + markdown([*several, *ranks, *score_tables(found), *cost, *rest]))
         paper.write_text(latex([*several, *ranks, *score_tables(found), *cost]))
-        drawn = Drawn(plotted, palette, formats)
+        drawn = Drawn(plotted, palette, formats or USUAL)
         _save(found, averaged, drawn)
         pictures = [
             Pictures("Bits", "entries against bits at equal bytes", ABOUT, bits_maps(found, plotted)),

@@ -19,6 +19,13 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(autouse=True)
+def without_pdf(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fonts are cut to size for every PDF, which takes longer than all else of a report; tests marked `pdf` want them."""
+    if not request.node.get_closest_marker("pdf"):
+        monkeypatch.setattr("reports.write.USUAL", ("png", "svg"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `data` are skipped where the folder of real records is not beside the checkout."""
     if not DATA.is_dir():

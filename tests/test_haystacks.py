@@ -292,6 +292,7 @@ def test_group_names_stand_for_their_members() -> None:
     assert {name for group in GROUPS.values() for name in group} <= set(BENCHMARKS)
 
 
+@pytest.mark.pdf
 def test_needles_are_drawn_as_heat_maps(tmp_path: Path) -> None:
     asked = ("run", "--model", "reference", "--benchmarks", "needle_facts(shortest=200,longest=400,lengths=2,depths=3)")
     asked += ("--methods", "full,snapkv", "--budgets", "24", "--limit", "6", "--prompt", "question_after")

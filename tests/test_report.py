@@ -501,7 +501,7 @@ def test_pictures_with_long_names_have_files_of_their_own(tmp_path: Path) -> Non
     write_report(stored(tmp_path, rows))
     plots = tmp_path / "report" / "plots"
     each = 1 + 2 * 2  # a mean, and of two tasks the scores and the KL
-    assert all(len(list(plots.glob(f"*.{ending}"))) == len(models) * each for ending in ("svg", "pdf"))
+    assert len(list(plots.glob("*.svg"))) == len(models) * each
     assert len(list(plots.glob("kept_*.png"))) == len(models)
     page = (tmp_path / "report" / "scores.html").read_text()
     images = re.findall(r'src="(data:image/png;base64,[^"]*)"', page)

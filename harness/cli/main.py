@@ -208,7 +208,7 @@ def _write_reports(folders: list[Path], formats: tuple[str, ...] = ()) -> None:
     from reports.write import write_report
 
     for folder in folders:
-        for path in write_report(folder, formats) if formats else write_report(folder):
+        for path in write_report(folder, formats):
             print(path)
     if len(folders) > 1:
         for path in write_comparison(folders[0], folders[1:]):
@@ -339,10 +339,10 @@ def _bench(options: argparse.Namespace) -> int:
     elif options.what == "attention":
         line = attention_speed()
     elif options.what == "storages":
-        from harness.cost.storage_bench import storage_speed
+        from harness.cost.storage_bench import storage_speed, storage_sweep
         from harness.registry import BUILTIN
 
-        line = storage_speed(BUILTIN.storages)
+        line = storage_speed(BUILTIN.storages) | storage_sweep(BUILTIN)
     elif options.what == "evict":
         line = evict_speed(METHODS)
     else:

@@ -4,6 +4,9 @@ One thread, the 8-layer shape of `bench sweep`, 4,096 entries a row, random vect
 all layers, over that of the rows in float32, and the packing of a prompt's rows in milliseconds. CPU time of the thread, laps of
 all storages in turns, the least of each layer: other programs on the machine disturb less so. By arithmetic the least is the
 bytes of the rows over the memory's rate.
+
+Then a sweep over a prompt of that length: three storages of six methods at two budgets, beside as many cells in the model's type
+at six budgets with the same mean share, in turns; and what packing all entries took beside the prompt's prefill.
 """
 
 from __future__ import annotations
@@ -15,13 +18,21 @@ from typing import Any
 
 import torch
 
-from harness.cache import ExpertGroup, LayerKV, ModelShape, Prefill, Row
+from harness.cache import Budget, ExpertGroup, LayerKV, ModelShape, Needs, Prefill, Row
+from harness.cost import microbench
 from harness.engine.attention import attend
 from harness.engine.measure import keep_freed_memory
 from harness.engine.rows import RowCache, compact
+from harness.evaluation.prompts import Prompt, Protocol
+from harness.evaluation.sweep import Cell, Sweep
 from harness.models.shapes import SHAPES
+from harness.registry import Registry
 
 ENTRIES, LAPS = 4096, 15
+SWEPT = ("int8", "int4", "turbo-4(spared=0)")
+BUDGETS = ("50%", "12.5%")
+AS_MANY = ("50%", "43.75%", "37.5%", "25%", "18.75%", "12.5%")
+TURNS = 3
 
 
 def storage_speed(storages: Mapping[str, Any], entries: int = ENTRIES, laps: int = LAPS) -> dict[str, float]:
@@ -51,6 +62,33 @@ def storage_speed(storages: Mapping[str, Any], entries: int = ENTRIES, laps: int
     line = {"full_ms": 1000 * plain} | line
     line |= {f"{name}_over_full": sum(spent) / plain for name, spent in least.items() if name != "full"}
     return {name: round(number, 3) for name, number in line.items()}
+
+
+def storage_sweep(registry: Registry, tokens: int = ENTRIES) -> dict[str, float]:
+    """Seconds of a sweep of cells of fewer bits, and its ratio to one of as many cells in the model's type; the least of each."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    model = microbench.speed_model()
+    ids = torch.randint(4096, (tokens,), generator=torch.Generator().manual_seed(0))
+    prompt = Prompt(ids.tolist(), tokens)
+    plain = [(name, budget) for name in microbench.METHODS for budget in AS_MANY]
+    packed = [(f"{name}+{bits}", budget) for name in microbench.METHODS for bits in SWEPT for budget in BUDGETS]
+    assert len(plain) == len(packed)
+    least = {"sweep_plain_s": float("inf"), "sweep_packed_s": float("inf"), "prefill_s": float("inf")}
+    for _ in range(TURNS):
+        for name, asked in (("sweep_plain_s", plain), ("sweep_packed_s", packed)):
+            cells = [Cell(text, registry.method(text)[1], Budget.parse(budget)) for text, budget in asked]
+            sweep = Sweep(model, Protocol("question_in", stop="none"), with_fidelity=False)
+            start = time.perf_counter()
+            for cell, outcome in sweep.example(prompt, cells, microbench.NEW_TOKENS):
+                if outcome.answer is None:
+                    raise RuntimeError(f"{cell.name} {cell.budget}: {outcome.failed or outcome.skipped}")
+            least[name] = min(least[name], time.perf_counter() - start)
+        start = time.thread_time()
+        model.prefill(ids, Needs())
+        least["prefill_s"] = min(least["prefill_s"], time.thread_time() - start)
+    ratio = least["sweep_packed_s"] / least["sweep_plain_s"]
+    return {name: round(number, 3) for name, number in (least | {"sweep_ratio": ratio, "sweep_cells": len(packed)}).items()}
 
 
 def _prefill(entries: int) -> Prefill:

@@ -36,6 +36,7 @@ from harness.training.reference_data import (
     book_sentences,
     build_tokenizer,
 )
+from harness.training.request import multiplies_bf16
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def loss_of(model: LlamaForCausalLM, documents: list[Document]) -> tuple[Tensor,
     """The weighted sum of each kind's mean loss, and these means."""
     ids = torch.tensor([document.ids for document in documents])
     kinds = torch.tensor([document.kinds for document in documents])[:, 1:]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(torch.device("cpu"))):
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     losses = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(kinds.shape)
     means = {kind: losses[kinds == kind].mean() for kind in WEIGHTS if bool((kinds == kind).any())}
