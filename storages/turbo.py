@@ -97,8 +97,8 @@ class Rotated(Codec):
         dim = vectors.shape[-1]
         direction = self.turn(vectors[:, 0] / norm.clamp(min=1e-30)) * sqrt(dim)
         table = self._table(vectors.device)
-        codes = torch.bucketize(direction, (table[1:] + table[:-1]) / 2)
-        factor = (norm / table[codes].norm(dim=-1, keepdim=True)).clamp(max=LARGEST_HALF).half()
+        codes = torch.bucketize(direction, (table[1:] + table[:-1]) / 2, out_int32=True)
+        factor = (norm / looked_up(table, codes).norm(dim=-1, keepdim=True)).clamp(max=LARGEST_HALF).half()
         return pack_bits(codes.to(torch.uint8), self.bits), factor
 
     def _rotated(self, parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -799,6 +799,14 @@ FAULTS = (
     ),
     Fault("scales of the residual forgotten", "harness/storage.py", "(entries - packed) * (HALF * dim)", "0", PACKED),
     Fault("spared layers packed", "harness/storage.py", "Sixteen() if min(layer,", "storage if min(layer,", PACKED),
+    Fault("codes of another head", "harness/engine/rows.py", "packed.codes(kv.keys[head],", "packed.codes(kv.keys[0],", PACKED),
+    Fault(
+        "shared rows scored by their last layer",
+        "harness/papers/importance.py",
+        "return scores / readers",
+        "return scores",
+        "tests/test_headkv.py",
+    ),
     Fault("upper bit lost", "storages/bits.py", "bitwise_or_(plane << shift)", "bitwise_or_(plane)", PACKED),
     Fault(
         "rotation undone twice",
@@ -807,7 +815,13 @@ FAULTS = (
         "return (self._rotated(parts, dim) *",
         PACKED,
     ),
-    Fault("levels unscaled", "storages/turbo.py", "norm / table[codes].norm(dim=-1, keepdim=True)", "norm / sqrt(dim)", PACKED),
+    Fault(
+        "levels unscaled",
+        "storages/turbo.py",
+        "norm / looked_up(table, codes).norm(dim=-1, keepdim=True)",
+        "norm / sqrt(dim)",
+        PACKED,
+    ),
     Fault(
         "least left out of the products",
         "storages/integers.py",

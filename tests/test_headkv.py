@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, call, head_scores, network, read, tiny, tokens
+from helpers import FAMILIES, call, converted, head_scores, network, read, tiny, tokens
 
 from benchmarks.haystack import Haystack
 from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, TEXTS
@@ -19,7 +19,7 @@ from harness.engine.rows import compact
 from harness.errors import BadRequest
 from harness.evaluation.head_scores import SHIPPED
 from harness.models.load import REFERENCE, load
-from harness.papers.importance import Estimate, Journal, attempt, estimate_scores, observe, succeeded
+from harness.papers.importance import Attempt, Estimate, Journal, attempt, estimate_scores, observe, succeeded
 from methods import METHODS
 from methods.base import Eviction, Rows, score_prefill
 from methods.headkv import BadScores, HeadScores, HeadShares, PaperHeadShares, attended, copied
@@ -332,8 +332,6 @@ def test_bad_requests_about_head_scores(
         (("--attempts", "0"), "--attempts 0 must be at least 1"),
         (("--out", "map.png"), "must name a .json file"),
         (("--chat", "template"), "no chat template"),
-        (("--model", "random:tiny-llama+mixsga-3:1:6"), "which the estimator needs"),
-        (("--model", "random:tiny-llama+cla-50"), "which the estimator needs"),
         (("--model", "random:tiny-llama", "--attempts", "2", "--max-length", "4000"), "none of 2 attempts (0 successes)"),
     ],
 )
@@ -344,6 +342,35 @@ def test_bad_requests_to_the_estimator(
     asked = ["importance", "--model", "reference", "--kind", "r2", "--out", str(tmp_path / "s.json")]
     assert call(*asked, *given) == 2
     assert says in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("variant", "layers"), [("mixsga-3:1:6", 4), ("cla-50", 2)])
+def test_heads_of_a_variant_have_scores_of_their_own(variant: str, layers: int, tmp_path: Path) -> None:
+    """Rows of experts, and rows that two layers read; HeadKV then runs on the variant."""
+    name, out = f"reference+{variant}", tmp_path / "s.json"
+    asked = ["importance", "--model", name, "--kind", "r2", "--attempts", "2", "--max-length", "1000", "--teacher-forced"]
+    assert call(*asked, "--out", str(out)) == 0
+    scores = HeadScores.load(out)
+    assert scores.variant.startswith(name) and scores.runs.shape == (2, layers, 8) and 0 < scores.values.max() <= 1
+    run = ["run", "--model", name, "--methods", "full,headkv_r2", "--budgets", "20", "--limit", "1", "--benchmarks", "recall"]
+    assert call(*run, "--prompt", "question_in", "--head-scores", str(out), "--out", str(tmp_path / "out")) == 0
+    rows = [row for row in read_rows(tmp_path / "out") if row.key.method_name == "headkv_r2"]
+    assert len(rows) == 1 and rows[0].status == "ok" and rows[0].bytes_kept
+
+
+def test_what_two_layers_read_has_the_mean_of_their_scores() -> None:
+    model, ids = converted("llama", "cla-50"), tokens(40).tolist()
+    estimate, seen = Estimate("er", "facts", teacher_forced=True), []  # type: ignore[var-annotated]
+    work = Attempt(ids[:30], (10, 14), ids[30:34], "")
+    found = observe(model, work, estimate, Arena()).scores
+    cache = compact(
+        model.prefill(torch.tensor(ids[:29]), Needs())[0], [keep_all(model.prefill(torch.tensor(ids[:29]), Needs())[0])], 20
+    )
+    model.decode(cache, torch.tensor([ids[29:33]]), watch=lambda layer, attention: seen.append((layer, attention.clone())))
+    assert [layer for layer, _ in seen] == sorted(layer for layer, _ in seen) and len(seen) == model.depth > model.shape.layers
+    for layer in range(model.shape.layers):
+        mine = [attended(attention, (10, 14)).numpy() for number, attention in seen if number == layer]
+        assert found is not None and np.allclose(found[layer], np.mean(mine, 0), atol=1e-6)
 
 
 def test_teacher_forcing_scores_a_model_that_cannot_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

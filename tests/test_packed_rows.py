@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from harness.cache import ExpertGroup, LayerKV, ModelShape, Prefill, Row
-from harness.engine.attention import attend, attend_reference
-from harness.engine.rows import RowCache, compact
+from harness.engine.attention import attend, attend_reference, probabilities
+from harness.engine.rows import RowCache, RowLayer, compact
 from harness.storage import Sixteen, Storage
 from storages.integers import Integers
 from storages.kivi import Kivi
@@ -156,6 +156,27 @@ def test_a_cell_beside_others_answers_as_alone() -> None:
         assert torch.allclose(grown(alone, 12, 12)[:, 0], second[:, place], atol=5e-6)
         assert alone.counts()[0] == together.counts()[place]
     assert len(layer.parts) == 3
+
+
+@pytest.mark.parametrize(("routed", "window", "softcap"), [(False, 30, None), (True, None, 5.0)])
+def test_probabilities_by_position_are_those_that_attention_weighs_values_with(
+    routed: bool, window: int | None, softcap: float | None
+) -> None:
+    """Of unpacked rows, over several expert groups too."""
+    rng = random.Random(7)
+    cache = cache_of(rng, [None], window, routed)
+    (layer,) = cache.layers
+    assert isinstance(layer, RowLayer)
+    step, queries = cache.step([5]), torch.randn(HEADS, 5, DIM)
+    new = torch.randn(2, KV_HEADS, 5, DIM)
+    layer.append(new[0], new[1], step, np.array([0, 2, 1, 2, 0]) if routed else None)
+    seen, table = probabilities(layer, queries, step, 0.25, softcap), layer.table
+    wanted = attend_reference(layer, queries, step, 0.25, softcap)
+    found = torch.zeros_like(wanted)
+    for first, width, start, length in zip(table.first, table.width, table.start, table.length, strict=True):
+        heads, entries = slice(first, first + width), slice(start, start + length)
+        found[heads] += seen[heads][:, :, layer.positions[entries].long()] @ layer.values[entries]
+    assert torch.allclose(found, wanted, atol=1e-5) and torch.allclose(seen.sum(-1), torch.ones(HEADS, 5))
 
 
 @pytest.mark.parametrize("name", PACKED)

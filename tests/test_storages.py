@@ -7,15 +7,17 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from helpers import call, read, small, tiny, tokens
+from helpers import call, converted, read, small, tiny, tokens
 from test_packed_rows import PACKED
 from torch import Tensor
 
 from harness.cache import Budget, ModelShape, keep_all
+from harness.engine.attention import attend, attend_reference
 from harness.engine.rows import compact
 from harness.evaluation.prompts import Prompt, Protocol
 from harness.evaluation.sweep import Cell, Sweep
@@ -171,6 +173,32 @@ def test_a_cell_of_fewer_bits_is_counted_against_the_cache_that_is_deployed() ->
     assert found["int8"].counts.bytes_kept == 60 * 6 * entry_bytes(STORAGES["int8"], 16)  # type: ignore[union-attr]
     assert whole / 4 - 24 < found["snapkv+int4"].counts.bytes_kept <= whole / 4  # type: ignore[union-attr]
     assert found["snapkv"].counts.bytes_kept == 2 * whole / 4 and found["int8"].compressed  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("granularity", ["kv", "query"])
+@pytest.mark.parametrize("name", ["int4", "kivi-4"])
+@pytest.mark.parametrize("which", ["gemma2", "opt+gqa-2", "llama+mixsga-3:1:6", "qwen3+cla-50"])
+def test_a_model_reads_what_its_packed_rows_stand_for(
+    which: str, name: str, granularity: Literal["kv", "query"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conversions too: logits are those of attention over everything dequantised, one token at a time, and of rows packed alone.
+
+    Two cells keep more than a head holds, so that it is packed once for both; each keeps what it kept before.
+    """
+    family, _, variant = which.partition("+")
+    model = converted(family, variant) if variant else tiny(family)
+    prefill = model.prefill(tokens(60), METHODS["ada_snapkv"].needs)[0].at(granularity)
+    total = Budget.parse("40").entries(prefill.shape, 60, granularity)
+    kept = METHODS["ada_snapkv"].compress(prefill, total, score_prefill(METHODS["ada_snapkv"].scorer, prefill))  # type: ignore[attr-defined]
+    rows = tuple(tuple(replace(row, storage=PACKED[name]) for row in layer) for layer in kept)
+    said = []
+    for attention, cells in ((attend_reference, 1), (attend, 1), (attend, 2)):
+        monkeypatch.setattr("harness.engine.model.attend", attention)
+        cache = compact(prefill, [rows] * cells, 20)
+        said.append(torch.stack([model.decode(cache, tokens(1, seed=n).expand(cells, 1))[0, -1] for n in range(20)]))
+    assert torch.allclose(said[1], said[0], atol=2e-4) and torch.allclose(said[2], said[0], atol=2e-4)
+    plain = compact(prefill, [kept], 20)
+    assert not torch.allclose(model.decode(plain, tokens(1, seed=0)[None])[0, -1], said[0][0], atol=1e-2)
 
 
 def test_spared_layers_stay_in_16_bits_and_count_so() -> None:

@@ -212,16 +212,17 @@ def probabilities(
     Returns:
         [Hq, N, n] float32, n positions so far; 0 for those that have left the window.
     """
-    (block,) = layer.blocks(step)  # every head holds the same positions
-    keys = block.entries(layer.keys)  # [H, length, D]
-    asked = (queries.float() * scaling).unflatten(0, (block.count, -1)).flatten(1, 2)  # [H, G * N, D]
-    logits = (asked @ keys.float().transpose(1, 2)).view(queries.shape[0], queries.shape[1], -1)  # [Hq, N, length]
-    held = layer.positions[block.start : block.start + block.length].long()
-    unseen = hidden(held, torch.as_tensor(step.positions, device=held.device)[:, None], layer.window)
-    weights = with_sinks(softcapped(logits, softcap).masked_fill_(unseen, float("-inf")), sinks)
-    if layer.window is None:
-        return weights
-    return weights.new_zeros(*weights.shape[:2], int(held[-1]) + 1).index_copy_(2, held, weights)
+    positions = torch.as_tensor(step.positions, device=layer.positions.device)
+    logits = queries.new_full((*queries.shape[:2], int(positions[-1]) + 1), float("-inf"), dtype=torch.float32)
+    for block in layer.blocks(step):  # one, but where the tokens are shared out among expert groups
+        keys, first = block.entries(layer.keys), layer.table.first[block.rows]  # [rows, length, D]
+        heads = torch.as_tensor(first[:, None] + np.arange(block.width), device=keys.device).flatten()
+        asked = (queries[heads].float() * scaling).unflatten(0, (block.count, -1)).flatten(1, 2)  # [rows, width * N, D]
+        found = softcapped((asked @ keys.float().transpose(1, 2)).view(len(heads), queries.shape[1], block.length), softcap)
+        held = block.entries(layer.positions[:, None])[..., 0].long().repeat_interleave(block.width, 0)  # [rows * width, length]
+        logits[heads] = logits[heads].scatter(2, held[:, None].expand_as(found), found)
+    unseen = hidden(torch.arange(logits.shape[2], device=positions.device), positions[:, None], layer.window)
+    return with_sinks(logits.masked_fill_(unseen, float("-inf")), sinks)
 
 
 def _merge(out: Tensor, lse: Tensor, reader: Tensor, queries: int, sinks: Tensor | None = None) -> Tensor:

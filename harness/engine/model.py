@@ -38,7 +38,8 @@ OURS = ("rows_pass", "rows_positions")
 CHUNK, TEMPERED = "rows_chunk", "rows_tempered"  # attributes of attention layers, see `_mark`
 MATTERS_NOT = {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
 
-Watch = Callable[[int, Tensor], None]  # given a layer's index and the attention of its new queries, [Hq, N, n]
+# Given the index of a cache layer and the attention of new queries to it, [Hq, N, n]; of each layer of the model that reads it.
+Watch = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class DecodePass:
         if self.watch:
             assert isinstance(layer, RowLayer)
             shown = probabilities(layer, query, self.step, settings.scaling, settings.softcap, settings.sinks)
-            self.watch(place.layer, shown)
+            self.watch(place.cache_layer, shown)
         return attend(layer, query, self.step, settings.scaling, settings.softcap, settings.sinks)
 
 

@@ -39,6 +39,14 @@ class Places:
         return Places(self.start[rows], self.group[rows], self.key_tail[rows], self.value_tail[rows])
 
 
+@dataclass(frozen=True)
+class Codes:
+    """Packed vectors, token by token: each field [T, width]."""
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+
+
 class PackedEntries:
     """Keys and values of the rows of one layer.
 
@@ -122,6 +130,19 @@ class PackedEntries:
                 groups = count // codec.tokens
                 for into, part in zip(parts, codec.pack(vectors[:count].float().unflatten(0, (groups, -1))), strict=True):
                     into[first : first + groups].copy_(part)
+
+    def codes(self, keys: Tensor, values: Tensor) -> Codes:
+        """What entries [T, D] are packed, for rows to copy from: of storages without a residual."""
+        return Codes(*(codec.pack(v[:, None].float()) for codec, v in ((self.storage.keys, keys), (self.storage.values, values))))
+
+    def copy(self, row: int, length: int, codes: Codes, kept: Tensor | None) -> None:
+        """The first `length` entries of a row that holds none: all of `codes`, or those kept."""
+        for first, into, given in (
+            (self.places.group[row], self.keys, codes.keys),
+            (self.places.start[row], self.values, codes.values),
+        ):
+            for field, part in zip(into, given, strict=True):
+                field[first : first + length].copy_(part if kept is None else part[kept])
 
     def _complete(self, before: np.ndarray, after: np.ndarray) -> None:
         """Packs what has left the residual since the rows held `before` entries."""

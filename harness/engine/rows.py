@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from harness.cache import Arena, ExpertGroup, LayerKV, ModelShape, Prefill, Row, Selection
-from harness.engine.packed import PackedEntries
+from harness.engine.packed import Codes, PackedEntries
 from harness.engine.split_plan import DevicePlan, plan_split, split_length, within_runs
 from harness.storage import Storage
 
@@ -496,16 +496,33 @@ def _layer_of(
 
 
 def _filled(kv: LayerKV, rows: list[Row], layer: RowLayer) -> RowLayer:
-    table = layer.table
+    table, packed = layer.table, layer.packed
+    codes = {} if packed is None else _packed_once(packed, kv, table, layer.shape.group)
     for number, (row, start, length) in enumerate(zip(rows, table.start.tolist(), table.length.tolist(), strict=True)):
-        where = slice(start, start + length)
+        where, head = slice(start, start + length), row.first // layer.shape.group
         kept = None if row.kept is None else row.kept.to(kv.keys.device)  # layers may lie on devices of their own
-        if layer.packed is None:
+        if packed is None:
             _fill(layer, where, kv, row, kept)
+        elif row.merged is None and head in codes:
+            packed.copy(number, length, codes[head], kept)
         else:
-            _fill_packed(layer.packed, layer.shape.group, number, length, kv, row, kept)
+            _fill_packed(packed, head, number, length, kv, row, kept)
         layer.positions[where].copy_(kv.positions if kept is None else kv.positions[kept])
     return layer
+
+
+def _packed_once(packed: PackedEntries, kv: LayerKV, table: RowTable, group: int) -> dict[int, Codes]:
+    """Everything that a head holds, packed, for heads whose rows together keep more than that: a token's codes do not depend on
+    what is kept beside it. Not where a residual stays: what is packed depends on the row then.
+    """
+    if packed.storage.residual:
+        return {}
+    heads = table.first // group
+    return {
+        head: packed.codes(kv.keys[head], kv.values[head])
+        for head in np.unique(heads).tolist()
+        if table.length[heads == head].sum() > kv.keys.shape[1]
+    }
 
 
 def _fill(layer: RowLayer, where: slice, kv: LayerKV, row: Row, kept: Tensor | None) -> None:
@@ -521,8 +538,7 @@ def _fill(layer: RowLayer, where: slice, kv: LayerKV, row: Row, kept: Tensor | N
             into[where].copy_(part)
 
 
-def _fill_packed(packed: PackedEntries, group: int, number: int, length: int, kv: LayerKV, row: Row, kept: Tensor | None) -> None:
-    head = row.first // group
+def _fill_packed(packed: PackedEntries, head: int, number: int, length: int, kv: LayerKV, row: Row, kept: Tensor | None) -> None:
     keys, values = row.merged or (kv.keys[head], kv.values[head])
     if kept is not None and row.merged is None:
         keys, values = keys[kept], values[kept]

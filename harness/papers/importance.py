@@ -83,7 +83,7 @@ class ImportanceRequest:
 
     model: str
     kind: Kind
-    needles: str | None = None  # text, or facts for the embedded model
+    needles: str | None = None  # text, or facts for the embedded model and its variants
     haystack: Path | None = None  # folder of .txt files; None: generated prose
     max_length: int | None = None  # 10,000 tokens, or what the model has positions for
     lengths: int = 5
@@ -112,14 +112,12 @@ def prepared(request: ImportanceRequest, registry: Registry) -> tuple[Model, Est
     """
     haystack = Haystack.of(request.haystack)
     model = load_model(request.model, request, registry)
-    if model.routers or model.depth > model.shape.layers:
-        raise BadRequest(f"{model.name}: heads of this variant do not each hold every token, which the estimator needs")
     if model.tokenizer is None:
         raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a needle")
     room = model.max_tokens - LONGEST_NEEDLE
     estimate = Estimate(
         kind=request.kind,
-        needles=request.needles or ("facts" if model.name == "reference" else "text"),
+        needles=request.needles or ("facts" if model.name.partition("+")[0] == "reference" else "text"),
         haystack=haystack.sha256,
         max_length=min(10_000, room) if request.max_length is None else request.max_length,
         lengths=request.lengths,
@@ -232,18 +230,20 @@ def succeeded(kind: Kind, said: str, wanted: str) -> bool:
 
 
 def _look(model: Model, cache: RowCache, work: Attempt, kind: Kind, said: Sequence[int]) -> np.ndarray:
-    """Scores of every head over the steps that produced `said`, [L, Hq]."""
+    """Scores of every head over the steps that produced `said`, [L, Hq]; the mean over layers that read the same rows."""
     steps = torch.tensor([[work.ids[-1], *said[:-1]]], device=model.device)
     ids = torch.tensor([*work.ids, *said], device=model.device)
     out = torch.tensor(list(said), device=model.device)
     scores = np.zeros((model.shape.layers, model.shape.query_heads))
+    readers = np.zeros((model.shape.layers, 1))
 
     def watch(layer: int, attention: Tensor) -> None:
         found = copied(attention, work.span, ids, out) if kind == "r" else attended(attention, work.span)
-        scores[layer] = found.double().cpu().numpy()
+        scores[layer] += found.double().cpu().numpy()
+        readers[layer] += 1
 
     model.decode(cache, steps, watch=watch)
-    return scores
+    return scores / readers
 
 
 @dataclass(frozen=True)
