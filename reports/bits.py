@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
+from reports.drawing import LETTERS_AN_INCH, shortened
 from reports.formats import literal
 from reports.keys import LineKey, PanelKey
 from reports.pictures import place
@@ -77,7 +78,9 @@ def _picture(panel: PanelKey, method: str, lines: list[Line], alone: list[Line],
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.5)
     _legend(figure, colours, marks, bool(alone))
-    figure.suptitle(literal(f"{panel.title}: {method}"), fontsize=9)
+    figure.suptitle(
+        literal(shortened(f"{panel.title}: {method}", int(LETTERS_AN_INCH * 0.8 * figure.get_figwidth()))), fontsize=8
+    )
     path = place(folder, f"bits_{panel.model}_{panel.task}_{panel.protocol.prompt}_{method}", mark=f"_{panel.protocol.short}")
     figure.savefig(path, dpi=150)
     plt.close(figure)

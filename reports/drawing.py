@@ -20,6 +20,7 @@ from reports.style import GREY, KINDS, Palette, Style, kind_of
 INK, SOFT, FRONTIER = "#1b1f24", "#59636e", "#F7E27C"
 LEAST = 1e-6  # on a log axis: below this two caches predict the same in float32
 LETTERS = 21  # of a name at its line
+LETTERS_AN_INCH = 15  # of a title
 LINE = 0.0193  # inches from one name to the next, a point of the letters
 TICK = 0.05  # from one share to the next
 SHADED = 2  # curves with their intervals

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from reports.drawing import SOFT
+from reports.drawing import LETTERS_AN_INCH, SOFT, shortened
 from reports.formats import literal
 from reports.keys import Label, LineKey, PanelKey
 from reports.over_answer import full_bytes, grouped, means
@@ -65,7 +65,7 @@ def _picture(
     lower = any(metric in record.lower_is_better for found in groups.values() for record in found)
     axes[0].set_ylabel(literal(f"{metric}, lower is better" if lower else metric))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
-    figure.suptitle(literal(panel.title), fontsize=9)
+    figure.suptitle(literal(shortened(panel.title, int(LETTERS_AN_INCH * 0.8 * figure.get_figwidth()))), fontsize=8)
     name = f"over_answer_{panel.model}_{panel.task}_{panel.protocol.prompt}"
     path = place(folder, name, mark=f"_{panel.protocol.short}")
     figure.savefig(path, dpi=150)

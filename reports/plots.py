@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from reports.drawing import Curve, Picture, Point, Room, draw, shortened
+from reports.drawing import LETTERS_AN_INCH, Curve, Picture, Point, Room, draw, shortened
 from reports.formats import literal
 from reports.keys import Label, PanelKey
 from reports.pictures import place
@@ -28,7 +28,6 @@ FORMATS = ("png", "svg", "pdf")
 WIDE, HIGH = 3.5, 2.6  # inches of a panel with its names: a column of a paper
 LEFT, RIGHT, BELOW, ABOVE = 0.5, 1.45, 0.42, 0.2  # inches around the axes
 ACROSS = 2  # panels side by side: the width of a page
-LETTERS_AN_INCH = 15  # of a title
 FIELDS = (("score", "score"), ("kl", "KL to the full cache, nats"), ("top1", "same top token as full"))
 LATER = 0.2  # by how much other settings of a method, and single points, come later where colours are given
 DRAWN = ("score", "kl")  # as files; the page tells all three

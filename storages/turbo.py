@@ -97,9 +97,9 @@ class Rotated(Codec):
         dim = vectors.shape[-1]
         direction = self.turn(vectors[:, 0] / norm.clamp(min=1e-30)) * sqrt(dim)
         table = self._table(vectors.device)
-        codes = torch.bucketize(direction, (table[1:] + table[:-1]) / 2, out_int32=True)
+        codes = nearest(direction, table)
         factor = (norm / looked_up(table, codes).norm(dim=-1, keepdim=True)).clamp(max=LARGEST_HALF).half()
-        return pack_bits(codes.to(torch.uint8), self.bits), factor
+        return pack_bits(codes, self.bits), factor
 
     def _rotated(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """The levels of each token, [..., D]: its vector in the rotated basis but for the factor."""
@@ -121,6 +121,24 @@ class Rotated(Codec):
         levels = looked_up(_pairs(self.bits, turned.device), both).view(torch.float32)  # of codes 0, D/2, 1, D/2 + 1, ...
         asked = turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         return (asked @ levels.mT).mul_(parts[1].float().mT)
+
+
+def nearest(numbers: Tensor, levels: Tensor) -> Tensor:
+    """Which of the levels, sorted and symmetric about 0, each number is nearest to, uint8.
+
+    On a CPU the edges between positive levels are counted that lie below a number's size: passes over all numbers are several
+    times as fast there as a search for each.
+    """
+    import torch
+
+    edges, half = (levels[1:] + levels[:-1]) / 2, len(levels) // 2
+    if numbers.device.type != "cpu":
+        return torch.bucketize(numbers, edges, out_int32=True).to(torch.uint8)
+    size, above = numbers.abs(), torch.empty(numbers.shape, dtype=torch.bool)
+    count = torch.zeros(numbers.shape, dtype=torch.uint8)
+    for edge in edges[half:].tolist():
+        count += torch.gt(size, edge, out=above).view(torch.uint8)
+    return torch.where(torch.gt(numbers, 0, out=above), count.add(half), count.neg().add_(half - 1))
 
 
 @lru_cache(maxsize=16)
