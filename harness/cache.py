@@ -217,6 +217,7 @@ class LayerKV:
     readers: int = 1  # layers of the model that read it
     prompt: int = 0  # a checksum of the prompt's ids: the seed of what is drawn at random
     sinks: Tensor | None = None  # [Hq], a logit of each head that is in every softmax and reads no value (gpt-oss)
+    heads: Tensor | None = None  # [Hq] which of the layer's query heads these are, where they are not all of them in order
     held: Tensor | None = None  # [n] positions where entries were evicted before; [S, n] for scorers that are not `ordered`
 
     @property

@@ -290,6 +290,7 @@ SUITES: dict[str, Suite] = {
             *("streaming_llm", "h2o", "tova", "snapkv"),
             *("streaming_llm(every=1)", "h2o(every=1)", "tova(every=1)"),
             *("random(every=32)", "knorm(every=32)", "snapkv(every=32)", "ada_snapkv(every=32)", "rkv(every=32)"),
+            "triattention(every=32)",
         ),
         budgets=("64", "128", "256"),
         benchmarks=("perplexity_own(length=256,scored=1536)",),
@@ -305,7 +306,7 @@ SUITES: dict[str, Suite] = {
     "reasoning": Suite(
         about="GSM8K, MATH-500 and AIME, four samples of a problem: eviction once and while the answer is written; for a GPU",
         models=("deepseek-ai/DeepSeek-R1-Distill-Llama-8B",),
-        methods=("full", "snapkv", *("snapkv(every=128)", "streaming_llm(every=128)", "h2o(every=128)", "rkv")),
+        methods=("full", "snapkv", *("snapkv(every=128)", "streaming_llm(every=128)", "h2o(every=128)", "rkv", "triattention")),
         budgets=("512", "1024", "2048"),
         benchmarks=("reasoning",),
         limit=500,

@@ -25,6 +25,7 @@ from methods.rkv import ImportantAndUnlike
 from methods.snapkv import WindowAttention
 from methods.streaming_llm import SinksAndRecent
 from methods.tova import LastQuery
+from methods.triattention import Trigonometric
 
 METHODS: dict[str, Method] = {
     "full": Full(),
@@ -35,6 +36,7 @@ METHODS: dict[str, Method] = {
     "knorm": Eviction(SmallKeys(), Uniform()),
     "snapkv": Eviction(WindowAttention(), Uniform()),
     "rkv": Eviction(ImportantAndUnlike(), Uniform(), every=128),
+    "triattention": Eviction(Trigonometric(), Uniform(), every=128),
     "pyramidkv": Eviction(WindowAttention(), Pyramid()),
     "ada_snapkv": Eviction(WindowAttention(), AdaptiveHeads()),
     "headkv_r": Eviction(WindowAttention(), HeadShares("r", beta=1.5)),

@@ -131,6 +131,12 @@ def scores_for(method: Method, prefill: Prefill) -> Scores | None:
     return None if method.scorer is None else score_prefill(method.scorer, prefill)
 
 
+WANTED = {  # by the kind of head scores
+    "": "it needs {} head scores of this model: see `run_all.py importance` and --head-scores",
+    "queries": "it needs statistics of this model's queries: see `run_all.py calibrate` and --head-scores",
+}
+
+
 @dataclass(frozen=True)
 class Eviction:
     """Keeps the best-scored entries, as many a row as its allocator says; once, after the prefill, or again and again."""
@@ -148,6 +154,8 @@ class Eviction:
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"every {self.every} must be 0, never, or a number of tokens")
+        if self.renumber and getattr(self.scorer, "positional", False):
+            raise ValueError("its scorer asks for original positions: they cannot be renumbered")
         if self.renumber and not self.every:
             raise ValueError("renumber is for caches that evict while decoding: name an interval too, every=1 or more")
 
@@ -163,16 +171,23 @@ class Eviction:
 
     @property
     def head_scores(self) -> str | None:
-        return self.allocator.head_score_kind if isinstance(self.allocator, UsesHeadScores) else None
+        """Where allocator and scorer want some: of the one that has none yet."""
+        return self._wants[1].head_score_kind if self._wants else None
 
     @property
     def given_head_scores(self) -> Any:
-        return self.allocator.given_head_scores if isinstance(self.allocator, UsesHeadScores) else None
+        return self._wants[1].given_head_scores if self._wants else None
 
     def with_head_scores(self, scores: Any) -> Eviction:
-        if not isinstance(self.allocator, UsesHeadScores):
-            return self
-        return replace(self, allocator=self.allocator.with_head_scores(scores))
+        changes: dict[str, Any] = {name: part.with_head_scores(scores) for name, part in [self._wants or ("", None)] if part}
+        return replace(self, **changes)
+
+    @property
+    def _wants(self) -> tuple[str, UsesHeadScores] | None:
+        """The field whose turn it is to be given scores of the model's heads, and what stands there."""
+        parts = [(name, getattr(self, name)) for name in ("allocator", "scorer")]
+        wanting = [(name, part) for name, part in parts if isinstance(part, UsesHeadScores)]
+        return min(wanting, key=lambda one: one[1].given_head_scores is not None, default=None)
 
     def cannot_run(
         self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity, parent: ModelShape | None = None
@@ -184,7 +199,7 @@ class Eviction:
         if self.every and seen:
             return "what it looks at is seen in a prefill alone, so it cannot choose again while decoding"
         if self.head_scores and self.given_head_scores is None:
-            return f"it needs {self.head_scores} head scores of this model: see `run_all.py importance` and --head-scores"
+            return WANTED.get(self.head_scores, WANTED[""]).format(self.head_scores)
         floor = heads * sum(self.scorer.protected.count(size, tokens) for size in sizes)
         return too_small(budget.entries(parent or shape, tokens, granularity), floor, heads * shape.layers)
 

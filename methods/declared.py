@@ -141,12 +141,12 @@ class Stages:
 
 
 class UsesHeadScores(ABC):
-    """An allocator that is to be given head scores of the model, by declaration: it inherits from this."""
+    """An allocator or scorer that is to be given scores of the model's heads, by declaration: it inherits from this."""
 
     @property
     @abstractmethod
     def head_score_kind(self) -> str:
-        """r, er or r2."""
+        """r, er or r2; duo, a pattern; queries, statistics of them."""
 
     @property
     @abstractmethod
@@ -155,4 +155,4 @@ class UsesHeadScores(ABC):
 
     @abstractmethod
     def with_head_scores(self, scores: Any) -> Self:
-        """The same allocator with the scores of one model."""
+        """The same with the scores of one model."""

@@ -91,8 +91,6 @@ class Rotated(Codec):
         return torch.tensor(lloyd_max(self.bits), device=device)
 
     def pack(self, vectors: Tensor) -> tuple[Tensor, ...]:
-        import torch
-
         norm = vectors[:, 0].norm(dim=-1, keepdim=True)  # [m, 1]
         dim = vectors.shape[-1]
         direction = self.turn(vectors[:, 0] / norm.clamp(min=1e-30)) * sqrt(dim)

@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 import run_all
 from harness.cache import Budget, Needs, Prefill, Selection
 from harness.engine.model import Model, own_attention
+from harness.evaluation.conformance import drawn_statistics
 from harness.families import routers, shape_of
 from harness.registry import BUILTIN
 from harness.training.data import PackedBatches
@@ -81,6 +82,8 @@ def head_scores(layers: int = 3, heads: int = 4, kind: str = "r2") -> HeadScores
 
 
 def with_scores(method: Method) -> Method:
+    if method.head_scores == "queries":
+        return method.with_head_scores(drawn_statistics())
     return method.with_head_scores(head_scores()) if method.head_scores else method
 
 

@@ -799,6 +799,27 @@ FAULTS = (
     ),
     Fault("scales of the residual forgotten", "harness/storage.py", "(entries - packed) * (HALF * dim)", "0", PACKED),
     Fault("spared layers packed", "harness/storage.py", "Sixteen() if min(layer,", "storage if min(layer,", PACKED),
+    Fault(
+        "distances counted from the first token",
+        "methods/triattention.py",
+        "where = tokens - 1 + 2.0",
+        "where = 2.0",
+        "tests/test_triattention.py",
+    ),
+    Fault(
+        "what the mean does not tell left out",
+        "methods/triattention.py",
+        "size - np.abs(usual)",
+        "size * 0",
+        "tests/test_triattention.py",
+    ),
+    Fault(
+        "every row read by the first heads",
+        "harness/engine/evict.py",
+        "heads=_asking(torch.arange(memory.like.query_heads), memory.like, first, width),",
+        "heads=torch.arange(len(rows) * reading),",
+        "tests/test_triattention.py",
+    ),
     Fault("codes of another head", "harness/engine/rows.py", "packed.codes(kv.keys[head],", "packed.codes(kv.keys[0],", PACKED),
     Fault(
         "shared rows scored by their last layer",

@@ -72,7 +72,7 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     add("--own-rows", action="store_true", help="rows in files of this process alone: for file systems whose locks are none")
     _add_workers(command)
     _add_data(command)
-    add("--head-scores", help="files or folders of head scores for HeadKV, with commas")
+    add("--head-scores", help="files or folders of head scores (HeadKV) and statistics of queries (TriAttention), with commas")
     add("--examples", choices=("all", "held_out", "test"), help="all, or the 15%% held out, or the other 85%% (default: all)")
     add("--no-fidelity", action="store_true", help="do not compare with the full cache token by token")
 
@@ -112,6 +112,16 @@ def _add_importance(command: argparse.ArgumentParser) -> None:
     add("--teacher-forced", action="store_true", help="our own option: feed the right answers, for models too weak to give them")
     add("--out", type=_path, help="file for the scores (default: results/head_scores/<model>_<kind>.json)")
     _add_workers(command)
+
+
+def _add_calibrate(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_model(command)
+    add("--haystack", type=_path, help="folder of .txt files, or python for its manual (default: generated prose)")
+    add("--tokens", type=int, help="of text that is read (default: 16,384)")
+    add("--length", type=int, help="tokens of a piece (default: 2,048, or what the model has positions for)")
+    add("--seed", type=int, help="(default: 0)")
+    add("--out", type=_path, help="file for the statistics (default: results/head_scores/<model>_queries.npz)")
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
@@ -198,7 +208,7 @@ def _add_reproduce(command: argparse.ArgumentParser) -> None:
     add("--variants", type=_path, help="folder where trained variants are looked for and put (default: results/variants)")
     add("--context", type=int, help="tokens of the prompt, for tables of time (default: the paper's)")
     _add_data(command)
-    add("--head-scores", help="files or folders of head scores for HeadKV, with commas")
+    add("--head-scores", help="files or folders of head scores (HeadKV) and statistics of queries (TriAttention), with commas")
     _add_device(command)
     _add_workers(command)
     add("--out", type=_path, help="(default: results/papers)")
@@ -267,6 +277,7 @@ COMMANDS = {
     "publish": ("several runs as a web page: a leaderboard, their reports, all rows as one parquet file", _add_publish),
     "train": ("convert a model to GQA, MQA, mixSGA or CLA, heal it, save it as a variant", _add_train),
     "importance": ("estimate head scores for HeadKV, and draw them", _add_importance),
+    "calibrate": ("take statistics of a model's queries, for TriAttention", _add_calibrate),
     "beta": ("choose HeadKV's beta on held-out examples, for `run --examples test`", _add_beta),
     "token-importance": (
         "average one token's keys and values over all heads: what becomes of the perplexity (mixSGA's figure 1)",

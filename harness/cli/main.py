@@ -262,6 +262,17 @@ def _importance(options: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrate(options: argparse.Namespace) -> int:
+    from harness.cli.requests import calibration_request
+    from harness.papers.calibrate import calibrate
+
+    request = calibration_request(options)
+    found = calibrate(request, _registry(options))
+    print(f"{found.variant}: statistics of queries over {found.tokens:,} tokens")
+    print(request.path)
+    return 0
+
+
 def _beta(options: argparse.Namespace) -> int:
     from harness.cli.requests import betas_of, run_request
     from harness.papers.beta import BETAS, choose_beta
@@ -393,6 +404,7 @@ COMMANDS = {
     "publish": _publish,
     "train": _train,
     "importance": _importance,
+    "calibrate": _calibrate,
     "beta": _beta,
     "token-importance": _tokens,
     "score": _score,

@@ -18,6 +18,7 @@ from harness.registry import Registry, split
 if TYPE_CHECKING:
     from harness.cluster.simulate import Times
     from harness.cost.request import CostRequest
+    from harness.papers.calibrate import CalibrationRequest
     from harness.papers.importance import ImportanceRequest
     from harness.papers.reproduce import ReproduceRequest
     from harness.papers.token_importance import TokenImportanceRequest
@@ -135,6 +136,12 @@ def importance_request(options: argparse.Namespace) -> ImportanceRequest:
     from harness.papers.importance import ImportanceRequest
 
     return ImportanceRequest(**(_plain(ImportanceRequest, vars(options)) | _cluster(vars(options))))
+
+
+def calibration_request(options: argparse.Namespace) -> CalibrationRequest:
+    from harness.papers.calibrate import CalibrationRequest
+
+    return CalibrationRequest(**_plain(CalibrationRequest, vars(options)))
 
 
 def tokens_request(options: argparse.Namespace) -> TokenImportanceRequest:

@@ -249,6 +249,7 @@ class _Rows:
             queries=asking,
             column_sums=None if memory.mass is None else (shown(memory.mass) / reading).repeat_interleave(reading, 0),
             query_heads=len(rows) * reading,
+            heads=_asking(torch.arange(memory.like.query_heads), memory.like, first, width),
             held=positions,
             sinks=None if memory.like.sinks is None else _asking(memory.like.sinks, memory.like, first, width),
         )

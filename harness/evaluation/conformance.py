@@ -30,6 +30,7 @@ from methods.base import CannotRun, Conversion, Eviction, Method, Protected, Sco
 from methods.headkv import HeadScores
 from methods.ranking import row_sizes
 from methods.snapkv import WindowAttention
+from methods.triattention import KIND, QueryStatistics
 
 TOKENS = 60  # of a prompt, or more where a method protects many
 SMALL = 14  # entries a head, likewise
@@ -108,10 +109,25 @@ def _prefills(method: Method, more: Needs | None = None) -> Iterator[tuple[str, 
         yield which, model, model.prefill(ids, method.needs | (more or Needs()))[0]
 
 
+def drawn_statistics(layers: int = 3, heads: int = 4, dim: int = 16) -> QueryStatistics:
+    """Of queries drawn at random; numbers i and i + dim / 2 are turned together."""
+    drawn, half = np.random.default_rng(5), dim // 2
+    mean = tuple(drawn.normal(size=(heads, dim)).astype(np.float32) for _ in range(layers))
+    size = tuple(np.hypot(part[:, :half], part[:, half:]) * 1.5 for part in mean)
+    pairs = np.stack([np.arange(half), np.arange(half) + half], 1)
+    return QueryStatistics("check", "0", 100, mean, size, pairs, 10_000.0 ** -(np.arange(half) / half))
+
+
 def _ready(method: Method) -> Method:
-    """With head scores, if it wants any."""
-    if not method.head_scores:
-        return method
+    """With head scores and statistics of queries, if it wants any."""
+    while method.head_scores and method.given_head_scores is None:
+        method = _given(method)
+    return method
+
+
+def _given(method: Method) -> Method:
+    if method.head_scores == KIND:
+        return method.with_head_scores(drawn_statistics())
     runs = 1.0 / (1 + np.random.default_rng(0).permutation(12)).reshape(1, 3, 4)
     return method.with_head_scores(HeadScores("check", "0", method.head_scores, runs, attempts=1))  # type: ignore[arg-type]
 
@@ -135,7 +151,8 @@ def _selections(method: Method) -> Iterator[tuple[str, Model, Prefill, Scores | 
 
 
 def _scores_are_numbers(method: Method) -> str | None:
-    for _, _, prefill in _prefills(_ready(method)):
+    method = _ready(method)
+    for _, _, prefill in _prefills(method):
         scores_for(method, prefill)  # raises with layer, shape, and what was expected
     return None
 

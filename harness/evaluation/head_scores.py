@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from harness.engine.model import Model
 from harness.evaluation.plan import Grid
 from harness.models.load import REFERENCE
 from methods.duo_attention import read_pattern
 from methods.headkv import BadScores, HeadScores
+from methods.triattention import KIND, BadStatistics, QueryStatistics
+
+MOST_KINDS = 2  # of scores that one method may want: its allocator's and its scorer's
 
 SHIPPED = {
     "reference": REFERENCE / "head_scores",
@@ -24,21 +28,25 @@ def with_head_scores(grid: Grid, model: Model, given: Sequence[Path], data_dir: 
     Raises:
         BadScores: a file cannot be read, or the only one given for a kind is another model's.
     """
-    kinds = {method.head_scores for method in grid.methods.values()} - {None}
-    found = {kind: _scores(str(kind), model, given, data_dir) for kind in kinds}
-    methods = {
-        name: method if (scores := found.get(method.head_scores)) is None else method.with_head_scores(scores)
-        for name, method in grid.methods.items()
-    }
+    found: dict[str, Any] = {}
+    methods = dict(grid.methods)
+    for _ in range(MOST_KINDS):
+        for kind in {method.head_scores for method in methods.values()} - {None, *found}:
+            found[str(kind)] = _scores(str(kind), model, given, data_dir)
+        for name, method in methods.items():
+            if method.given_head_scores is None and (scores := found.get(str(method.head_scores))) is not None:
+                methods[name] = method.with_head_scores(scores)
     return replace(grid, methods=methods)
 
 
-def _scores(kind: str, model: Model, given: Sequence[Path], data_dir: Path | None) -> HeadScores | None:
+def _scores(kind: str, model: Model, given: Sequence[Path], data_dir: Path | None) -> HeadScores | QueryStatistics | None:
+    if kind == KIND:
+        return query_statistics(model, given)
     if kind == "duo":
         return duo_pattern(model, given, data_dir) or _scores("r2", model, given, data_dir)
     shape = (model.shape.layers, model.shape.query_heads)
     refusal: BadScores | None = None
-    for scores in map(HeadScores.load, (path for path in _files(given) if path.suffix != ".tsv")):
+    for scores in map(HeadScores.load, (path for path in _files(given) if path.suffix not in (".tsv", ".npz"))):
         if scores.kind != kind:
             continue
         try:
@@ -57,6 +65,26 @@ def _scores(kind: str, model: Model, given: Sequence[Path], data_dir: Path | Non
             scores.check(model.name, model.revision, *shape)
             return scores
     if refusal is not None:  # what was given is another model's, and there is nothing else
+        raise refusal
+    return None
+
+
+def query_statistics(model: Model, given: Sequence[Path]) -> QueryStatistics | None:
+    """The model's, of the files named and those of folders, or shipped with the package; None: there are none.
+
+    Raises:
+        BadStatistics: a file that is none, or the only ones given are another model's.
+    """
+    places = [*given, *([SHIPPED[model.name]] if model.name in SHIPPED else [])]
+    files = [path for place in places for path in (sorted(place.glob("*.npz")) if place.is_dir() else [place])]
+    refusal: BadStatistics | None = None
+    for statistics in map(QueryStatistics.load, (path for path in files if path.suffix == ".npz")):
+        try:
+            statistics.check(model.name, model.revision, model.shape.layers)
+            return statistics
+        except BadStatistics as error:
+            refusal = refusal or error
+    if refusal is not None:
         raise refusal
     return None
 
