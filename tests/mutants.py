@@ -387,8 +387,8 @@ FAULTS = (
     Fault(
         "a field called kind",
         "methods/base.py",
-        "if isinstance(self.allocator, UsesHeadScores) else None\n\n    @property\n    def given",
-        'if hasattr(self.allocator, "kind") else None\n\n    @property\n    def given',
+        "for name, part in parts if isinstance(part, UsesHeadScores)]",
+        'for name, part in parts if hasattr(part, "kind")]',
         "tests/test_plugins.py",
     ),
     Fault("finished cells run again", "harness/evaluation/plan.py", "if cell not in self.finished]", "]", "tests/test_cli.py"),

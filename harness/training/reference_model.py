@@ -36,7 +36,7 @@ from harness.training.reference_data import (
     book_sentences,
     build_tokenizer,
 )
-from harness.training.request import multiplies_bf16
+from harness.training.recipes import multiplies_bf16
 
 
 @dataclass(frozen=True)

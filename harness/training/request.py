@@ -14,7 +14,7 @@ from harness.evaluation.request import DTYPES, at_least
 from harness.evaluation.tokens import beyond
 from harness.files import check_writable
 from harness.registry import Registry
-from harness.training.recipes import RECIPES, Loss, NamedRecipe, Recipe
+from harness.training.recipes import RECIPES, Loss, NamedRecipe, Recipe, multiplies_bf16
 from results.store import slug
 
 if TYPE_CHECKING:
@@ -103,16 +103,6 @@ class TrainRequest:
     def arithmetic(self, device: torch.device) -> TrainRequest:
         """The same request, with it settled in which arithmetic matrices are multiplied on that device."""
         return self if self.bf16 is not None else replace(self, bf16=multiplies_bf16(device))
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Elsewhere bfloat16 is imitated: several times slower than float32 (a step of the embedded model on AVX2: 6.5 times)."""
-    import torch
-
-    if device.type != "cpu":
-        return True
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch has no public name for it
-    return any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
 @dataclass(frozen=True)
