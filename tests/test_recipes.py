@@ -22,6 +22,7 @@ from harness.training.corpora import dolly, minipile, template_of
 from harness.training.data import HELD_OUT, BadText, ExampleBatches
 from harness.training.loop import IGNORED, loss_of
 from harness.training.recipes import RECIPES, Recipe
+from harness.training.request import TrainRequest
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,6 +145,28 @@ def test_minipile_is_read_from_any_form_and_tokenised_once(tmp_path: Path) -> No
 def test_an_epoch_is_what_the_paper_says() -> None:
     assert RECIPES["mixsga-sft"].steps(14_000) == 17_500  # 40 epochs at batch 32
     assert RECIPES["mixsga-pretrain"].batch * RECIPES["mixsga-pretrain"].length == 262_144
+
+
+def test_mixsga_plus_is_a_start_on_whatever_data(tmp_path: Path) -> None:
+    out = tmp_path / "plus"
+    asked = [
+        "train",
+        "--model",
+        "reference",
+        "--recipe",
+        "mixsga-plus",
+        "--conversion",
+        "mixsga",
+        "--ratios",
+        "3:1:6",
+        "--out",
+        str(out),
+    ]
+    assert call(*asked, "--steps", "1", "--length", "64", "--rows", "1") == 0
+    said = read_about(out).recipe
+    assert (said["recipe"], said["order"], said["agree"], said["lr"]) == ("mixsga-plus", "likeness", 1.0, 3e-3)
+    plain = TrainRequest("reference", "mixsga-3:1:6", recipe="mixsga-plus", agree=0.5).settings()
+    assert (plain.agree, plain.order, plain.steps) == (0.5, "likeness", 600), "an option changes it"
 
 
 def test_the_command_trains_by_a_recipe(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,11 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_model(command)
     add("--conversion", required=True, help="gqa, mqa, mixsga, cla, or a plugin's; none trains the model as it is: the control")
-    add("--recipe", help="mixsga-sft or mixsga-pretrain: the paper's data, rates and length; options below change it")
+    add(
+        "--recipe",
+        help="mixsga-sft or mixsga-pretrain: the paper's data, rates and length; mixsga-plus: our start, on data of yours; "
+        "options below change it",
+    )
     add("--groups", type=int, help="KV heads merged into one by gqa")
     add("--percent", type=int, help="of the layers that cla stores: 50 for half")
     add(

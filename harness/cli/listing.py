@@ -80,9 +80,9 @@ def listing(what: str, registry: Registry, data_dir: Path | None = None) -> dict
         smollm2 = "SmolLM2-135M-Instruct out of a package, dequantised; unquantised: HuggingFaceTB/SmolLM2-135M-Instruct"
         return {"reference": "the embedded model", "smollm2": smollm2, **shapes, **_families()}
     if what == "recipes":
-        from harness.training.recipes import RECIPES
+        from harness.training.recipes import RECIPES, STARTS
 
-        return {name: recipe.about for name, recipe in RECIPES.items()}
+        return {name: recipe.about for name, recipe in RECIPES.items()} | {name: about for name, (about, _) in STARTS.items()}
     if what == "conversions":
         return {name: conversion.about for name, conversion in registry.conversions.items()}
     return {name: repr(entry) for name, entry in registry.table(what).items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.errors import UserError
 
@@ -104,6 +104,14 @@ RECIPES: dict[str, NamedRecipe] = {
         rows=4,
         length=2048,
     ),
+}
+
+STARTS: dict[str, tuple[str, dict[str, Any]]] = {  # recipes that say how to begin, and leave data and length to the request
+    "mixsga-plus": (
+        "ours: like heads are made neighbours and moved to the mean of their widest group, then healed as asked "
+        "(docs/methods/mixsga.md says what that gives)",
+        {"order": "likeness", "agree": 1.0},
+    )
 }
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.engine.measure import keep_freed_memory
+from harness.training.recipes import multiplies_bf16
 from harness.training.reference_data import (
     ANSWER,
     ANSWER_OF_MANY,
@@ -36,7 +37,6 @@ from harness.training.reference_data import (
     book_sentences,
     build_tokenizer,
 )
-from harness.training.recipes import multiplies_bf16
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from harness.evaluation.request import DTYPES, at_least
 from harness.evaluation.tokens import beyond
 from harness.files import check_writable
 from harness.registry import Registry
-from harness.training.recipes import RECIPES, Loss, NamedRecipe, Recipe, multiplies_bf16
+from harness.training.recipes import RECIPES, STARTS, Loss, NamedRecipe, Recipe, multiplies_bf16
 from results.store import slug
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class TrainRequest:
 
     model: str
     conversion: str  # as it is written in names: gqa-2, mixsga-3:1:6, none
-    recipe: str | None = None  # a named one: mixsga-sft, mixsga-pretrain
+    recipe: str | None = None  # a named one: mixsga-sft, mixsga-pretrain, mixsga-plus
     text: Path | None = None  # file or folder of .txt to heal on
     instruct: Path | None = None  # .jsonl with prompt and output to heal on
     data_dir: Path | None = None  # with the recipe's data; for the embedded model, with lm/books
@@ -84,21 +84,23 @@ class TrainRequest:
                 raise BadRequest(f"--{name} {size:g} must be above 0")
         if self.text and self.instruct:
             raise BadRequest("--text and --instruct exclude each other")
-        if self.recipe is not None and self.recipe not in RECIPES:
-            raise BadRequest(f"no recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
+        if self.recipe is not None and self.recipe not in RECIPES and self.recipe not in STARTS:
+            raise BadRequest(f"no recipe {self.recipe!r}; known: {', '.join((*RECIPES, *STARTS))}")
         if self.save_dtype not in DTYPES:
             raise BadRequest(f"no dtype {self.save_dtype!r}; known: {', '.join(DTYPES)}")
         self.settings()  # refuses what makes no sense before anything is loaded
 
     @property
     def named(self) -> NamedRecipe | None:
-        return None if self.recipe is None else RECIPES[self.recipe]
+        """With data and a length of its own."""
+        return RECIPES.get(self.recipe or "")
 
     def settings(self, **more: Any) -> Recipe:
         """The recipe, with `more` and then what the request changes of it."""
         given = {field.name: value for field in fields(Recipe) if (value := getattr(self, field.name, None)) is not None}
         plain = REFERENCE_RECIPE if self.model == "reference" else Recipe()
-        return replace(self.named.recipe if self.named else plain, **{**more, **given})
+        start = STARTS.get(self.recipe or "", ("", {}))[1]
+        return replace(self.named.recipe if self.named else plain, **{**start, **more, **given})
 
     def arithmetic(self, device: torch.device) -> TrainRequest:
         """The same request, with it settled in which arithmetic matrices are multiplied on that device."""
