@@ -157,7 +157,8 @@ class Trigonometric(UsesHeadScores):
 
         keys = layer.keys.float()  # [H, n, D]
         group = layer.query_heads // len(keys)
-        length = torch.hypot(keys[..., torch.as_tensor(first)], keys[..., torch.as_tensor(second)])  # [H, n, F]
+        parts = [keys[..., torch.as_tensor(side.copy(), device=keys.device)] for side in (first, second)]
+        length = torch.hypot(*parts)  # [H, n, F]
         found = keys @ towards.unflatten(0, (-1, group)).mT + length @ beyond.unflatten(0, (-1, group)).mT  # [H, n, G]
         found = found.mT.flatten(0, 1)  # [Hq, n]
         found = (found - found.mean(1, keepdim=True)) / found.std(1, keepdim=True, correction=0).clamp_min(LEAST)

@@ -158,7 +158,7 @@ def test_a_model_is_calibrated_and_its_answers_are_evicted(tmp_path: Path, capsy
     assert call(*run, "--out", str(tmp_path / "without")) == 0
     (row,) = [row for row in read_rows(tmp_path / "without") if row.key.method_name == "triattention(every=4)"]
     assert row.status == "skipped" and "run_all.py calibrate" in str(row.reason)
-    assert call(*run, "--model", "reference", "--head-scores", str(out), "--out", str(tmp_path / "wrong")) == 2
+    assert call(*run, "--model", "reference+gqa-2", "--head-scores", str(out), "--out", str(tmp_path / "wrong")) == 2
     assert "are not inherited" in capsys.readouterr().err
     for wrong, said in (
         (("--out", "x.json"), "must name a .npz file"),
