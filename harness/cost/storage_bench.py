@@ -65,7 +65,7 @@ def storage_speed(storages: Mapping[str, Any], entries: int = ENTRIES, laps: int
 
 
 def storage_sweep(registry: Registry, tokens: int = ENTRIES) -> dict[str, float]:
-    """Seconds of a sweep of cells of fewer bits, and its ratio to one of as many cells in the model's type; the least of each."""
+    """CPU seconds of a sweep of packed cells, and its ratio to one of as many cells in the model's type; the least of each."""
     torch.set_num_threads(1)
     keep_freed_memory()
     model = microbench.speed_model()
@@ -79,11 +79,11 @@ def storage_sweep(registry: Registry, tokens: int = ENTRIES) -> dict[str, float]
         for name, asked in (("sweep_plain_s", plain), ("sweep_packed_s", packed)):
             cells = [Cell(text, registry.method(text)[1], Budget.parse(budget)) for text, budget in asked]
             sweep = Sweep(model, Protocol("question_in", stop="none"), with_fidelity=False)
-            start = time.perf_counter()
+            start = time.thread_time()
             for cell, outcome in sweep.example(prompt, cells, microbench.NEW_TOKENS):
                 if outcome.answer is None:
                     raise RuntimeError(f"{cell.name} {cell.budget}: {outcome.failed or outcome.skipped}")
-            least[name] = min(least[name], time.perf_counter() - start)
+            least[name] = min(least[name], time.thread_time() - start)
         start = time.thread_time()
         model.prefill(ids, Needs())
         least["prefill_s"] = min(least["prefill_s"], time.thread_time() - start)
