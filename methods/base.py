@@ -131,12 +131,6 @@ def scores_for(method: Method, prefill: Prefill) -> Scores | None:
     return None if method.scorer is None else score_prefill(method.scorer, prefill)
 
 
-WANTED = {  # by the kind of head scores
-    "": "it needs {} head scores of this model: see `run_all.py importance` and --head-scores",
-    "queries": "it needs statistics of this model's queries: see `run_all.py calibrate` and --head-scores",
-}
-
-
 @dataclass(frozen=True)
 class Eviction:
     """Keeps the best-scored entries, as many a row as its allocator says; once, after the prefill, or again and again."""
@@ -183,6 +177,11 @@ class Eviction:
         return replace(self, **changes)
 
     @property
+    def wanted(self) -> str | None:
+        """What of the model's heads it is to be given, in words; None: nothing."""
+        return self._wants[1].wanted if self._wants else None
+
+    @property
     def _wants(self) -> tuple[str, UsesHeadScores] | None:
         """The field whose turn it is to be given scores of the model's heads, and what stands there."""
         parts = [(name, getattr(self, name)) for name in ("allocator", "scorer")]
@@ -198,8 +197,9 @@ class Eviction:
         seen = replace(self.needs, window=0, column_sums=False) != Needs() or isinstance(self.allocator, LooksAtPrefill)
         if self.every and seen:
             return "what it looks at is seen in a prefill alone, so it cannot choose again while decoding"
-        if self.head_scores and self.given_head_scores is None:
-            return WANTED.get(self.head_scores, WANTED[""]).format(self.head_scores)
+        if self._wants and self.given_head_scores is None:
+            part = self._wants[1]
+            return f"it needs {part.wanted} of this model: see `{part.made_by}` and --head-scores"
         floor = heads * sum(self.scorer.protected.count(size, tokens) for size in sizes)
         return too_small(budget.entries(parent or shape, tokens, granularity), floor, heads * shape.layers)
 

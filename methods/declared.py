@@ -156,3 +156,13 @@ class UsesHeadScores(ABC):
     @abstractmethod
     def with_head_scores(self, scores: Any) -> Self:
         """The same with the scores of one model."""
+
+    @property
+    def wanted(self) -> str:
+        """What it is to be given, in words."""
+        return f"{self.head_score_kind} head scores"
+
+    @property
+    def made_by(self) -> str:
+        """The command that makes it."""
+        return "run_all.py importance"

@@ -106,6 +106,12 @@ class HeadScores:
         what = f"{self.variant}/{self.revision}/{self.kind}/{self.runs.shape}".encode()
         return hashlib.sha256(what + np.ascontiguousarray(self.values).tobytes()).hexdigest()[:16]
 
+    @property
+    def artifact(self) -> tuple[str, dict[str, Any]]:
+        """For the record of a run: its place in the output folder, and what stands there."""
+        about = {"variant": self.variant, "kind": self.kind, "attempts": self.attempts, "successes": self.successes}
+        return f"heads/{self.sha256}.json", {**about, "values": self.values.tolist()}
+
     def __repr__(self) -> str:
         return f"HeadScores({self.kind}, sha256={self.sha256})"
 

@@ -63,9 +63,10 @@ class QueryStatistics:
         return f"QueryStatistics(sha256={self.sha256})"
 
     @property
-    def about(self) -> dict[str, Any]:
-        """For the record of a run."""
-        return {"variant": self.variant, "kind": self.kind, "tokens": self.tokens, "settings": dict(self.settings)}
+    def artifact(self) -> tuple[str, dict[str, Any]]:
+        """For the record of a run: its place in the output folder, and what stands there."""
+        about = {"variant": self.variant, "kind": self.kind, "tokens": self.tokens, "settings": dict(self.settings)}
+        return f"queries/{self.sha256}.json", about
 
     def check(self, variant: str, revision: str, layers: int) -> None:
         """
@@ -123,6 +124,14 @@ class Trigonometric(UsesHeadScores):
     @property
     def head_score_kind(self) -> str:
         return KIND
+
+    @property
+    def wanted(self) -> str:
+        return "statistics of the queries"
+
+    @property
+    def made_by(self) -> str:
+        return "run_all.py calibrate"
 
     @property
     def given_head_scores(self) -> QueryStatistics | None:

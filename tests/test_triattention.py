@@ -112,6 +112,7 @@ def test_two_kinds_of_scores_for_one_method() -> None:
     done = half.with_head_scores(drawn_statistics())
     assert done.given_head_scores is not None and isinstance(done.scorer, Trigonometric) and done.scorer.scores is not None
     assert isinstance(done.allocator, HeadShares) and done.allocator.scores is not None
+    assert done.wanted == "r2 head scores" and Eviction(Trigonometric(), Uniform()).wanted == "statistics of the queries"
     with pytest.raises(ValueError, match="cannot be renumbered"):
         Eviction(Trigonometric(), Uniform(), every=8, renumber=True)
 
@@ -162,6 +163,7 @@ def test_a_model_is_calibrated_and_its_answers_are_evicted(tmp_path: Path, capsy
     assert "are not inherited" in capsys.readouterr().err
     for wrong, said in (
         (("--out", "x.json"), "must name a .npz file"),
+        (("--out", "/dev/null/x.npz"), "cannot write to"),
         (("--length", "1"), "must lie between 2"),
         (("--tokens", "10"), "not below it"),
         (("--haystack", str(tmp_path / "nothing")), "nothing"),

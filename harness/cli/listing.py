@@ -41,7 +41,7 @@ def methods_by_sight(registry: Registry) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {sight: {} for sight in SIGHTS}
     for name, method in registry.methods.items():
         protects = "" if method.scorer is None else f"protects {method.scorer.protected}"
-        wants = [f"{method.head_scores} head scores"] if method.head_scores else []
+        wants = [wanted] if (wanted := getattr(method, "wanted", method.head_scores)) else []
         wants += ["output projection"] if method.needs.output_norms else []
         about = "; ".join(filter(None, (protects, f"needs {', '.join(wants)}" if wants else "")))
         found[sight_of(method)][name] = f"{about:{ABOUT}}  {method!r}".strip()

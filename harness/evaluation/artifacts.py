@@ -15,7 +15,6 @@ from benchmarks.base import reads_data
 from harness.cache import Needs, Routing
 from harness.engine.model import Model
 from harness.evaluation.plan import Grid, Unit, opened
-from methods.triattention import KIND
 from results.store import append_line, own_name, slug, write_json
 
 SHOWN = 400  # tokens of a text whose experts are shown
@@ -36,13 +35,9 @@ def artifacts_of(grid: Grid) -> dict[str, Any]:
             about = {"source": records.source, "sha256": records.sha256, "records": len(records.rows), "licence": records.licence}
             found[f"data/{records.sha256[:12]}.json"] = about
     for method in grid.methods.values():
-        if (scores := method.given_head_scores) is None:
-            continue
-        if scores.kind == KIND:
-            found[f"queries/{scores.sha256}.json"] = scores.about
-        else:
-            about = {"variant": scores.variant, "kind": scores.kind, "attempts": scores.attempts, "successes": scores.successes}
-            found[f"heads/{scores.sha256}.json"] = {**about, "values": scores.values.tolist()}
+        if (scores := method.given_head_scores) is not None:
+            place, about = scores.artifact
+            found[place] = about
     return found
 
 

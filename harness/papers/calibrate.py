@@ -21,6 +21,7 @@ from harness.cache import Needs
 from harness.engine.model import Model
 from harness.engine.renumber import Rotation, rotation_of, unknown_rotation
 from harness.errors import BadRequest
+from harness.files import check_writable
 from harness.models.load import load_model
 from harness.registry import Registry
 from methods.triattention import QueryStatistics
@@ -55,6 +56,7 @@ def calibrate(request: CalibrationRequest, registry: Registry) -> QueryStatistic
     """
     if request.path.suffix != ".npz":
         raise BadRequest(f"--out {request.path} must name a .npz file")
+    check_writable(request.path.parent)
     haystack = Haystack.of(request.haystack)
     model = load_model(request.model, request, registry)
     if model.tokenizer is None:
@@ -72,7 +74,6 @@ def calibrate(request: CalibrationRequest, registry: Registry) -> QueryStatistic
     settings = {"haystack": haystack.sha256, "length": length, "seed": request.seed}
     found = statistics(model, [torch.tensor(ids) for ids in texts], settings)
     try:
-        request.path.parent.mkdir(parents=True, exist_ok=True)
         found.save(request.path)
     except OSError as error:
         raise BadRequest(f"cannot write {request.path}: {error.strerror}") from None
