@@ -13,6 +13,7 @@ from benchmarks.perplexity import Perplexity, PerplexityOwn, PerplexityWindows, 
 from benchmarks.random_tokens import RandomTokens
 from benchmarks.reasoning import Reasoning
 from benchmarks.ruler import RulerMultiKey, RulerSingle, RulerVariables
+from benchmarks.write_out import WriteOut
 
 BENCHMARKS: dict[str, Task] = {
     "recall": Recall(),
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Task] = {
     "ruler_single": RulerSingle(),
     "ruler_multi_key": RulerMultiKey(),
     "ruler_variables": RulerVariables(),
+    "write_out": WriteOut(),
     "random_tokens": RandomTokens(),
     **{f"longbench_{task}": LongBench(task) for task in KINDS},
     **{f"longbench_{task}_e": LongBench(task, extended=True) for task, kind in KINDS.items() if kind.extended},

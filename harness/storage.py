@@ -175,6 +175,17 @@ def entry_bytes(storage: Storage, dim: int) -> float:
     return codec_bytes(storage.keys, dim) / storage.keys.tokens + codec_bytes(storage.values, dim) / storage.values.tokens
 
 
+def as_many_packed(entries: int, storage: Storage, dim: int) -> int:
+    """Packed entries that lie in the bytes of so many in 16 bits, residual and spared layers aside."""
+    return int(entries * 2 * HALF * dim / entry_bytes(storage, dim))
+
+
+def storage_of(method: object) -> Storage | None:
+    """What packs the rows of a method; None: nothing, they are of the model's own type."""
+    found: Storage | None = getattr(method, "storage", None)
+    return found
+
+
 def row_bytes(storage: Storage, entries: Number, dim: int) -> Number:
     """What a row of so many entries takes: codes, scales, and what is still in 16 bits."""
     total = entries * 0

@@ -296,6 +296,21 @@ SUITES: dict[str, Suite] = {
         benchmarks=("perplexity_own(length=256,scored=1536)",),
         limit=10,
     ),
+    "long-answers": Suite(
+        about="a register written out line by line on SmolLM2: eviction once and while the answer is written, and fewer bits",
+        models=("smollm2",),
+        methods=(
+            "full",
+            *("streaming_llm", "h2o", "tova", "snapkv", "headkv_r2"),
+            *("streaming_llm(every=1)", "h2o(every=1)", "tova(every=1)"),
+            *("snapkv(every=32)", "headkv_r2(every=32)", "rkv(every=32)", "triattention(every=32)"),
+            *("int4", "snapkv+int4", "snapkv(every=32)+int4", "headkv_r2(every=32)+int4"),
+        ),
+        budgets=("50%", "25%", "12.5%"),
+        benchmarks=("write_out",),
+        limit=30,
+        fidelity=False,
+    ),
     "streaming": Suite(
         about="a text four times as long as the embedded model reaches, token by token under a cap (StreamingLLM's measure)",
         methods=("full", "streaming_llm(every=1)", "streaming_llm(every=1,renumber=true)", "snapkv(every=32,renumber=true)"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.cache import Budget, Granularity, ModelShape, Needs, Prefill, Selection, keep_all
+from harness.cache import Budget, Granularity, Keeper, ModelShape, Needs, Prefill, Selection, keep_all, renumbers
 from harness.storage import Storage, cannot_hold, entry_bytes, of_layer, row_bytes
 from methods.base import CannotRun, Method, Scorer, Scores
 
@@ -66,17 +66,17 @@ class Packed:
     def with_head_scores(self, scores: Any) -> Packed:
         return replace(self, method=self.method.with_head_scores(scores))
 
-    def while_decoding(self, cap: Callable[[int], int]) -> None:
-        """Packed rows grow: entries leave them in the prefill alone."""
-        return
+    def while_decoding(self, cap: Callable[[int], int]) -> Keeper | None:
+        """`cap` counts packed entries."""
+        return self.method.while_decoding(cap)
 
     def cannot_run(
         self, shape: ModelShape, budget: Budget, tokens: int, granularity: Granularity, parent: ModelShape | None = None
     ) -> str | None:
         if reason := self._cannot_hold(shape):
             return reason
-        if self.method.while_decoding(lambda tokens: tokens) is not None:
-            return "it evicts while decoding, in place, which rows of fewer bits do not: use it without a storage"
+        if reason := self._cannot_evict():
+            return reason
         if not self.takes_budget:
             return self.method.cannot_run(shape, budget, tokens, granularity, parent)
         total = budget.entries(parent or shape, tokens, granularity)
@@ -92,6 +92,22 @@ class Packed:
                     for layer in range(shape.layers))  # fmt: skip
         most = Exactly(total=floor(total * shape.deployed_bytes() / least))
         return self.method.cannot_run(shape, most, tokens, granularity, parent)
+
+    def _cannot_evict(self) -> str | None:
+        """Why single entries cannot leave its rows while an answer is decoded, or None."""
+        keeper = self.method.while_decoding(lambda tokens: tokens)
+        if keeper is None:
+            return None
+        if self.storage.residual:
+            return "keys that share scales cannot leave one by one while decoding: name a storage that packs by token, as int4"
+        if self.storage.spared:
+            return (
+                "it evicts while decoding, where every entry takes the same bytes: the first and last layers are packed too with "
+                "spared=0, as in turbo-4(spared=0)"
+            )
+        if renumbers(keeper):
+            return "positions inside the cache turn keys at every step, which packed ones are not: use it without a storage"
+        return None
 
     def _cannot_hold(self, shape: ModelShape) -> str | None:
         if shape.layers <= 2 * self.storage.spared:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from helpers import converted, head_scores, masked_logits, network, tiny, tokens
 from test_conversions import mixed
 from torch import Tensor
 
-from harness.cache import Budget, HeldRows, Keeper, Needs, Selection
+from harness.cache import Budget, HeldRows, Keeper, ModelShape, Needs, Selection
 from harness.engine.evict import Turns, remember
 from harness.engine.model import Model
 from harness.engine.rows import RowCache, compact
@@ -21,10 +21,12 @@ from harness.engine.scoring import forced
 from harness.evaluation.prompts import Prompt, Protocol
 from harness.evaluation.sweep import Cell, Outcome, Sweep
 from harness.registry import BUILTIN
+from harness.storage import Codec, Field, Storage, entry_bytes
 from methods import METHODS
 from methods.allocators import Uniform
 from methods.base import Eviction, score_prefill
 from methods.h2o import HeavyHitters
+from storages import STORAGES
 
 T, MORE = 60, 40
 
@@ -56,7 +58,34 @@ class Logged:
         return masks
 
 
-def prepared(model: Model, given: str | Eviction, every: int, cap: Callable[[int], int]) -> tuple[RowCache, Logged, Selection]:
+class Exact(Codec):
+    """float32 as its bytes: packed rows that lose nothing, so that what is left to be seen is which entries they hold."""
+
+    def fields(self, dim: int) -> tuple[Field, ...]:
+        return Field("low", 2 * dim, "uint8"), Field("high", dim, "float16")
+
+    def pack(self, vectors: Tensor) -> tuple[Tensor, ...]:
+        bits = vectors[:, 0].contiguous().view(torch.int16).unflatten(-1, (-1, 2))  # the lower half of each number first
+        low, high = bits.unbind(-1)
+        return low.contiguous().view(torch.uint8), high.contiguous().view(torch.float16)
+
+    def unpack(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        low, high = (part.contiguous().view(torch.int16) for part in parts)
+        return torch.stack([low, high], -1).flatten(-2).view(torch.float32)
+
+
+@dataclass(frozen=True)
+class Lossless:
+    version: int = 1
+    residual: int = 0
+    spared: int = 0
+    keys: Exact = field(default_factory=Exact, repr=False)
+    values: Exact = field(default_factory=Exact, repr=False)
+
+
+def prepared(
+    model: Model, given: str | Eviction, every: int, cap: Callable[[int], int], storage: Storage | None = None
+) -> tuple[RowCache, Logged, Selection]:
     """A cell that has read a prompt of T tokens and evicts while decoding."""
     method: Any = replace(METHODS[given] if isinstance(given, str) else given, every=every)  # type: ignore[type-var]
     method = method.with_head_scores(head_scores(model.depth, model.shape.query_heads))
@@ -65,6 +94,7 @@ def prepared(model: Model, given: str | Eviction, every: int, cap: Callable[[int
     keeper = method.while_decoding(cap)
     assert keeper is not None
     logged = Logged(keeper, [])
+    kept = tuple(tuple(replace(row, storage=storage) for row in layer) for layer in kept)
     cache = compact(prefill, [kept], every)
     remember(cache, prefill.layers, [logged])
     return cache, logged, kept
@@ -83,14 +113,15 @@ def hidden_after(decisions: Sequence[tuple[int, int, range, list[int]]], layer: 
     return hidden
 
 
-@pytest.mark.parametrize("name", ["snapkv", "h2o", "ada_snapkv", "tova", "headkv_r2"])
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "ada_snapkv", "tova", "headkv_r2", "h2o packed", "ada_snapkv packed"])
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "opt", "llama+mixsga-1:1:2"])
 def test_decoding_over_a_cache_that_evicts_is_full_attention_with_the_same_masks(family: str, name: str) -> None:
+    name, _, packed = name.partition(" ")
     plain, _, conversion = family.partition("+")
     net: Any = wide(plain) if conversion else network(plain)
     model = converted(plain, conversion, net) if conversion else tiny(plain)
     size = model.parent_shape.full_entries(T) // 3
-    cache, logged, kept = prepared(model, name, 8, lambda _: size)
+    cache, logged, kept = prepared(model, name, 8, lambda _: size, Lossless() if packed else None)
     said = tokens(MORE, seed=5)
     turns = Turns(cache, [logged])
     found = torch.cat([part[0] for _, part in forced(model, cache, said.tolist(), turns)])
@@ -207,6 +238,7 @@ def test_with_a_long_interval_a_method_is_its_one_shot_self_and_at_100_percent_t
 @pytest.mark.parametrize("family", ["llama", "mistral-window"])
 def test_cells_that_evict_answer_beside_others_as_alone(family: str) -> None:
     names = ("snapkv(every=4)", "h2o(every=1)", "ada_snapkv(every=7)", "tova(every=1)")
+    names += ("h2o(every=5)+int4", "snapkv(every=4)+int8")
     together = answers(tiny(family), "full", "snapkv", *names, most=20)
     for name in names:
         alone = answers(tiny(family), "full", name, most=20)[name].answer
@@ -230,6 +262,33 @@ def test_what_a_cell_held_is_counted_at_every_token() -> None:
     assert answer.held.entries_mean == pytest.approx(sum(held) / len(held) * rows)
     assert answer.end.entries == size * rows
     assert answer.held.bytes_peak == answer.held.entries_peak * model.shape.entry_bytes()
+
+
+def test_a_packed_cell_keeps_to_its_bytes_and_with_a_long_interval_is_its_one_shot_self() -> None:
+    model, every = tiny("llama"), 8
+    again, long, once = f"snapkv(every={every})+int4", "snapkv(every=64)+int4", "snapkv+int4"
+    found = {name: outcome.answer for name, outcome in answers(model, "full", again, long, once, budget="20").items()}
+    assert all(found.values())
+    rows = model.shape.layers * model.shape.kv_heads
+    each = entry_bytes(STORAGES["int4"], model.shape.head_dim)
+    held = found[again].held
+    most = int(20 * rows * model.shape.deployed_bytes() / each)  # as many entries of 4 bits as lie in the bytes of 20 a head
+    assert held.entries_peak == most + every * rows and held.bytes_peak == held.entries_peak * each
+    assert found[long].tokens == found[once].tokens and found[long].end.bytes_kept == held.bytes_peak + (29 - every) * rows * each
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("snapkv(every=8)+kivi-4(residual=32)", "keys that share scales"),
+        ("snapkv(every=8)+turbo-4", "spared=0"),
+        ("snapkv(every=8,renumber=true)+int4", "without a storage"),
+    ],
+)
+def test_what_cannot_leave_packed_rows_one_by_one_is_skipped(name: str, reason: str) -> None:
+    shape = ModelShape(8, 4, 2, 64, (None,) * 8, 2)
+    said = BUILTIN.method(name)[1].cannot_run(shape, Budget.parse("50%"), 4000, "kv")
+    assert said is not None and reason in said
 
 
 def test_shares_grow_with_the_answer_and_sizes_do_not() -> None:

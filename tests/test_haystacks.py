@@ -22,6 +22,7 @@ from benchmarks.loogle import KINDS, LooGLE
 from benchmarks.needle import NeedleInHaystack
 from benchmarks.perplexity import Perplexity, PerplexityWindows
 from benchmarks.ruler import RulerMultiKey, RulerSingle, RulerVariables
+from benchmarks.write_out import WriteOut
 from harness.engine.model import Model
 from harness.evaluation.plan import token_counter
 from harness.evaluation.prompts import CannotPrompt, Protocol, has_example, tokenize
@@ -29,7 +30,7 @@ from harness.models.load import load
 from harness.registry import expand
 from results.store import read_rows
 
-MADE = ("needle", "needle_facts", "ruler_single", "ruler_multi_key", "ruler_variables")
+MADE = ("needle", "needle_facts", "ruler_single", "ruler_multi_key", "ruler_variables", "write_out")
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,28 @@ def test_variables_that_hold_the_value_are_those_of_its_chain(reference: Model) 
     assert task.score("abcde, KLMNO", replaced(BENCHMARKS["needle"].example(0, 0, len), "")) == {"found": 100.0}  # type: ignore[arg-type]
     many = RulerMultiKey(keys=5).riddle(random.Random(2))
     assert len(set(many.statements)) == 5 and sum(many.expected[0] in line for line in many.statements) == 1
+
+
+def test_a_register_is_scored_by_the_lines_that_come_whole_and_in_order(reference: Model) -> None:
+    task = WriteOut(lines=8)
+    example = task.example(3, 0, token_counter(reference))
+    lines = list(example.answers)
+    assert "Register\n" + "\n".join(lines) in example.prompt[: example.context_end]
+    assert example.max_new_tokens > token_counter(reference)("\n".join(lines))
+    for said, score in (
+        (lines, 100.0),
+        (["Of course:", *lines, "Thank you"], 100.0),
+        (lines[:3] + lines[4:], 87.5),
+        ([lines[1], lines[0], *lines[2:]], 87.5),
+        ([line.replace(":", ": 9") for line in lines], 0.0),
+        (lines[:4] * 2, 50.0),
+        (lines[::-1], 12.5),
+    ):
+        assert task.score("\n".join(said), example) == {"lines": score}
+    with pytest.raises(ValueError, match="lines 1 must lie between 2"):
+        WriteOut(lines=1)
+    with pytest.raises(BadData, match="do not fit into 100 tokens"):
+        WriteOut(length=100, lines=40).example(0, 0, token_counter(reference))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What eviction while decoding adds to a step: `run_all.py bench evict`, a JSON line of milliseconds a token, by method.
 
-One thread, the 8-layer shape of `bench sweep`, one cell whose rows hold 4,096 entries. Laps of all methods go in turns, and the
+One thread, CPU time, the 8-layer shape of `bench sweep`, one cell whose rows hold 4,096 entries. Laps of all methods go in turns, and the
 least of each counts. By arithmetic the least that a method can add: nothing for positions alone, one read of the keys for
 attention that no pass has computed before, and the entries that move.
 """
@@ -44,7 +44,7 @@ def evict_speed(methods: Mapping[str, Method]) -> dict[str, float]:
 
 
 def _lap(model: Model, prefill: Prefill, method: Any, every: int) -> float:
-    """Seconds a token. Where an interval is longer than the lap, one eviction is timed apart and spread over the interval."""
+    """CPU seconds a token. Where an interval is longer than the lap, one eviction is timed apart and spread over the interval."""
     rows = model.shape.layers * model.shape.kv_heads
     kept = method.compress(prefill, ENTRIES * rows, score_prefill(method.scorer, prefill))
     cache = compact(prefill, [kept], TOKENS + every)
@@ -54,14 +54,14 @@ def _lap(model: Model, prefill: Prefill, method: Any, every: int) -> float:
     turns = Turns(cache, [keeper], every - 1 if every <= TOKENS else 0) if keeper is not None else None
     spent = 0.0
     for _ in range(TOKENS):
-        start = time.perf_counter()
+        start = time.thread_time()
         model.decode(cache, torch.tensor([[7]]))
         if turns is not None:
             turns.took(1)
-        spent += time.perf_counter() - start
+        spent += time.thread_time() - start
     if turns is not None and every > TOKENS:
         turns.since = [every]
-        start = time.perf_counter()
+        start = time.thread_time()
         turns.evict()
-        return spent / TOKENS + (time.perf_counter() - start) / every
+        return spent / TOKENS + (time.thread_time() - start) / every
     return spent / TOKENS

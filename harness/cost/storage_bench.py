@@ -6,7 +6,8 @@ all storages in turns, the least of each layer: other programs on the machine di
 bytes of the rows over the memory's rate.
 
 Then a sweep over a prompt of that length: three storages of six methods at two budgets, beside as many cells in the model's type
-at six budgets with the same mean share, in turns; and what packing all entries took beside the prompt's prefill.
+at six budgets with the same mean share, and one of the same cells with as many entries in the model's type, in turns; and what
+packing all entries took beside the prompt's prefill.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from harness.engine.rows import RowCache, compact
 from harness.evaluation.prompts import Prompt, Protocol
 from harness.evaluation.sweep import Cell, Sweep
 from harness.models.shapes import SHAPES
-from harness.registry import Registry
+from harness.registry import Registry, choose
+from harness.storage import HALF, entry_bytes
 
 ENTRIES, LAPS = 4096, 15
 SWEPT = ("int8", "int4", "turbo-4(spared=0)")
@@ -65,7 +67,8 @@ def storage_speed(storages: Mapping[str, Any], entries: int = ENTRIES, laps: int
 
 
 def storage_sweep(registry: Registry, tokens: int = ENTRIES) -> dict[str, float]:
-    """CPU seconds of a sweep of packed cells, and its ratio to one of as many cells in the model's type; the least of each."""
+    """CPU seconds of a sweep of packed cells, and its ratios to as many cells in the model's type: of the same mean bytes, and of
+    the same entries. The least of each."""
     torch.set_num_threads(1)
     keep_freed_memory()
     model = microbench.speed_model()
@@ -73,10 +76,13 @@ def storage_sweep(registry: Registry, tokens: int = ENTRIES) -> dict[str, float]
     prompt = Prompt(ids.tolist(), tokens)
     plain = [(name, budget) for name in microbench.METHODS for budget in AS_MANY]
     packed = [(f"{name}+{bits}", budget) for name in microbench.METHODS for bits in SWEPT for budget in BUDGETS]
-    assert len(plain) == len(packed)
-    least = {"sweep_plain_s": float("inf"), "sweep_packed_s": float("inf"), "prefill_s": float("inf")}
+    wide = [_as_many_entries(registry, bits, budget) for bits in SWEPT for budget in BUDGETS]
+    entries = [(name, budget) for name in microbench.METHODS for budget in wide]
+    assert len(plain) == len(packed) == len(entries)
+    sweeps = {"sweep_plain_s": plain, "sweep_entries_s": entries, "sweep_packed_s": packed}
+    least = dict.fromkeys((*sweeps, "prefill_s"), float("inf"))
     for _ in range(TURNS):
-        for name, asked in (("sweep_plain_s", plain), ("sweep_packed_s", packed)):
+        for name, asked in sweeps.items():
             cells = [Cell(text, registry.method(text)[1], Budget.parse(budget)) for text, budget in asked]
             sweep = Sweep(model, Protocol("question_in", stop="none"), with_fidelity=False)
             start = time.thread_time()
@@ -87,8 +93,20 @@ def storage_sweep(registry: Registry, tokens: int = ENTRIES) -> dict[str, float]
         start = time.thread_time()
         model.prefill(ids, Needs())
         least["prefill_s"] = min(least["prefill_s"], time.thread_time() - start)
-    ratio = least["sweep_packed_s"] / least["sweep_plain_s"]
-    return {name: round(number, 3) for name, number in (least | {"sweep_ratio": ratio, "sweep_cells": len(packed)}).items()}
+    line = least | {
+        "sweep_ratio": least["sweep_packed_s"] / least["sweep_plain_s"],
+        "sweep_ratio_of_entries": least["sweep_packed_s"] / least["sweep_entries_s"],
+        "sweep_cells": len(packed),
+    }
+    return {name: round(number, 3) for name, number in line.items()}
+
+
+def _as_many_entries(registry: Registry, bits: str, budget: str) -> str:
+    """The budget of 16-bit entries that holds as many as the storage does at this one."""
+    dim = int(SHAPES["small-llama"]["head_dim"])
+    storage = choose("storage", bits, registry.storages, colon_sets_first=False)[1]
+    packed = float(budget[:-1]) * 2 * HALF * dim / entry_bytes(storage, dim)
+    return f"{min(packed, 100):.2f}%"
 
 
 def _prefill(entries: int) -> Prefill:

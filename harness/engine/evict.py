@@ -235,7 +235,7 @@ class _Rows:
 
         first, width = table.first[rows], int(table.width[rows[0]])
         reading = width * memory.like.readers  # query heads of all layers that read a row
-        keys = shown(layer.keys)
+        keys, values = layer.vectors(shown)
         asking = None if memory.queries is None else _asking(memory.queries[self.cell], memory.like, first, width)
         if layer.ranks is not None:  # as the next query would meet them
             keys = layer.ranks.rotation.turn(keys, shown(layer.ranks.of))
@@ -244,7 +244,7 @@ class _Rows:
             memory.like,
             tokens=self.tokens,
             keys=keys,
-            values=shown(layer.values),
+            values=values,
             width=reading,
             queries=asking,
             column_sums=None if memory.mass is None else (shown(memory.mass) / reading).repeat_interleave(reading, 0),

@@ -7,7 +7,7 @@ block that was complete. The 16 bits lie in the slack of tokens to come, which i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -82,6 +82,20 @@ class PackedEntries:
     def bases(self, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The first entries of rows of this length at first that lie in 16 bits: of keys, and of values."""
         return packed_keys(self.storage, length), packed_values(self.storage, length)
+
+    @property
+    def by_entry(self) -> list[Tensor]:
+        """Everything that is held of an entry, [P, width] each, at its position's place: of storages that pack token by token."""
+        assert not self.storage.residual and self.storage.keys.tokens == 1
+        return [*self.keys, *self.values]
+
+    def vectors(self, shown: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values of some entries, float32. See `RowLayer.vectors`."""
+        storage = self.storage
+        return (
+            storage.keys.unpack([shown(field) for field in self.keys], self.dim),
+            storage.values.unpack([shown(field) for field in self.values], self.dim),
+        )
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -8,7 +8,7 @@ Lengths belong to rows and token counts to cells: cells of one batch may be at d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -142,7 +142,19 @@ class RowLayer:
         """Everything that the pool holds of an entry, [P, ...] each."""
         mass = [] if self.memory is None or self.memory.mass is None else [self.memory.mass]
         ranks = [] if self.ranks is None else [self.ranks.of]
-        return [self.keys, self.values, self.positions, *mass, *ranks]
+        held = [self.keys, self.values] if self.packed is None else self.packed.by_entry
+        return [*held, self.positions, *mass, *ranks]
+
+    def vectors(self, shown: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., D] of some entries, dequantised where they are packed.
+
+        Args:
+            shown: these entries out of a tensor that holds something of each, [P, ...].
+        """
+        if self.packed is None:
+            return shown(self.keys), shown(self.values)
+        keys, values = self.packed.vectors(shown)
+        return keys.to(self.keys.dtype), values.to(self.keys.dtype)
 
     @property
     def routed(self) -> bool:

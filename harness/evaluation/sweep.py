@@ -24,7 +24,7 @@ from harness.engine.rows import Counts, RowCache, compact, slack_for
 from harness.engine.scoring import FullAnswer, Likelihood, branch, losses
 from harness.evaluation.prompts import Prompt, Protocol, turn_end_of
 from harness.evaluation.reading import Reading, read_of
-from harness.storage import row_bytes
+from harness.storage import as_many_packed, row_bytes, storage_of
 from methods.base import CannotRun, Method
 
 NOT_A_NUMBER = "not a number"  # how the reason of a cell begins that holds one
@@ -189,10 +189,11 @@ class _Example:
         except (ValueError, OutOfMemory) as error:
             return Outcome(failed=f"{type(error).__name__}: {error}")
 
-    def asked(self, cell: Cell) -> int:
+    def asked(self, cell: Cell, tokens: int | None = None) -> int:
+        """Entries of the model's type that the cell's budget stands for, of the prefill's tokens or of so many."""
         if cell.budget is None:
             return self.entries(self.everything)
-        return cell.budget.entries(self.sweep.model.parent_shape, self.prefill.tokens, self.sweep.protocol.granularity)
+        return cell.budget.entries(self.sweep.model.parent_shape, tokens or self.prefill.tokens, self.sweep.protocol.granularity)
 
     def entries(self, selection: Selection) -> int:
         return sum(row.entries(kv.keys.shape[1]) for kv, rows in zip(self.prefill.layers, selection, strict=True) for row in rows)
@@ -227,8 +228,8 @@ class _Example:
 
     def keeper(self, cell: Cell) -> Keeper | None:
         """What the cell's method does while the answer is decoded; None where the answer ends before its first turn."""
-        keeper = None if cell.budget is None else cell.method.while_decoding(partial(self._cap, cell.budget))
-        return None if keeper is None or self._ends_before(keeper) else keeper
+        keeper = None if cell.budget is None else cell.method.while_decoding(partial(self._cap, cell))
+        return None if keeper is None or (storage_of(cell.method) is None and self._ends_before(keeper)) else keeper
 
     def _ends_before(self, keeper: Keeper) -> bool:
         """Is the answer over before the keeper's first turn? Then its cells go with the others, drafts and all."""
@@ -244,8 +245,11 @@ class _Example:
             return answer.held
         return Held.growing(before, answer.end, len(answer.tokens) - 1)
 
-    def _cap(self, budget: Budget, tokens: int) -> int:
-        return budget.entries(self.sweep.model.parent_shape, tokens, self.sweep.protocol.granularity)
+    def _cap(self, cell: Cell, tokens: int) -> int:
+        """Entries that the cell's budget holds, as its method holds them."""
+        assert cell.budget is not None
+        total, storage = self.asked(cell, tokens), storage_of(cell.method)
+        return total if storage is None else as_many_packed(total, storage, self.prefill.shape.head_dim)
 
     def _answer_full(self) -> Outcome:
         """Full first: the others' fidelity is measured against its answer."""
@@ -270,9 +274,7 @@ class _Example:
 
         Small cells go first: their steps are cheap, and what they say are the draft tokens of the large ones.
         """
-        kinds = {
-            cell: (keeper is not None, renumbers(keeper)) for cell, keeper in ((cell, self.keeper(cell)) for cell, _ in cells)
-        }
+        kinds = {cell: self._kind(cell, self.keeper(cell)) for cell, _ in cells}
         for kind in sorted(set(kinds.values())):  # cells that evict while decoding go among themselves: they make no drafts
             batch: list[tuple[Cell, Selection]] = []
             held = 0
@@ -286,16 +288,18 @@ class _Example:
             if batch:
                 yield batch
 
+    def _kind(self, cell: Cell, keeper: Keeper | None) -> tuple[bool, bool, str]:
+        """Cells of one kind may be decoded together."""
+        return keeper is not None, renumbers(keeper), repr(storage_of(cell.method)) if keeper else ""
+
     def _room(self, cell: Cell) -> int:
         """Tokens that a row of the cell must have room for behind what it keeps of the prefill."""
         keeper = self.keeper(cell)
         if keeper is None or self.prompt.asks_likelihoods:
             return self.to_come
-        assert cell.budget is not None
         question = len(self.prompt.ids) - self.prompt.context
-        grown = self._cap(cell.budget, self.prefill.tokens + self.to_come) - self.asked(
-            cell
-        )  # a share's cap grows with the answer
+        # a share's cap grows with the answer
+        grown = self._cap(cell, self.prefill.tokens + self.to_come) - self._cap(cell, self.prefill.tokens)
         rows = sum(len(rows) for rows in keep_all(self.prefill))
         return min(self.to_come, max(question, keeper.every) - (-grown // rows))
 
