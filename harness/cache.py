@@ -218,6 +218,7 @@ class LayerKV:
     prompt: int = 0  # a checksum of the prompt's ids: the seed of what is drawn at random
     sinks: Tensor | None = None  # [Hq], a logit of each head that is in every softmax and reads no value (gpt-oss)
     heads: Tensor | None = None  # [Hq] which of the layer's query heads these are, where they are not all of them in order
+    newest: Tensor | None = None  # [Hq, n], float32: attention of the newest query, where decoding has written it down
     held: Tensor | None = None  # [n] positions where entries were evicted before; [S, n] for scorers that are not `ordered`
 
     @property
@@ -255,12 +256,16 @@ class LayerKV:
         """Attention probabilities of the last `last` queries over the candidates, [Hq, last, n], float32."""
         import torch
 
+        if last == 1 and self.newest is not None:
+            return self.newest[:, None]
         if self.queries is None:
             raise ValueError("the last queries were not observed: the method must declare Needs(window=...)")
         queries = self.queries[:, -last:].float()  # [Hq, last, D]
         grouped = queries.unflatten(0, (self.keys.shape[0], -1)).flatten(1, 2)  # [H, G * last, D]
         logits = (grouped * self.scaling) @ self.keys.float().transpose(1, 2)
         logits = logits.view(self.query_heads, queries.shape[1], -1)  # [Hq, last, n]
+        if queries.shape[1] == 1 and self.window is None:  # it sees everything
+            return with_sinks(softcapped(logits, self.softcap), self.sinks)
         asking = torch.arange(self.tokens - queries.shape[1], self.tokens, device=logits.device)[:, None]
         unseen = hidden(self.positions, asking, self.window)
         weights = with_sinks(softcapped(logits, self.softcap).masked_fill(unseen, float("-inf")), self.sinks)

@@ -1,7 +1,7 @@
 """What eviction while decoding adds to a step: `run_all.py bench evict`, a JSON line of milliseconds a token, by method.
 
-One thread, CPU time, the 8-layer shape of `bench sweep`, one cell whose rows hold 4,096 entries. Laps of all methods go in turns, and the
-least of each counts. By arithmetic the least that a method can add: nothing for positions alone, one read of the keys for
+One thread, CPU time, the 8-layer shape of `bench sweep`, one cell whose rows hold 4,096 entries. Laps of all methods go in turns,
+and the least of each counts. By arithmetic the least that a method can add: nothing for positions alone, one read of the keys for
 attention that no pass has computed before, and the entries that move.
 """
 
@@ -22,7 +22,7 @@ from harness.engine.model import Model
 from harness.engine.rows import compact
 from methods.base import Method, score_prefill
 
-ENTRIES, PROMPT, TOKENS, LAPS = 4096, 4500, 16, 5
+ENTRIES, PROMPT, TOKENS, LAPS = 4096, 4500, 16, 9
 EVERY = {"streaming_llm": (1, 128), "h2o": (1, 128), "tova": (1, 128), "snapkv": (16, 128)}
 
 

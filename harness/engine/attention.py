@@ -33,7 +33,8 @@ def attend(
         [Hq, N, D]
     """
     heads, tokens, dim = queries.shape
-    mass = None if layer.memory is None else layer.memory.mass
+    memory = layer.memory
+    mass = None if memory is None else memory.mass
     plain = mass is not None or layer.ranks is not None  # what a kernel does not do
     if queries.is_cuda and kernels.can_run(queries.dtype, dim) and not plain and _kernels_can_read(layer):
         outs = [attend_by_kernel(part, queries, step, scaling, softcap, sinks) for part in layer.parts]
@@ -51,8 +52,13 @@ def attend(
             done = mine.stop
             if mine.stop > mine.start:
                 weights = work(part, block, step, asked[mine], softcap, out[mine], None if lse is None else lse[mine])
-                if mass is not None and weights is not None:
+                if weights is None or memory is None:
+                    continue
+                if mass is not None:
                     given.append((block, mine, weights))
+                if memory.newest is not None:
+                    _note(memory.newest, block, weights)
+                    memory.noted = True
     beside = None if sinks is None else sinks.float().repeat_interleave(tokens)  # [Hq * N]
     if mass is not None:
         _remember(mass, given, None if lse is None else _share(lse, where, heads * tokens, beside))
@@ -123,6 +129,13 @@ def _attend_block(
         weights = weights.nan_to_num_()  # a row whose entries are all hidden weighs nothing: its lse is -inf
     torch.bmm(weights, values, out=out.view(asked.shape))
     return weights
+
+
+def _note(newest: Tensor, block: RowBlock, weights: Tensor) -> None:
+    """Writes down how the last query of a block weighed what its rows hold. newest: [G, P]."""
+    last = weights.view(block.count, block.width, block.tokens, block.length)[:, :, -1]
+    there = newest[: block.width, block.start : block.start + block.count * block.capacity]
+    there.view(block.width, block.count, block.capacity)[..., : block.length] = last.transpose(0, 1)
 
 
 def _remember(mass: Tensor, given: list[tuple[RowBlock, slice, Tensor]], share: Tensor | None) -> None:

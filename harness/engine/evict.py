@@ -8,8 +8,8 @@ attention never needed that, and scorers are shown them in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import numpy as np
@@ -28,7 +28,17 @@ class Memory:
     like: LayerKV  # of the prefill, without its entries
     queries: Tensor | None  # [C, Hq, W, D], the newest of each cell; Hq of all layers that read the rows, as in LayerKV
     mass: Tensor | None  # [P] float32: attention that each entry of the pool received, over all queries and reading heads
+    newest: Tensor | None = None  # [G, P] float32: the same from the newest query alone, by reading head of a row
+    noted: bool = False  # has a query been written down there since the prefill?
     reads: int = 0  # of the model's layers that read these rows, in the step that is running
+    known: dict[tuple[bytes, int], Tensor] = field(default_factory=dict)
+
+    def heads(self, first: np.ndarray, width: int) -> Tensor:
+        """[Hq] which of the layer's query heads read rows that begin with these."""
+        asked = (first.tobytes(), width)
+        if asked not in self.known:
+            self.known[asked] = _asking(torch.arange(self.like.query_heads), self.like, first, width)
+        return self.known[asked]
 
     def see(self, queries: Tensor, step: Step) -> None:
         """queries: [Hq, N, D] of one of the layers that read the rows, for the tokens of `step`."""
@@ -55,6 +65,7 @@ def remember(cache: RowCache, layers: Sequence[LayerKV], keepers: Sequence[Keepe
             replace(kv, queries=None, column_sums=None),
             _queries(kv, needs.window, cache.cells) if needs.window else None,
             _mass(layer, kv) if needs.column_sums else None,
+            _newest(layer, kv) if any(keeper.needs.window == 1 for keeper in keepers) else None,
         )
 
 
@@ -84,6 +95,15 @@ def _mass(layer: RowLayer, kv: LayerKV) -> Tensor:
         where = slice(start, start + length)
         mass[where] = by_head[head : head + width].sum(0)[layer.positions[where].long() - first]
     return mass
+
+
+def _newest(layer: RowLayer, kv: LayerKV) -> Tensor | None:
+    """Where attention over the rows is written down, so that it need not be computed again for the newest query. A kernel keeps
+    it to itself; what layers share, and sinks take part of, is not that of a row by itself.
+    """
+    if layer.positions.is_cuda or kv.readers > 1 or kv.sinks is not None or not len(layer.table):
+        return None
+    return torch.full((int(layer.table.width.max()), len(layer.positions)), float("nan"), device=layer.positions.device)
 
 
 @dataclass
@@ -212,9 +232,10 @@ class _Rows:
     def _of_equal_length(self, rows: np.ndarray) -> list[_Part]:
         positions = _entries(self.layer, self.layer.positions, rows).long()  # [S, n]
         if self.layer.window is None and not self.keeper.ordered:
-            same = len(rows) == 1 or bool((positions == positions[:1]).all())
-            if same or not self.keeper.needs.window:
-                return [self._part(rows, None, positions[0] if same else positions)]
+            if not self.keeper.needs.window:
+                return [self._part(rows, None, positions)]
+            if len(rows) == 1 or bool((positions == positions[:1]).all()):
+                return [self._part(rows, None, positions[0])]
         positions, order = positions.sort(1)
         if len(rows) == 1 or bool((positions == positions[:1]).all()):
             return [self._part(rows, order, positions[0])]
@@ -249,12 +270,18 @@ class _Rows:
             queries=asking,
             column_sums=None if memory.mass is None else (shown(memory.mass) / reading).repeat_interleave(reading, 0),
             query_heads=len(rows) * reading,
-            heads=_asking(torch.arange(memory.like.query_heads), memory.like, first, width),
+            newest=None if not memory.noted or layer.ranks is not None else self._weights(shown, width),
+            heads=memory.heads(first, width),
             held=positions,
             sinks=None if memory.like.sinks is None else _asking(memory.like.sinks, memory.like, first, width),
         )
         most = int(table.capacity[rows].min()) - self.keeper.every
         return _Part(rows, order, HeldRows(kv, first, width, int(table.expert_group[rows[0]]), most))
+
+    def _weights(self, shown: Callable[[Tensor], Tensor], width: int) -> Tensor:
+        """[S * width, n], how the newest query's heads weighed what the rows hold."""
+        assert self.layer.memory is not None and self.layer.memory.newest is not None
+        return shown(self.layer.memory.newest[:width].T).transpose(1, 2).flatten(0, 1)
 
 
 def _entries(layer: RowLayer, pool: Tensor, rows: np.ndarray) -> Tensor:
@@ -283,14 +310,23 @@ def _leave(layer: RowLayer, part: _Part, mask: Tensor) -> None:
         stays = torch.zeros(len(part.rows), int(table.length[part.rows[0]]), dtype=torch.bool, device=device)
         stays.scatter_(1, part.order, mask)  # what has left the window, and was not shown, goes too
     counts = stays.sum(1)
-    behind = torch.arange(stays.shape[1], device=device)
-    least = int(counts.min())
-    moving = stays[:, least:] & (behind[least:] >= counts[:, None])  # movers lie behind every row's count, holes before it
-    hole_row, hole = (~stays & (behind < counts[:, None])).nonzero().unbind(1)
-    mover_row, mover = moving.nonzero().unbind(1)
+    found = counts.cpu().numpy()
     starts = torch.as_tensor(table.start[part.rows], device=device)
     if layer.ranks is not None:
         layer.ranks.leave(starts, stays)
+    if (found == stays.shape[1] - 1).all():  # one of each row goes, as at every step of a full cache: the last takes its place
+        holes, movers = starts + stays.byte().argmin(1), starts + counts
+    else:
+        holes, movers = _holes(stays, counts, int(found.min()), starts)
     for pool in layer.columns:
-        pool.index_copy_(0, starts[hole_row] + hole, pool[starts[mover_row] + least + mover])
-    table.length[part.rows] = counts.cpu().numpy()
+        pool.index_copy_(0, holes, pool[movers])
+    table.length[part.rows] = found
+
+
+def _holes(stays: Tensor, counts: Tensor, least: int, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in the pool that survivors move to, and those that they come from. stays: [S, n]."""
+    behind = torch.arange(stays.shape[1], device=stays.device)
+    moving = stays[:, least:] & (behind[least:] >= counts[:, None])  # movers lie behind every row's count, holes before it
+    hole_row, hole = (~stays & (behind < counts[:, None])).nonzero().unbind(1)
+    mover_row, mover = moving.nonzero().unbind(1)
+    return starts[hole_row] + hole, starts[mover_row] + least + mover
