@@ -21,9 +21,10 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def without_pdf(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fonts are cut to size for every PDF, which takes longer than all else of a report; tests marked `pdf` want them."""
+    """Pictures of scores are drawn as SVG alone: fonts are cut to size for every PDF and pixels packed for every PNG, which takes
+    longer than all else of a report. Tests marked `pdf` want them all."""
     if not request.node.get_closest_marker("pdf"):
-        monkeypatch.setattr("reports.write.USUAL", ("png", "svg"))
+        monkeypatch.setattr("reports.write.USUAL", ("svg",))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

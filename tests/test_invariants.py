@@ -177,7 +177,7 @@ def test_a_cell_answers_as_if_alone_with_a_prefill_of_its_own(family: str, promp
 
     def answers(chosen: list[Cell], **settings) -> dict[tuple[str, str], list[int]]:
         sweep = Sweep(tiny(family), Protocol(prompt=prompt), **settings)  # type: ignore[arg-type]
-        found = {(c.name, str(c.budget)): o.answer.tokens for c, o in sweep.example(asked, chosen, 24) if o.answer}
+        found = {(c.name, str(c.budget)): o.answer.tokens for c, o in sweep.example(asked, chosen, 12) if o.answer}
         assert len(found) == len(chosen)
         return found
 

@@ -208,7 +208,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("checkpoint", ["llama", "opt"], indirect=True)
+@pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
 def test_table_1_of_mixsga_from_base_weights_training_included(checkpoint: Path, tmp_path: Path) -> None:
     out, variants = tmp_path / "out", tmp_path / "variants"
     asked = ["reproduce", "mixsga:table1", "--model", str(checkpoint), "--limit", "1", "--data-dir", str(DATA), "--out", str(out)]
