@@ -264,6 +264,17 @@ def test_what_a_cell_held_is_counted_at_every_token() -> None:
     assert answer.held.bytes_peak == answer.held.entries_peak * model.shape.entry_bytes()
 
 
+@pytest.mark.parametrize("name", ["snapkv(every=4)", "streaming_llm(every=1)", "snapkv(every=8)+int4"])
+def test_a_cap_that_the_prompt_does_not_fill_is_reached_by_the_answer_and_then_holds(name: str) -> None:
+    model, most = tiny("llama"), 150
+    answer = answers(model, "full", name, budget=str(T + 20), most=most)[name].answer
+    assert answer is not None and answer.held is not None
+    rows, every = model.shape.layers * model.shape.kv_heads, int(name.partition("=")[2].partition(")")[0])
+    share = entry_bytes(STORAGES["int4"], model.shape.head_dim) / model.shape.deployed_bytes() if "+" in name else 1.0
+    cap = int((T + 20) * rows / share)
+    assert answer.held.entries_peak == min(cap + every * rows, (T + most - 1) * rows)
+
+
 def test_a_packed_cell_keeps_to_its_bytes_and_with_a_long_interval_is_its_one_shot_self() -> None:
     model, every = tiny("llama"), 8
     again, long, once = f"snapkv(every={every})+int4", "snapkv(every=64)+int4", "snapkv+int4"

@@ -298,8 +298,9 @@ class _Example:
         if keeper is None or self.prompt.asks_likelihoods:
             return self.to_come
         question = len(self.prompt.ids) - self.prompt.context
-        # a share's cap grows with the answer
-        grown = self._cap(cell, self.prefill.tokens + self.to_come) - self._cap(cell, self.prefill.tokens)
+        # a share's cap grows with the answer, and a cache may begin below a cap that the prompt does not fill
+        held = min(self._cap(cell, self.prefill.tokens), self.entries(self.everything))
+        grown = self._cap(cell, self.prefill.tokens + self.to_come) - held
         rows = sum(len(rows) for rows in keep_all(self.prefill))
         return min(self.to_come, max(question, keeper.every) - (-grown // rows))
 
