@@ -25,6 +25,7 @@ class WriteOut(InHaystack):
 
     length: int = 512  # tokens of the prompt, at most
     lines: int = 12
+    line_tokens: int = 16  # of an answer, for each line: more than one takes
     metrics = (Metric("lines", unit="percent"),)
     size = None
     forced = False
@@ -48,7 +49,8 @@ class WriteOut(InHaystack):
         text = self.texts.fill(room, where, count_tokens)
         before = rng.randint(0, len(text))
         context = " ".join(text[:before]) + register + " ".join(text[before:])
-        most = count_tokens("\n".join(lines)) + self.lines  # a token a line more than it takes
+        if (most := self.line_tokens * self.lines) <= (taken := count_tokens("\n".join(lines))):
+            raise BadData(f"the register takes {taken} tokens, an answer has {most}: ask for more line_tokens")
         columns: dict[str, str | int | float] = {"length": self.length, "depth": round(before / max(len(text), 1), 3)}
         return Example(
             index, context + QUESTION, len(context), tuple(lines), most, columns=columns, until=("\n\n", "End of"), cut="never"

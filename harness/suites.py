@@ -313,7 +313,7 @@ SUITES: dict[str, Suite] = {
     ),
     "streaming": Suite(
         about="a text four times as long as the embedded model reaches, token by token under a cap (StreamingLLM's measure)",
-        methods=("full", "streaming_llm(every=1)", "streaming_llm(every=1,renumber=true)", "snapkv(every=32,renumber=true)"),
+        methods=("full", "streaming_llm(every=16)", "streaming_llm(every=16,renumber=true)", "snapkv(every=32,renumber=true)"),
         budgets=("128", "512"),
         benchmarks=("streaming(scored=3000)", "streaming"),
         limit=1,

@@ -30,9 +30,20 @@ def grouped(records: Sequence[Record]) -> dict[LineKey, list[Record]]:
     return groups
 
 
-def full_bytes(groups: dict[LineKey, list[Record]]) -> dict[PanelKey, tuple[float, float]]:
-    """Mean and peak bytes of each panel's full cache."""
-    return {at.panel: means(found) for at, found in groups.items() if at.label.is_full and not at.asked.variant}
+def full_caches(groups: dict[LineKey, list[Record]]) -> dict[PanelKey, list[Record]]:
+    """Each panel's rows of the full cache."""
+    return {at.panel: found for at, found in groups.items() if at.label.is_full and not at.asked.variant}
+
+
+def shares(records: Sequence[Record], full: Sequence[Record]) -> tuple[float, float]:
+    """Mean and peak bytes of a cell's rows, of the full cache's in the type that the cell is counted against: what a storage
+    packs, in 16 bits, whatever type was computed in.
+    """
+    counted = {record.key.example: record.bytes_full for record in full}
+    pairs = [(record.bytes_full, counted.get(record.key.example)) for record in records]
+    against = [mine / theirs for mine, theirs in pairs if mine and theirs]
+    mean, peak = np.array(means(records)) / np.array(means(full)) / (np.mean(against) if against else 1.0)
+    return float(mean), float(peak)
 
 
 def over_answer_table(records: Sequence[Record]) -> list[Table]:
@@ -40,17 +51,17 @@ def over_answer_table(records: Sequence[Record]) -> list[Table]:
     groups = grouped(records)
     if not groups:
         return []
-    full = full_bytes(groups)
+    full = full_caches(groups)
     rows = []
     for at in sorted(groups, key=lambda at: at.order):
         found = groups[at]
-        shares = np.array(means(found)) / np.array(full[at.panel]) if at.panel in full else (None, None)
+        held = shares(found, full[at.panel]) if at.panel in full else (None, None)
         scores = [next(iter(record.metrics.values())) for record in found if record.metrics]
         ends = [record.stop_reason in ("end", "text") for record in found if record.stop_reason != "forced"]
         where = f"{at.model}, {at.task}"
         numbers = (
             _cell(float(np.mean(scores)) if scores else None, "{:.3g}"),
-            *(_cell(share, "{:.1%}") for share in shares),
+            *(_cell(share, "{:.1%}") for share in held),
             _cell(float(np.mean([record.new_tokens or 0 for record in found])), "{:.0f}"),
             _cell(float(np.mean(ends)) if ends else None, "{:.0%}"),
         )

@@ -15,7 +15,7 @@ import numpy as np
 from reports.drawing import LETTERS_AN_INCH, SOFT, shortened
 from reports.formats import literal
 from reports.keys import Label, LineKey, PanelKey
-from reports.over_answer import full_bytes, grouped, means
+from reports.over_answer import full_caches, grouped, shares
 from reports.pictures import place
 from reports.style import Palette, Style
 from results.record import Record
@@ -32,7 +32,7 @@ Points = dict[Label, list[tuple[float, float, float]]]  # by method: mean share,
 def over_answer_plots(records: Sequence[Record], folder: Path, palette: Palette) -> list[Path]:
     """One picture for each panel in which a method evicts while decoding."""
     groups = grouped(records)
-    full = full_bytes(groups)
+    full = full_caches(groups)
     panels: dict[PanelKey, dict[LineKey, list[Record]]] = {}
     for at, found in groups.items():
         if at.panel in full and any(record.metrics for record in found):
@@ -41,14 +41,14 @@ def over_answer_plots(records: Sequence[Record], folder: Path, palette: Palette)
 
 
 def _picture(
-    panel: PanelKey, groups: Mapping[LineKey, list[Record]], full: tuple[float, float], folder: Path, palette: Palette
+    panel: PanelKey, groups: Mapping[LineKey, list[Record]], full: Sequence[Record], folder: Path, palette: Palette
 ) -> Path:
     points: Points = {}
     again: set[Label] = set()
     for at in sorted(groups, key=lambda at: at.order):
-        mean, peak = np.array(means(groups[at])) / np.array(full)
+        mean, peak = shares(groups[at], full)
         score = float(np.mean([next(iter(record.metrics.values())) for record in groups[at] if record.metrics]))
-        points.setdefault(at.label, []).append((float(mean), float(peak), score))
+        points.setdefault(at.label, []).append((mean, peak, score))
         if any(record.bytes_kept_peak is not None for record in groups[at]):
             again.add(at.label)
     metric = next((name for found in groups.values() for record in found for name in record.metrics), "score")
@@ -57,8 +57,8 @@ def _picture(
         for label, found in points.items():
             _draw(axis, [(point[which], point[2]) for point in found], label, palette.of_label(label), label in again)
         axis.set(xlabel=f"{what} bytes over the answer, share of the full cache's", xscale="log")
-        shares = [point[which] for found in points.values() for point in found]
-        ticks = [tick for tick in (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0) if tick >= min(shares) / 1.3]
+        least = min(point[which] for found in points.values() for point in found)
+        ticks = [tick for tick in (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0) if tick >= least / 1.3]
         axis.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.5)
@@ -76,5 +76,5 @@ def _picture(
 def _draw(axis: Any, points: Sequence[tuple[float, float]], label: Label, style: Style, dashed: bool) -> None:
     marker = style.marker or "o"  # a line of one point, as the full cache's, is its mark alone
     manner = {"color": SOFT if style.grey else style.colour, "marker": marker, "markersize": 5, "linewidth": 1.2}
-    shares, scores = zip(*sorted(points), strict=True)
-    axis.plot(shares, scores, linestyle="--" if dashed else "-", label=literal(label.name), **manner)
+    held, scores = zip(*sorted(points), strict=True)
+    axis.plot(held, scores, linestyle="--" if dashed else "-", label=literal(label.name), **manner)

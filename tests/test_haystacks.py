@@ -133,7 +133,9 @@ def test_a_register_is_scored_by_the_lines_that_come_whole_and_in_order(referenc
     example = task.example(3, 0, token_counter(reference))
     lines = list(example.answers)
     assert "Register\n" + "\n".join(lines) in example.prompt[: example.context_end]
-    assert example.max_new_tokens > token_counter(reference)("\n".join(lines))
+    assert example.max_new_tokens == 8 * 16 > token_counter(reference)("\n".join(lines))
+    with pytest.raises(BadData, match="ask for more line_tokens"):
+        WriteOut(lines=8, line_tokens=4).example(3, 0, token_counter(reference))
     for said, score in (
         (lines, 100.0),
         (["Of course:", *lines, "Thank you"], 100.0),

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from reports.keys import Label
-from reports.over_answer import grouped, over_answer_table
+from reports.over_answer import grouped, over_answer_table, shares
 from reports.over_answer_plot import _draw, over_answer_plots
 from reports.style import Palette
 from results.record import Key, Record
@@ -38,6 +38,13 @@ def test_the_picture_stands_where_a_method_evicts_while_decoding(tmp_path: Path)
     assert shown["snapkv", "128"] == ["75.0%", "83.3%"]  # half way from 500 to 2,500, of 2,000; and of 3,000
     assert shown["snapkv(every=8)", "128"] == ["25.5%", "17.3%"]
     assert len(grouped([*once, *again])) == 4
+
+
+def test_what_a_storage_packs_is_shared_against_sixteen_bits() -> None:
+    full = [row("full", "", 1000, 3000, None, None, 2.0)]
+    packed = [replace(row("snapkv(every=8)+int4", "128", 100, 150, 160, 130.0, 2.1), bytes_full=500)]
+    assert shares(packed, full) == (130 / 1000, 160 / 1500), "the full cache's 2,000 and 3,000 bytes are of 32 bits"
+    assert shares(full, full) == (1.0, 1.0)
 
 
 def test_a_line_of_one_point_has_a_mark() -> None:
