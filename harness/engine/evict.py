@@ -28,7 +28,9 @@ class Memory:
     like: LayerKV  # of the prefill, without its entries
     queries: Tensor | None  # [C, Hq, W, D], the newest of each cell; Hq of all layers that read the rows, as in LayerKV
     mass: Tensor | None  # [P] float32: attention that each entry of the pool received, over all queries and reading heads
-    newest: Tensor | None = None  # [G, P] float32: the same from the newest query alone, by reading head of a row
+    # [G, P] float32: the same from the newest query alone, by reading head of a row. Every step writes it anew, so it stays where
+    # it is when entries move: a cell evicts once after a step.
+    newest: Tensor | None = None
     noted: bool = False  # has a query been written down there since the prefill?
     reads: int = 0  # of the model's layers that read these rows, in the step that is running
     known: dict[tuple[bytes, int], Tensor] = field(default_factory=dict)
@@ -298,6 +300,8 @@ def _entries(layer: RowLayer, pool: Tensor, rows: np.ndarray) -> Tensor:
 def _asking(by_head: Tensor, like: LayerKV, first: np.ndarray, width: int) -> Tensor:
     """What is of the query heads that read each of the rows, out of [Hq, ...]: [S * readers * width, ...], row by row."""
     heads, readers = like.keys.shape[0], like.readers
+    if readers == 1 and (first == width * np.arange(len(first))).all() and len(first) * width == len(by_head):
+        return by_head
     by_layer = by_head.unflatten(0, (heads, readers, -1)).transpose(0, 1).flatten(1, 2)  # [readers, Hq, ...]
     return torch.cat([by_layer[:, head : head + width].flatten(0, 1) for head in first.tolist()])
 

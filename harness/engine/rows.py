@@ -140,9 +140,7 @@ class RowLayer:
     @property
     def columns(self) -> list[Tensor]:
         """Everything that the pool holds of an entry, [P, ...] each."""
-        memory = self.memory
-        mass = [] if memory is None or memory.mass is None else [memory.mass]
-        mass += [] if memory is None or memory.newest is None else [memory.newest.T]
+        mass = [] if self.memory is None or self.memory.mass is None else [self.memory.mass]
         ranks = [] if self.ranks is None else [self.ranks.of]
         held = [self.keys, self.values] if self.packed is None else self.packed.by_entry
         return [*held, self.positions, *mass, *ranks]
