@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from harness.storage import HALF, LARGEST_HALF, Codec, Field, KernelFormat
-from storages.bits import KNOWN, cannot_pack, pack_bits, packed_width, stretches_of, unpack_bits
+from storages.bits import KNOWN, apart, at_once, cannot_pack, pack_bits, packed_width, stretches_of, together, unpack_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+COUNTING = tuple(map(float, range(2**4)))  # what codes of so few bits stand for by themselves
 FEW = 3  # queries of a row for which the bags are faster than unpacking once: they unpack for each query
 
 
@@ -82,7 +83,11 @@ class ByToken(Codec):
         if self.groups(turned.shape[-1]) > 1:
             return super().dot(turned, parts)
         codes, scale, least = parts
-        stretches = stretches_of(codes, turned.shape[-1], self.bits)
+        if self.bits == 3:  # in two planes: put together by a table
+            numbers, many = at_once(codes, self.bits, COUNTING[: 2**self.bits])
+            products = together(turned, many) @ numbers.mT
+            return products.mul_(scale.float().mT).addcmul_(turned.sum(-1, keepdim=True), least.float().mT)
+        stretches = stretches_of(codes, self.bits)
         asked = turned.chunk(len(stretches), -1)
         products = asked[0] @ stretches[0].mT
         for part, stretch in zip(asked[1:], stretches[1:], strict=True):
@@ -96,7 +101,10 @@ class ByToken(Codec):
             return weighted_bags(weights, parts)
         if self.groups(dim) == 1:
             scaled, shift = weights * scale.float().mT, weights @ least.float()
-            return _side_by_side([scaled @ stretch for stretch in stretches_of(codes, dim, self.bits)]).add_(shift)
+            if self.bits == 3:  # in two planes: put together by a table
+                numbers, many = at_once(codes, self.bits, COUNTING[: 2**self.bits])
+                return apart(scaled @ numbers, many).add_(shift)
+            return _side_by_side([scaled @ stretch for stretch in stretches_of(codes, self.bits)]).add_(shift)
         numbers = unpack_bits(codes, dim, self.bits).unflatten(-1, (self.groups(dim), -1))
         shifts = weights @ least.float()  # [r, M, groups]
         sums = [(weights * s.float()[..., None, :]) @ numbers[..., g, :] for g, s in enumerate(scale.unbind(-1))]

@@ -16,7 +16,7 @@ from math import erf, exp, inf, pi, sqrt
 from typing import TYPE_CHECKING
 
 from harness.storage import LARGEST_HALF, Codec, Field, KernelFormat
-from storages.bits import cannot_pack, code_bytes, pack_bits, packed_width
+from storages.bits import at_once, cannot_pack, code_bytes, pack_bits, packed_width, together
 from storages.integers import ByToken, check_bits
 
 if TYPE_CHECKING:
@@ -110,15 +110,9 @@ class Rotated(Codec):
         return queries @ hadamard(queries.shape[-1], queries.device)
 
     def dot(self, turned: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """Two codes are looked up as one number of 64 bits, so it is the query's coordinates that change places."""
-        import torch
-
-        dim = turned.shape[-1]
-        low, high = code_bytes(parts[0], dim, self.bits).chunk(2, -1)
-        both = low | (high << self.bits)
-        levels = looked_up(_pairs(self.bits, turned.device), both).view(torch.float32)  # of codes 0, D/2, 1, D/2 + 1, ...
-        asked = turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-        return (asked @ levels.mT).mul_(parts[1].float().mT)
+        """Of the levels as they are looked up, so it is the query's coordinates that change places."""
+        levels, many = at_once(parts[0], self.bits, lloyd_max(self.bits))
+        return (together(turned, many) @ levels.mT).mul_(parts[1].float().mT)
 
 
 def nearest(numbers: Tensor, levels: Tensor) -> Tensor:
@@ -137,16 +131,6 @@ def nearest(numbers: Tensor, levels: Tensor) -> Tensor:
     for edge in edges[half:].tolist():
         count += torch.gt(size, edge, out=above).view(torch.uint8)
     return torch.where(torch.gt(numbers, 0, out=above), count.add(half), count.neg().add_(half - 1))
-
-
-@lru_cache(maxsize=16)
-def _pairs(bits: int, device: torch.device) -> Tensor:
-    """The levels of two codes a and b, at a + b * 2**bits, as the bytes of one int64."""
-    import torch
-
-    levels = torch.tensor(lloyd_max(bits))
-    count = len(levels)
-    return torch.stack([levels.repeat(count), levels.repeat_interleave(count)], -1).view(torch.int64)[:, 0].to(device)
 
 
 def looked_up(table: Tensor, numbers: Tensor) -> Tensor:
