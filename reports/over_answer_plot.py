@@ -64,7 +64,13 @@ def _picture(
         axis.grid(alpha=0.25, linewidth=0.5)
     lower = any(metric in record.lower_is_better for found in groups.values() for record in found)
     axes[0].set_ylabel(literal(f"{metric}, lower is better" if lower else metric))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
+    told = [label.is_full or not palette.of_label(label).grey for label in points]  # greys cannot be told apart: one line for all
+    lines = [line for line, mine in zip(axes[0].lines, told, strict=True) if mine]
+    texts = [str(line.get_label()) for line in lines]
+    if not all(told):
+        lines.append(axes[0].lines[told.index(False)])
+        texts.append("others, named in the table")
+    figure.legend(lines, texts, loc="outside right center", fontsize=7, frameon=False)
     figure.suptitle(literal(shortened(panel.title, int(LETTERS_AN_INCH * 0.8 * figure.get_figwidth()))), fontsize=8)
     name = f"over_answer_{panel.model}_{panel.task}_{panel.protocol.prompt}"
     path = place(folder, name, mark=f"_{panel.protocol.short}")
