@@ -320,16 +320,17 @@ class Grouping(nn.Module):
 
     def merged(self, heads: Tensor, keys: bool = False) -> Tensor:
         """[B, T, H, D]: heads averaged in the groups of each token's expert, and repeated back to H."""
-        merged = heads
+        merged, assigned = heads, self.assigned
         for number, group in enumerate(self.groups):
             if group == 1:
                 continue
             mean = heads.unflatten(-2, (-1, group)).mean(-2, keepdim=True)
             if keys and self.scales is not None:
                 mean = mean * self.scales[number].to(mean.dtype)
-            mean = mean.expand(*mean.shape[:-2], group, -1).flatten(-3, -2)
-            assigned = self.assigned
-            merged = mean if assigned is None else torch.where((assigned == number)[..., None, None], mean, merged)
+            apart = merged.unflatten(-2, (-1, group))
+            if assigned is not None:
+                mean = torch.where((assigned == number)[..., None, None, None], mean, apart)
+            merged = mean.expand_as(apart).flatten(-3, -2)
         return merged
 
 

@@ -54,10 +54,10 @@ FAMILIES = {
 MAIN = ("llama", "mistral-window", "qwen3", "gemma2", "opt")  # of each kind of cache: GQA, windows, key norm, softcap, MHA
 
 
-def network(family: str, seed: int = 0) -> PreTrainedModel:
-    """Weights large enough that attention is far from uniform."""
+def network(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
+    """Weights large enough that attention is far from uniform. `more`: of its configuration."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**{**BASE, **FAMILIES[family]})
+    config = AutoConfig.for_model(**{**BASE, **FAMILIES[family], **more})
     net = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for weight in net.parameters():
@@ -117,15 +117,9 @@ def small(out: Path, *more: str) -> tuple[str, ...]:
 WIDE = ("llama", "qwen2", "qwen3", "gemma2", "opt", "phi3", "gpt_neox", "mistral-window")
 
 
-def wide(family: str) -> Any:
+def wide(family: str, **more: Any) -> Any:
     """The tiny network with four KV heads, so that groups of 1, 2 and 4 can be formed."""
-    settings = {**FAMILIES[family], "num_attention_heads": 8, "num_key_value_heads": 8 if family in ("opt", "gpt_neox") else 4}
-    saved = FAMILIES[family]
-    FAMILIES[family] = settings
-    try:
-        return network(family)
-    finally:
-        FAMILIES[family] = saved
+    return network(family, num_attention_heads=8, num_key_value_heads=8 if family in ("opt", "gpt_neox") else 4, **more)
 
 
 def converted(family: str, text: str, net: Any = None) -> Model:

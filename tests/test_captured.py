@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import MAIN, converted, tiny, tokens
+from helpers import MAIN, converted, network, tiny, tokens, wide
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,6 +47,14 @@ INTERPRETED = 3  # of them by the kernels: an interpreter is slow
 def model_of(name: str) -> Model:
     family, _, variant = name.partition("+")
     return converted(family, variant) if variant else tiny(family)
+
+
+def shallow(name: str, layers: int = 2) -> Model:
+    """The same of fewer layers: a compiler takes as long for each. Two hold every kind of layer that a family has."""
+    family, _, variant = name.partition("+")
+    if variant:
+        return converted(family, variant, wide(family, num_hidden_layers=layers))
+    return Model(network(family, num_hidden_layers=layers), None, f"shallow-{family}", "0")
 
 
 def ragged(model: Model, ids: Tensor, keep: int) -> tuple[Selection, Any]:
@@ -120,7 +128,7 @@ def test_static_steps_say_what_eager_ones_say(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in (*MAIN, "gpt_neox", *VARIANTS) if name not in TRACED])
 def test_so_do_steps_by_the_kernels(name: str, by_kernel: None) -> None:
     """Of those whose steps are not taken by the kernels within one graph below."""
-    model, ids = model_of(name), tokens(60)
+    model, ids = shallow(name), tokens(60)
     assert static(model, ids, steps=INTERPRETED) == eager(model, ids)[:INTERPRETED]
 
 
@@ -166,7 +174,7 @@ def without_its_last_stage(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
 @pytest.mark.parametrize("name", ["llama", "gemma2", "llama+mixsga-3:1:6"])
 def test_a_step_is_one_graph(name: str, without_its_last_stage: None) -> None:
     """Without breaks, pools and lengths changed in place. Other families: below, with the kernels."""
-    model, ids = model_of(name), tokens(60)
+    model, ids = shallow(name), tokens(60)
     assert static(model, ids, "compiled") == eager(model, ids)
 
 
@@ -175,7 +183,7 @@ def test_so_is_one_with_the_kernels(
     name: str, by_kernel: None, without_its_last_stage: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU compiles. Nothing of a prefill is asked there: an import cannot be traced."""
-    model, ids = model_of(name), tokens(60)
+    model, ids = shallow(name), tokens(60)
     wanted = eager(model, ids)[:INTERPRETED]
     cache, token = cache_of(model, ids)
     monkeypatch.setattr("harness.engine.flash.can_run", None)
@@ -185,7 +193,7 @@ def test_so_is_one_with_the_kernels(
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_step_says_what_an_eager_one_says(fresh_compiler: None) -> None:
-    model, ids = converted("llama", "mixsga-3:1:6"), tokens(60)
+    model, ids = shallow("llama+mixsga-3:1:6", layers=1), tokens(60)
     assert static(model, ids, "compiled") == eager(model, ids)
 
 

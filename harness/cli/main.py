@@ -356,6 +356,11 @@ def _bench(options: argparse.Namespace) -> int:
         line = storage_speed(BUILTIN.storages) | storage_sweep(BUILTIN)
     elif options.what == "evict":
         line = evict_speed(METHODS)
+    elif options.what == "variants":
+        from harness.cost.variant_bench import variant_speed
+        from harness.registry import BUILTIN
+
+        line = variant_speed(BUILTIN)
     else:
         device = device_of(given.get("device"))
         line = checked_kernel_speed(device, dtype_of(given.get("dtype", "bfloat16"), device))

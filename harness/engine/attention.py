@@ -119,15 +119,27 @@ def _attend_block(
         keys, asked = layer.ranks.keys(block, keys), layer.ranks.queries(block, asked)
     logits = softcapped(torch.bmm(asked, keys.transpose(1, 2)), softcap)  # [rows, width * Q, length]
     _hide(layer, block, step, logits.view(block.count, block.width, block.tokens, block.length))
-    if lse is not None:
-        lse.copy_(torch.logsumexp(logits.float(), -1).view(lse.shape))
-    if logits.dtype == torch.float32:
-        weights = torch.softmax(logits, -1, out=logits)  # in place: a second buffer would be traffic
-    else:
-        weights = logits.float().softmax(-1).to(logits.dtype)
-    if lse is not None:
-        weights = weights.nan_to_num_()  # a row whose entries are all hidden weighs nothing: its lse is -inf
+    weights = _softmax(logits.float(), lse, _hides(layer, block)).to(logits.dtype)
     torch.bmm(weights, values, out=out.view(asked.shape))
+    return weights
+
+
+def _softmax(logits: Tensor, lse: Tensor | None, hides: bool) -> Tensor:
+    """Weights [rows, readers, length] in place of float32 logits: a second buffer would be traffic.
+
+    Args:
+        lse: where the log-sum-exp of each reader goes, [rows * readers], if several rows are to be merged. The largest logit
+            has a weight of exp(logit - lse), so that it takes no exponential of its own.
+        hides: may all entries of a row be hidden from a reader? It then weighs nothing: its lse is -inf.
+    """
+    top = None if lse is None else logits.amax(-1)
+    weights = torch.softmax(logits, -1, out=logits)
+    if lse is None or top is None:
+        return weights
+    torch.sub(top.flatten(), weights.amax(-1).flatten().log_(), out=lse)
+    if hides:
+        lse.nan_to_num_(nan=float("-inf"))
+        weights.nan_to_num_()
     return weights
 
 
@@ -186,13 +198,14 @@ def _attend_packed_block(
     asked = queries.view(block.count, block.width * block.tokens, -1)
     logits = softcapped(logits_of(layer, block, asked.float(), keys), softcap)
     _hide(layer, block, step, logits.view(block.count, block.width, block.tokens, block.length))
-    if lse is not None:
-        lse.copy_(torch.logsumexp(logits, -1).view(lse.shape))
-    weights = torch.softmax(logits, -1, out=logits)
-    if lse is not None:
-        weights = weights.nan_to_num_()  # a row whose entries are all hidden weighs nothing: its lse is -inf
+    weights = _softmax(logits, lse, _hides(layer, block))
     out.view(asked.shape).copy_(mix_of(layer, block, weights, values))
     return weights
+
+
+def _hides(layer: RowLayer, block: RowBlock) -> bool:
+    """Is there anything that a query of this block may not see? A lone new token lies behind all others."""
+    return layer.window is not None or block.tokens > 1
 
 
 def _hide(layer: RowLayer, block: RowBlock, step: Step, logits: Tensor) -> None:
