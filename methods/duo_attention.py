@@ -35,15 +35,16 @@ def read_pattern(path: Path, model: str, shape: tuple[int, int, int]) -> HeadSco
         BadScores: the file cannot be read, or lies under another model's name, or is of another shape.
     """
     layers, heads, query_heads = shape
+    try:
+        with path.open() as file:
+            values = np.loadtxt(file, delimiter="\t", ndmin=2)
+    except (OSError, ValueError) as error:
+        raise BadScores(f"the pattern {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     owner, name = path.parent.parent.name.removeprefix("Meta-"), model.rsplit("/", 1)[-1].removeprefix("Meta-")
     if owner != name:
         raise BadScores(
             f"the pattern {path.name} lies in a folder of {owner or 'no model'}, the model is {name}: it is not inherited"
         )
-    try:
-        values = np.loadtxt(path, delimiter="\t", ndmin=2)
-    except (OSError, ValueError) as error:
-        raise BadScores(f"the pattern {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if values.shape != (layers, heads):
         found = "{} layers x {} KV heads".format(*values.shape)
         raise BadScores(f"the pattern {path.name} of {owner} is of {found}, the model has {layers} x {heads}")

@@ -263,6 +263,8 @@ def test_a_published_pattern_is_its_models_alone(tmp_path: Path) -> None:
     (folder / "full_attention_heads.tsv").write_text("0.5\t1.2\n0\t0.25\n")
     with pytest.raises(BadScores, match="is of 2 layers x 2 KV heads, the model has 3 x 2"):
         duo_pattern(tiny("llama"), (), tmp_path)
+    with pytest.raises(BadScores, match=r"gone.tsv cannot be read: No such file or directory"):
+        duo_pattern(tiny("llama"), (tmp_path / "gone.tsv",), None)
 
 
 def replay_by_hand(family: str, prefill: Prefill, ids: torch.Tensor, asked: Replay) -> list[torch.Tensor]:
