@@ -319,19 +319,31 @@ class Grouping(nn.Module):
             self.router(hidden)
 
     def merged(self, heads: Tensor, keys: bool = False) -> Tensor:
-        """[B, T, H, D]: heads averaged in the groups of each token's expert, and repeated back to H."""
+        """[B, T, H, D]: heads averaged in the groups of each token's expert, and repeated back to H.
+
+        In a training whose router is soft, all experts' heads, weighed by its `mixed` [B, T, E].
+        """
+        weights = None if self.router is None else self.router.mixed
+        if weights is not None:
+            ways = [
+                self._of(number, heads, keys).expand(*heads.shape[:-2], -1, group, -1) for number, group in enumerate(self.groups)
+            ]
+            return torch.stack([way.flatten(-3, -2) for way in ways], -1).mul(weights[..., None, None, :]).sum(-1).to(heads.dtype)
         merged, assigned = heads, self.assigned
         for number, group in enumerate(self.groups):
             if group == 1:
                 continue
-            mean = heads.unflatten(-2, (-1, group)).mean(-2, keepdim=True)
-            if keys and self.scales is not None:
-                mean = mean * self.scales[number].to(mean.dtype)
+            mean = self._of(number, heads, keys)
             apart = merged.unflatten(-2, (-1, group))
             if assigned is not None:
                 mean = torch.where((assigned == number)[..., None, None, None], mean, apart)
             merged = mean.expand_as(apart).flatten(-3, -2)
         return merged
+
+    def _of(self, number: int, heads: Tensor, keys: bool) -> Tensor:
+        """What an expert makes of heads [B, T, H, D]: [B, T, H / g, 1, D]."""
+        mean = heads.unflatten(-2, (-1, self.groups[number])).mean(-2, keepdim=True)
+        return mean if not keys or self.scales is None else mean * self.scales[number].to(mean.dtype)
 
 
 class GroupedProjection(nn.Module):

@@ -87,6 +87,8 @@ class Router(nn.Module):
         self.wanted: Tensor | None = None  # [B, T] of it: what expert choice says, whatever was assigned in training
         self.logits: Tensor | None = None  # [B, T, E] of the last pass, float32
         self.scores: Tensor | None = None  # what was ranked: the logits, or random scores
+        self.softness = 0.0  # of a training: 1, every token has all experts' heads by its scores; 0, its expert's
+        self.mixed: Tensor | None = None  # [B, T, E] of the last pass: the shares in which it has them; None: it has one expert's
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, hidden] -> [B, T], the expert of each token; -1 for padding."""
@@ -94,12 +96,15 @@ class Router(nn.Module):
             logits = nn.functional.linear(hidden.float(), self.score.weight.float(), self.score.bias.float())
         self.logits = logits
         scores = self.scores = logits.detach() if self.learned else self._random(logits.detach())
-        best = scores.argmax(-1)
+        best, self.mixed = scores.argmax(-1), None
         if self.mode == "argmax" and not self.training:
             self.assigned = best
             return best
         wanted = self.wanted = self._chosen(scores)
         chosen = self.assigned = wanted if self.mode == "expert_choice" else best.masked_fill(wanted < 0, -1)
+        if self.training and self.softness:
+            hard = nn.functional.one_hot(chosen.clamp(min=0), logits.shape[-1])
+            self.mixed = self.softness * logits.softmax(-1) + (1 - self.softness) * hard
         return chosen
 
     def _chosen(self, scores: Tensor) -> Tensor:

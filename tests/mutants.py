@@ -459,6 +459,15 @@ FAULTS = (
         "keys=True",
         "tests/test_starts.py tests/test_conversions.py",
     ),
+    Fault(
+        "a soft token has its experts evenly",
+        "harness/families.py",
+        ".mul(weights[..., None, None, :]).sum(-1)",
+        ".mean(-1)",
+        STARTS,
+    ),
+    Fault("routing stays soft", "harness/training/loop.py", "1 - step / (recipe.soft", "1 - 0 / (recipe.soft", STARTS),
+    Fault("soft in use", "methods/mixsga_router.py", "if self.training and self.softness:", "if self.softness:", STARTS),
     Fault("a touchy variant is refused", "harness/models/variants.py", "2 * moved", "0 * moved", STARTS),
     Fault(
         "another model under a variant's name",
@@ -898,6 +907,20 @@ FAULTS = (
         "total = np.zeros(chunk)",
         "total, sizes, starts = np.zeros(chunk), np.ones_like(sizes), np.arange(len(sizes))",
         "tests/test_turns.py",
+    ),
+    Fault(
+        "a row's weight in a merge is its mean",
+        "harness/engine/attention.py",
+        "weights.amax(-1).flatten()",
+        "weights.mean(-1).flatten()",
+        "tests/test_conversions.py",
+    ),
+    Fault(
+        "a row that a reader sees nothing of counts",
+        "harness/engine/attention.py",
+        '        lse.nan_to_num_(nan=float("-inf"))\n        weights.nan_to_num_()\n',
+        "        pass\n",
+        "tests/test_conversions.py tests/test_families.py",
     ),
     Fault("shares of another type", "harness/evaluation/unit.py", "if outcome.packed else", "if False else", PACKED),
 )

@@ -72,7 +72,7 @@ def test_starts_are_for_conversions_that_group_heads(capsys: pytest.CaptureFixtu
     with pytest.raises(BadRequest, match="that group heads"):
         prepare(wide("llama"), BUILTIN.conversion("cla-50"), Recipe(agree=1.0))
     assert call("train", "--model", "random:tiny-llama", "--conversion", "none", "--agree", "2") == 2
-    assert "--agree and --ramp are shares" in capsys.readouterr().err
+    assert "--agree, --ramp and --soft are shares" in capsys.readouterr().err
 
 
 def test_a_ramp_begins_with_the_model_as_it_was_and_ends_at_the_ratios(tmp_path: Path) -> None:
@@ -94,6 +94,44 @@ def test_a_ramp_begins_with_the_model_as_it_was_and_ends_at_the_ratios(tmp_path:
 
     heal(net, Course(replace(FAST, ramp=0.5), look), tmp_path)  # type: ignore[arg-type]
     assert seen[0] == (1000, 0, 0) and seen[-1] == (3, 1, 6) == router.current and len(set(seen)) == 4
+
+
+def test_soft_routing_lets_the_task_reach_the_router_and_ends_hard(tmp_path: Path) -> None:
+    net, batch = trainable("llama", "mixsga-3:1:6"), batches()(0)
+    hard = float(loss_of(net, batch, Recipe(bf16=False, alpha=0.0))[0])
+    for router in routers(net):
+        router.softness = 1.0
+    soft = loss_of(net, batch, Recipe(bf16=False, alpha=0.0))[0]
+    soft.backward()
+    assert abs(float(soft) - hard) > 1e-4
+    assert all(router.score.weight.grad is not None and router.score.weight.grad.any() for router in routers(net))
+    attention: Any = attention_layers(net)[0]
+    router, inner = routers(net)[0], attention.k_proj.inner
+    hidden = torch.randn(2, 9, attention.k_proj.in_features)
+    router.segments = None
+    heads = inner(hidden).view(2, 9, 4, -1)
+    shares = router.score(hidden).softmax(-1)
+    for softness in (1.0, 0.25):
+        router.softness = softness
+        found = attention.k_proj(hidden).view(2, 9, 4, -1)
+        assert router.assigned is not None
+        for row, token in ((0, 0), (1, 8), (0, 4)):
+            mine = heads[row, token]  # [4, D]
+            ways = [mine, mine.view(2, 2, -1).mean(1).repeat_interleave(2, 0), mine.mean(0).expand(4, -1)]
+            one = ways[int(router.assigned[row, token])]
+            mixture = sum(share * way for share, way in zip(shares[row, token], ways, strict=True))
+            assert torch.allclose(found[row, token], softness * mixture + (1 - softness) * one, atol=1e-6)
+    net.eval()  # whoever asks a model in between asks it as it decodes
+    attention.k_proj(hidden)
+    assert router.mixed is None
+    seen: list[float] = []
+
+    def look(number: int) -> object:
+        seen.append(router.softness)
+        return batches()(number)
+
+    heal(net, Course(replace(FAST, soft=0.5), look), tmp_path)  # type: ignore[arg-type]
+    assert seen[0] == 1 and seen[-1] == 0 == router.softness and seen == sorted(seen, reverse=True) and len(set(seen)) == 4
 
 
 def test_trained_on_argmax_routers_still_learn_what_expert_choice_says() -> None:

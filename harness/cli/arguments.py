@@ -165,6 +165,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     )
     add("--agree", type=float, help="share of the way that heads go to the mean of their widest group at first (default: 0)")
     add("--agree-on", choices=("kv", "k"), help="keys and values, or keys alone (default: kv)")
+    add("--soft", type=float, help="share of the steps in which tokens go from a mixture of mixSGA's experts to one (default: 0)")
     add("--ramp", type=float, help="share of the steps in which mixSGA's experts go from 1:0:0 to their ratios (default: 0)")
     add("--routing", choices=("expert_choice", "argmax"), help="of training (default: expert_choice)")
     add("--layers", type=float, help="weight of the distance of attention outputs to the parent's (default: 0)")

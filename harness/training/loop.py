@@ -122,6 +122,7 @@ def heal(network: PreTrainedModel, course: Course, folder: Path) -> Progress:
                 raise KeyboardInterrupt
     for router in routers(network):
         router.approach(1.0)
+        router.softness, router.mixed = 0.0, None
     network.eval()
     return progress
 
@@ -167,6 +168,8 @@ class _Training:
         recipe = self.course.recipe
         for router in routers(self.network) if recipe.ramp else ():
             router.approach(step / (recipe.ramp * recipe.steps))
+        for router in routers(self.network) if recipe.soft else ():
+            router.softness = max(0.0, 1 - step / (recipe.soft * recipe.steps))
         parts = self._backward(step, progress)
         if not all(math.isfinite(value) for value in parts.values()):
             raise CannotTrain(f"the loss is no number any more at step {step}: lower --lr, and choose another --out")

@@ -43,6 +43,7 @@ class Recipe:
     agree: float = 0.0  # share of the way that heads are moved to the mean of their widest group before training
     agree_on: Literal["kv", "k"] = "kv"  # keys and values, or keys alone
     ramp: float = 0.0  # share of the steps in which experts go from all tokens at the first to their ratios
+    soft: float = 0.0  # share of the steps in which tokens go from all experts' heads, by their scores, to those of one expert
     routing: Literal["expert_choice", "argmax"] = "expert_choice"  # of the training's passes; argmax is what decodes
     layers: float = 0.0  # weight of the distance of every layer's attention output to the parent's
     seed: int = 0
@@ -54,8 +55,8 @@ class Recipe:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if not (self.lr > 0 and self.router_lr > 0) or not 0 <= self.warmup < 1 or self.alpha < 0:
             raise UserError("--lr and --router-lr must be above 0, the warm-up a share below 1 and --alpha not below 0")
-        if not (0 <= self.agree <= 1 and 0 <= self.ramp <= 1 and self.layers >= 0):
-            raise UserError("--agree and --ramp are shares from 0 to 1, --layers is not below 0")
+        if not (0 <= min(self.agree, self.ramp, self.soft) <= max(self.agree, self.ramp, self.soft) <= 1 and self.layers >= 0):
+            raise UserError("--agree, --ramp and --soft are shares from 0 to 1, --layers is not below 0")
 
     @property
     def taught(self) -> bool:

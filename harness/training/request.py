@@ -64,6 +64,7 @@ class TrainRequest:
     agree: float | None = None
     agree_on: Literal["kv", "k"] | None = None
     ramp: float | None = None
+    soft: float | None = None
     routing: Routing | None = None
     layers: float | None = None
     save_every: int | None = None
