@@ -522,7 +522,7 @@ FAULTS = (
     Fault(
         "holes are not filled",
         "harness/engine/evict.py",
-        "pool.index_copy_(0, starts[hole_row] + hole, pool[starts[mover_row] + least + mover])",
+        "pool.index_copy_(0, holes, pool[movers])",
         "pass",
         "tests/test_evict.py",
     ),
@@ -825,7 +825,7 @@ FAULTS = (
     Fault(
         "every row read by the first heads",
         "harness/engine/evict.py",
-        "heads=_asking(torch.arange(memory.like.query_heads), memory.like, first, width),",
+        "heads=memory.heads(first, width),",
         "heads=torch.arange(len(rows) * reading),",
         "tests/test_triattention.py",
     ),
