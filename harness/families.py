@@ -299,7 +299,8 @@ class Grouping(nn.Module):
     """How the heads of each token of a layer are averaged: one way for all, or its expert's.
 
     Args:
-        router: a module that is shown the layer's input and then has `assigned`, [B, T]: the expert of each token.
+        router: a module that is shown the layer's input and then has `assigned`, [B, T]: the expert of each token. One that can
+            be trained soft has `mixed` too, [B, T, E] or None: the shares in which tokens have all experts' heads.
         scaled: are averaged keys multiplied by a number that is learned, one an expert?
     """
 
@@ -321,9 +322,9 @@ class Grouping(nn.Module):
     def merged(self, heads: Tensor, keys: bool = False) -> Tensor:
         """[B, T, H, D]: heads averaged in the groups of each token's expert, and repeated back to H.
 
-        In a training whose router is soft, all experts' heads, weighed by its `mixed` [B, T, E].
+        In a training whose router is soft, all experts' heads, in the shares that it says.
         """
-        weights = None if self.router is None else self.router.mixed
+        weights = getattr(self.router, "mixed", None)
         if weights is not None:
             ways = [
                 self._of(number, heads, keys).expand(*heads.shape[:-2], -1, group, -1) for number, group in enumerate(self.groups)
