@@ -130,14 +130,26 @@ def difference(best: Overall, full: Overall, family: Family) -> Estimate:
 
 
 def at_share(found: Sequence[Verdict], share: float = QUARTER) -> Verdict | None:
-    """The budget whose bytes are nearest to a share."""
-    return min(found, key=lambda one: abs(np.log(one.byte_share / share)), default=None)
+    """The budget whose bytes are nearest to a share, of those at which at least half as many methods ran as at any other."""
+    most = max((len(one.cells) for one in found), default=0)
+    asked = [one for one in found if 2 * len(one.cells) >= most]
+    return min(asked, key=lambda one: abs(np.log(one.byte_share / share)), default=None)
 
 
-def sentence(verdict: Verdict) -> str:
-    """A verdict in one line."""
-    best = verdict.best
+def outdone(verdict: Verdict, found: Sequence[Verdict]) -> Verdict | None:
+    """The budget of fewer bytes at which a method that was not run at this one scores best, and better than all that were."""
+    here = {cell.label for cell in verdict.cells}
+    sign = -1 if verdict.best.lower_is_better else 1
+    better = [one for one in found if one.byte_share < verdict.byte_share and one.best.label not in here]
+    better = [one for one in better if sign * one.best.score.mean > sign * verdict.best.score.mean]
+    return max(better, key=lambda one: sign * one.best.score.mean, default=None)
+
+
+def sentence(verdict: Verdict, found: Sequence[Verdict] = ()) -> str:
+    """A verdict in one line. `found`: the other budgets, where it is to be said that one of fewer bytes does better."""
+    best, less = verdict.best, outdone(verdict, found)
     parts = [f"At {verdict.budget_words}: {best.label}, {interval(best.score)}", against_full(verdict), how_sure(verdict)]
+    parts += [f"not run here: {less.best.label}, {interval(less.best.score)} at {less.budget_words}"] if less else []
     return "; ".join(part for part in parts if part) + "."
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import log
 
-from reports.answers import QUARTER, Verdict, at_share, how_sure, interval, listed, percent, verdicts
+from reports.answers import QUARTER, Verdict, at_share, how_sure, interval, listed, outdone, percent, verdicts
 from reports.cost import Cost
 from reports.drawing import Picture
 from reports.formats import Table, TableCell
@@ -134,7 +134,7 @@ def _table(found: Sequence[Verdict], asked: Verdict | None, times: Times) -> Tab
     if not found or asked is None:
         return None
     shown = sorted(found, key=lambda one: abs(log(one.byte_share / asked.byte_share)))[:MOST]
-    rows = [_row(one, times, one is asked) for one in sorted(shown, key=lambda one: -one.byte_share)]
+    rows = [_row(one, times, one is asked, outdone(one, found)) for one in sorted(shown, key=lambda one: -one.byte_share)]
     full = f"The full cache has {_short(asked.full.score.mean)}. " if asked.full else ""
     told = f"{full}In brackets 95% intervals. Better is what is shown at a level of 5% over all pairs of methods of a budget."
     timed = [time for one in shown if (time := times.first_of([one.best, *one.level], one.byte_share))]
@@ -143,12 +143,13 @@ def _table(found: Sequence[Verdict], asked: Verdict | None, times: Times) -> Tab
     return Table("At my budget, which method?", HEADER, tuple(rows), notes)
 
 
-def _row(verdict: Verdict, times: Times, marked: bool) -> tuple[TableCell, ...]:
+def _row(verdict: Verdict, times: Times, marked: bool, less: Verdict | None) -> tuple[TableCell, ...]:
     best, others = verdict.best, len(verdict.cells) - 1
     entries = "" if verdict.is_share else f" ({verdict.budget})"
+    instead = f"; not run here: {less.best.label}, {_short(less.best.score.mean)} at {percent(less.byte_share)}" if less else ""
     return (
         TableCell(f"{percent(verdict.byte_share)}{entries}", verdict.byte_share, best=marked),
-        TableCell(f"{best.label}{', undecided' * verdict.undecided}", best=marked),
+        TableCell(f"{best.label}{', undecided' * verdict.undecided}{instead}", best=marked),
         TableCell(_bracketed(best.score), best.score.mean, best=marked),
         TableCell(listed(verdict.level, NAMED) if verdict.level else "none" if verdict.beaten else "-"),
         TableCell(f"{len(verdict.beaten)} of {others}" if others else "-", len(verdict.beaten)),

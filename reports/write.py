@@ -114,7 +114,10 @@ def _save(found: Sequence[Line], averaged: Sequence[Family], drawn: Drawn) -> No
 
 def _head(found: Sequence[Line], averaged: Sequence[Family], said: Sequence[tuple[str, list[str]]], judged: str) -> str:
     """How to read it, and in short what came out."""
-    short = [f"- {family.title}, {family.at.metric}. {sentence(one)}" for family in averaged for one in verdicts(family)]
+    short = []
+    for family in averaged:
+        budgets = verdicts(family)
+        short += [f"- {family.title}, {family.at.metric}. {sentence(one, budgets)}" for one in budgets]
     short += [f"- {title}, {line}" for title, lines in said for line in lines]
     paragraphs = [*([judged] if judged else []), *reading(found)]
     return "\n".join(["# Scores against bytes", "", *short, "", "\n\n".join(paragraphs), "", ""])

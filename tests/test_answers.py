@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_report import KEY, _row, made_rows
 
-from reports.answers import at_share, verdicts
+from reports.answers import at_share, outdone, sentence, verdicts
 from reports.cost import Cost, CostPanel, Way
 from reports.drawing import Curve, Picture, Point, shortened, spread
 from reports.front import fronts
@@ -56,6 +56,22 @@ def test_every_task_counts_alike_in_a_comparison() -> None:
     tasks = [rng.normal(size=(2, 5)), rng.normal(size=(2, 400))]
     expected = np.mean([task[0].mean() - task[1].mean() for task in tasks])
     assert all_pairs(tasks).differences[0, 1] == pytest.approx(expected)
+
+
+def test_a_budget_at_which_few_methods_ran_is_not_spoken_of_first() -> None:
+    """And where it is spoken of, a method that was not run there and does better with less is named."""
+    rows = rows_of({"a": 14, "b": 1}, 0.3, "30%") + rows_of({"a": 4, "b": 2, "c": 15, "d": 1, "e": 0}, 0.1, "10%")
+    (family,) = families(lines(rows))
+    found = verdicts(family)
+    assert [one.budget for one in found] == ["10%", "30%"] and at_share(found) is found[0]
+    assert outdone(found[1], found) is found[0] and outdone(found[0], found) is None
+    assert "not run here: c, 0.75 [" in sentence(found[1], found) and "not run here" not in sentence(found[0], found)
+    (front,) = fronts([family], [])
+    assert front.table is not None
+    assert [row[1].text for row in front.table.rows] == ["a; not run here: c, 0.75 at 10%", "c"]
+    rows = rows_of({"a": 6, "b": 3, "c": 5}, 0.3, "30%") + rows_of({"a": 4, "b": 2, "c": 15}, 0.1, "10%")
+    found = verdicts(families(lines(rows))[0])
+    assert outdone(found[1], found) is None and at_share(found) is found[1], "it was run there, and did worse"
 
 
 def test_the_budget_nearest_to_a_quarter_is_spoken_of_and_its_times_are_told() -> None:
