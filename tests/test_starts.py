@@ -73,6 +73,8 @@ def test_starts_are_for_conversions_that_group_heads(capsys: pytest.CaptureFixtu
         prepare(wide("llama"), BUILTIN.conversion("cla-50"), Recipe(agree=1.0))
     assert call("train", "--model", "random:tiny-llama", "--conversion", "none", "--agree", "2") == 2
     assert "--agree, --ramp and --soft are shares" in capsys.readouterr().err
+    assert call("train", "--model", "reference", "--conversion", "gqa", "--groups", "2", "--soft", "0.5", "--steps", "1") == 2
+    assert "--ramp and --soft are for experts, and gqa-2 has none" in capsys.readouterr().err
 
 
 def test_a_ramp_begins_with_the_model_as_it_was_and_ends_at_the_ratios(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 One thread, four layers of the TinyLlama shape (32 query and 4 KV heads of 64, hidden 2048), the full cache of 4,000 random
 tokens. CPU time of the thread, a token of each in turns; least and median, since other programs on the machine disturb the
-second. By arithmetic the least is the same for both: the weights and as many bytes of rows, read once.
+second. By arithmetic the least is nearly the same for both: as many bytes of rows and the weights, read once; mixSGA's key and
+value projections are twice the size.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LAYERS, TOKENS, TURNS = 4, 4000, 80
 
 
 def variant_speed(registry: Registry, tokens: int = TOKENS, turns: int = TURNS) -> dict[str, float]:
-    """Milliseconds a token of each, the share of their bytes, and the ratio to the first."""
+    """Of each: milliseconds a token and the bytes of its cache; of mixSGA the ratio to GQA-2."""
     torch.set_num_threads(1)
     keep_freed_memory()
     ids = torch.randint(0, 4096, (tokens,), generator=torch.Generator().manual_seed(0))

@@ -134,6 +134,7 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
     from accelerate import PartialState
 
     from harness.engine.model import own_attention
+    from harness.families import routers
     from harness.models.load import check_name, load_model, one_device
     from harness.training.loop import Course, heal
     from harness.training.starts import prepare
@@ -158,6 +159,8 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
         teacher.set_attn_implementation(own_attention(teacher))
     prepare(model.network, conversion, reading.recipe)
     conversion.apply(model.network, reading.recipe.seed)
+    if (reading.recipe.ramp or reading.recipe.soft) and not routers(model.network):
+        raise BadRequest(f"--ramp and --soft are for experts, and {request.conversion} has none")
     if processes.is_main_process:
         check_free(out)
     digest = getattr(reading.batches, "digest", "")
