@@ -95,11 +95,22 @@ class Handle:
 
     def queries(self) -> list[Tensor]:
         """The same of the queries: weight [Hq, D, hidden], and bias [Hq, D] where there is one."""
+        return self._part("q_proj", 0)
+
+    def values(self) -> list[Tensor]:
+        """The same of the values alone."""
+        return self._part("v_proj", 2)
+
+    def _part(self, name: str, place: int) -> list[Tensor]:
+        """Args:
+        place: of the part among queries, keys and values, where one projection makes all.
+        """
         if self.layout == "apart":
-            given = (self.attention.q_proj.weight, self.attention.q_proj.bias)
+            projection = getattr(self.attention, name)
+            given = (projection.weight, projection.bias)
             return [part.data.unflatten(0, (-1, self.head_dim)) for part in given if part is not None]
-        found = [self.split(self.fused.weight.data.t())[0].permute(1, 2, 0)]
-        return found if self.fused.bias is None else [*found, self.split(self.fused.bias.data)[0]]
+        found = [self.split(self.fused.weight.data.t())[place].permute(1, 2, 0)]
+        return found if self.fused.bias is None else [*found, self.split(self.fused.bias.data)[place]]
 
 
 def text_config(config: Any) -> Any:

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import FAST, WIDE, batches, call, converted, dense, tokens, trainable, wide
+from torch import Tensor
 
+from harness.engine.model import own_attention
+from harness.engine.projections import output_weight
 from harness.errors import BadRequest
 from harness.families import attention_layers, groupings, handles, routers
 from harness.models.variants import ABOUT, About, BadVariant, open_variant, save
 from harness.registry import BUILTIN
-from harness.training.loop import Course, choose_trained, heal, loss_of
+from harness.training.loop import Course, choose_trained, heal, loss_of, predictions
 from harness.training.recipes import Recipe
 from harness.training.request import TrainRequest
 from harness.training.starts import likeness_order, prepare, reorder
@@ -200,3 +203,59 @@ def test_a_touchy_variant_is_known_again_in_another_dtype(tmp_path: Path) -> Non
         open_variant(tmp_path, torch.float32)
     (tmp_path / ABOUT).write_text(json.dumps({**said, "moved": 2.0}))
     open_variant(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_turned_heads_say_the_same_and_are_nearer_to_their_mean(family: str) -> None:
+    net, ids = wide(family), tokens(40)
+    net.set_attn_implementation(own_attention(net))
+    for handle in handles(net):
+        for part in (*handle.key_values(), *handle.queries()):
+            part += 0.05 * torch.randn_like(part)  # biases are 0 in new models
+    before, plain = copy.deepcopy(net), dense(net, ids)
+    prepare(net, BUILTIN.conversion("mqa"), Recipe(align=True), batches())
+    assert (dense(net, ids) - plain).abs().max() < 1e-4
+    (was_k, was_v), (keys, values) = spread(before), spread(net)
+    assert values < was_v - 0.05
+    assert (keys == was_k) if family == "qwen3" else (keys < was_k - 0.02), "the norm of Qwen3's keys stands in the way"
+
+
+def spread(net: Any) -> tuple[float, float]:
+    """Share of the squared length of keys and values that is not in the mean of the heads, over layers and trained tokens."""
+    seen: list[list[Tensor]] = [[], []]
+    batch = batches()(0)
+    for handle in handles(net):
+        modules = handle.projections
+        for number in (0, 1):
+
+            def keep(_: Any, __: Any, out: Tensor, number: int = number, handle: Any = handle) -> None:
+                fused = handle.layout != "apart"
+                seen[number].append(handle.split(out)[1 + number] if fused else out.unflatten(-1, (-1, handle.head_dim)))
+
+            modules[number % len(modules)].register_forward_hook(keep)
+    with torch.no_grad():
+        predictions(net, batch)
+    shares = [1 - heads.mean(2).square().sum() * heads.shape[2] / heads.square().sum() for part in seen for heads in part]
+    half = len(shares) // 2
+    return float(sum(shares[:half]) / half), float(sum(shares[half:]) / half)
+
+
+def test_heads_that_are_one_in_other_coordinates_are_found() -> None:
+    net = wide("llama")
+    net.set_attn_implementation(own_attention(net))
+    for handle in handles(net):
+        for part in handle.key_values():
+            part[1:] = part[:1]
+    once = dense(net, ids := tokens(40))
+    for handle in handles(net):
+        output = output_weight(handle.attention, handle.query_heads * handle.head_dim)
+        assert output is not None
+        by = torch.stack([torch.linalg.qr(torch.randn(handle.head_dim, handle.head_dim))[0] for _ in range(4)])
+        columns = output.data.unflatten(1, (handle.query_heads, handle.head_dim))
+        columns.copy_(torch.einsum("xhd,hed->xhe", columns, by.repeat_interleave(2, 0)))
+        values = handle.key_values()[-1]
+        values.copy_(by @ values)
+    assert (dense(net, ids) - once).abs().max() < 1e-4, "the same model"
+    prepare(net, BUILTIN.conversion("mqa"), Recipe(align=True), batches())
+    BUILTIN.conversion("mqa").apply(net)
+    assert (dense(net, ids) - once).abs().max() < 1e-3, "averaging lost nothing"

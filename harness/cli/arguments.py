@@ -163,6 +163,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         choices=("as_is", "likeness"),
         help="of the KV heads before they are grouped: likeness puts like heads together",
     )
+    add("--align", action="store_true", help="turn the heads of a group towards each other first; the model says what it said")
     add("--agree", type=float, help="share of the way that heads go to the mean of their widest group at first (default: 0)")
     add("--agree-on", choices=("kv", "k"), help="keys and values, or keys alone (default: kv)")
     add("--soft", type=float, help="share of the steps in which tokens go from a mixture of mixSGA's experts to one (default: 0)")

@@ -61,6 +61,7 @@ class TrainRequest:
     checkpointing: bool | None = None
     bf16: bool | None = None  # None: where the device multiplies bfloat16 faster than float32
     order: Literal["as_is", "likeness"] | None = None
+    align: bool | None = None
     agree: float | None = None
     agree_on: Literal["kv", "k"] | None = None
     ramp: float | None = None
@@ -157,7 +158,8 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
     teacher = copy.deepcopy(model.network) if reading.recipe.taught else None
     if teacher is not None:
         teacher.set_attn_implementation(own_attention(teacher))
-    prepare(model.network, conversion, reading.recipe)
+    model.network.set_attn_implementation(own_attention(model.network))
+    prepare(model.network, conversion, reading.recipe, reading.batches)
     conversion.apply(model.network, reading.recipe.seed)
     if (reading.recipe.ramp or reading.recipe.soft) and not routers(model.network):
         raise BadRequest(f"--ramp and --soft are for experts, and {request.conversion} has none")

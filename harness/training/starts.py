@@ -1,8 +1,9 @@
 """What is done to a parent's heads before they are grouped and healed: ours, not the papers'.
 
-Averaging heads that have nothing to do with each other loses most of what they say. Two ways around it, in any family:
+Averaging heads that have nothing to do with each other loses most of what they say. Ways around it, in any family:
 `reorder` makes heads neighbours that are alike, which changes nothing of what the model says; `agree` moves the heads of a
 group to their mean, so that coarse and fine experts start as one model and training pulls the fine ones apart.
+Turning heads towards each other (harness/training/align.py) changes nothing of what the model says either.
 """
 
 from __future__ import annotations
@@ -17,28 +18,33 @@ from torch.nn.functional import normalize
 from harness.engine.projections import output_weight
 from harness.errors import BadRequest
 from harness.families import Handle, check_groups, handles
+from harness.training.align import align
+from harness.training.loop import Batches
 from harness.training.recipes import Recipe
 from methods.base import Converter
 
 
 @torch.no_grad()
-def prepare(network: Any, conversion: Converter, recipe: Recipe) -> None:
-    """As the recipe says, in place, before the conversion.
+def prepare(network: Any, conversion: Converter, recipe: Recipe, batches: Batches | None = None) -> None:
+    """As the recipe says, in place, before the conversion. Heads are turned by what they give on the first of `batches`.
 
     Raises:
         BadRequest: the conversion does not group heads, or the family's output projection is not found.
         CannotConvert: groups that do not divide the heads.
     """
-    if recipe.order == "as_is" and not recipe.agree:
+    if recipe.order == "as_is" and not recipe.align and not recipe.agree:
         return
     groups_of = getattr(conversion, "groups_of", None)
     groups = [] if groups_of is None else sorted(set(groups_of(handles(network)[0].kv_heads)) - {1})
     if not groups:
-        raise BadRequest("--order and --agree are for conversions that group heads: gqa, mqa, mixsga")
+        raise BadRequest("--order, --align and --agree are for conversions that group heads: gqa, mqa, mixsga")
     found = check_groups(network, groups)
     if recipe.order == "likeness":
         for handle in found:
             reorder(handle, likeness_order(handle, groups))
+    if recipe.align:
+        assert batches is not None
+        align(network, groups[-1], batches)
     if recipe.agree:
         for handle in found:
             agree(handle, groups[-1], recipe.agree, recipe.agree_on == "kv")
