@@ -224,9 +224,10 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "what",
-        choices=("sweep", "methods", "attention", "storages", "evict", "variants", "kernel", "cluster"),
-        help="31 cells beside their prefills; what each method adds; decode attention; the same over packed rows; eviction while "
-        "decoding; mixSGA beside GQA-2; Triton; many workers, simulated from recorded times",
+        choices=("sweep", "methods", "attention", "linear", "storages", "evict", "variants", "kernel", "cluster"),
+        help="31 cells beside their prefills; what each method adds; decode attention; linear layers laid out beforehand; decode "
+        "attention over packed rows; eviction while decoding; mixSGA beside GQA-2; Triton; many workers, simulated from recorded "
+        "times",
     )
     add("--out", type=_path, help="cluster: folder of a run with --ray, whose times are taken (default: results/default)")
     add("--workers", type=int, help="cluster: simulated, beside 1, 8 and 64 (default: 1000)")

@@ -334,7 +334,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from harness.cost.evict_bench import evict_speed
-    from harness.cost.microbench import attention_speed, checked_kernel_speed, sweep_speed
+    from harness.cost.microbench import attention_speed, checked_kernel_speed, linear_speed, sweep_speed
     from harness.models.load import device_of, dtype_of
     from methods import METHODS
 
@@ -349,6 +349,8 @@ def _bench(options: argparse.Namespace) -> int:
         line = sweep_speed(METHODS, "verify" in given)
     elif options.what == "attention":
         line = attention_speed()
+    elif options.what == "linear":
+        line = linear_speed()
     elif options.what == "storages":
         from harness.cost.storage_bench import storage_speed, storage_sweep
         from harness.registry import BUILTIN

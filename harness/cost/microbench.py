@@ -1,8 +1,9 @@
-"""What the harness itself costs: `run_all.py bench sweep | attention | kernel`, each a JSON line of numbers by name.
+"""What the harness itself costs: `run_all.py bench sweep | attention | linear | kernel`, each a JSON line of numbers by name.
 
 `sweep`: 31 cells beside the plain prefills of their prompts. Its least, by arithmetic: the prefills, once; every kept entry read
 once a decode step; the weights read once a step.
 `attention`: decode attention of one layer at shares of the full cache.
+`linear`: layers' weights laid out beforehand for a few rows, beside the weights as they lie.
 `kernel`: decode attention over rows by the Triton kernel, beside the bandwidth of a copy and other kernels. Rows of unequal
 length sum to about a gigabyte of keys and values; their roofline is those bytes over the copy's rate. flash-attn's and torch's
 kernels for sequences of unequal length compute the same when each row is a sequence with one head: they check the kernel's
@@ -28,6 +29,7 @@ from harness.engine import flash, kernels
 from harness.engine.attention import attend
 from harness.engine.measure import OutOfMemory, keep_freed_memory, memory_errors, peak_resident_bytes, seconds_of
 from harness.engine.model import Model
+from harness.engine.prepacked import Prepacked
 from harness.engine.rows import compact
 from harness.engine.split_plan import plan_split, split_length
 from harness.errors import BadRequest, first_line
@@ -114,6 +116,36 @@ def attention_speed() -> dict[str, float]:
         line[f"kept_{share:.0%}_over_its_share"] = (mine - fixed) / (share * (full - fixed)) / 1000
     line["fixed_ms"] = fixed
     return {name: round(number * 1000, 3) for name, number in line.items()}
+
+
+def linear_speed() -> dict[str, float]:
+    """Rates of a linear layer for a few rows, from its weight as it lies and laid out beforehand, in GFLOP/s on one thread.
+
+    Layers of SmolLM2's shape: of the attention's output, and of its vocabulary; enough of them to be read from memory.
+    """
+    torch.set_num_threads(1)
+    line: dict[str, float] = {}
+    for name, inner, outer in (("output", 576, 576), ("vocabulary", 576, 49152)):
+        layers = [torch.nn.Linear(inner, outer, bias=False) for _ in range(max(1, 30_000_000 // (inner * outer)))]
+        laid_out: list[Callable[[Tensor], Tensor]] = [
+            packed.forward for packed in Prepacked.of(torch.nn.Sequential(*layers)).layers
+        ]
+        plain: list[Callable[[Tensor], Tensor]] = list(layers)
+        ways = {"plain": plain, "laid_out": laid_out}
+        for rows in (1, 3, 8, 22, 64, 512):
+            for way, ours in ways.items():
+                seconds = _least(ours, torch.randn(rows, inner))
+                line[f"{name}_{rows}_{way}"] = 2 * rows * inner * outer * len(layers) / seconds / 1e9
+    return {name: round(number, 1) for name, number in line.items()}
+
+
+@torch.inference_mode()
+def _least(layers: list[Callable[[Tensor], Tensor]], hidden: Tensor) -> float:
+    def all_layers() -> None:
+        for layer in layers:
+            layer(hidden)
+
+    return min(seconds_of(all_layers, hidden.device) for _ in range(5))
 
 
 def speed_model() -> Model:

@@ -25,6 +25,7 @@ from harness.engine import flash
 from harness.engine.attention import attend, probabilities
 from harness.engine.measure import Lap, stopwatch
 from harness.engine.observe import AttentionSettings, Observer, softcapped_attention
+from harness.engine.prepacked import Prepacked
 from harness.engine.projections import Around
 from harness.engine.reach import UnsupportedModel, refuse_network
 from harness.engine.rows import RowCache, RowLayer, Step
@@ -171,6 +172,7 @@ class Model:
         widest = max((max(grouping.groups) for grouping in groupings(network)), default=1)
         self.least_shape = replace(self.shape, kv_heads=self.shape.kv_heads // widest)  # rows that no token has fewer of
         _mark(network)
+        self.prepacked = Prepacked()  # layouts of weights for passes of few tokens, where someone asks for them
         self.checked: dict[str, Any] = {}  # what a check of its attention found, when it was loaded
         network.set_attn_implementation(register(own_attention(network)))
 
@@ -282,7 +284,8 @@ class Model:
         positions = torch.as_tensor(work.step.positions, device=ids.device)[None]
         if cache.renumbered:
             positions = torch.zeros_like(positions)
-        logits = self.forward(ids[None], positions, work, keep)
+        with self.prepacked.serving(len(ids)):
+            logits = self.forward(ids[None], positions, work, keep)
         if work.layers_run != self.depth:
             raise UnsupportedModel(f"attention of model {self.name!r} ran in {work.layers_run} layers while decoding")
         cache.seen = cache.seen + work.step.counts

@@ -19,6 +19,7 @@ from harness.engine.evict import Held, Turns, remember
 from harness.engine.generate import MOST_DRAFTS, Answer, Decoder, NgramTable, Sampler, Stop, generate
 from harness.engine.measure import Lap, OutOfMemory, memory_errors, stopwatch
 from harness.engine.model import Model
+from harness.engine.prepacked import Prepacked
 from harness.engine.renumber import renumber
 from harness.engine.rows import Counts, RowCache, compact, slack_for
 from harness.engine.scoring import FullAnswer, Likelihood, branch, losses
@@ -110,6 +111,10 @@ class Sweep:
     arena: Arena = field(default_factory=Arena)
     read: int = 0  # contexts, rather than questions
     _reading: Reading | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.model.prepacked.layers:
+            self.model.prepacked = Prepacked.of(self.model.network)
 
     @property
     def reading(self) -> Reading | None:
