@@ -199,43 +199,25 @@ def test_recipes_that_cannot_be_followed_get_one_line(
 
 
 def train(out: Path, processes: int, *more: str) -> dict[str, Any]:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [
-        sys.executable,
-        *launch,
-        "run_all.py",
-        "train",
-        "--model",
-        "reference",
-        "--conversion",
-        "mixsga",
-        "--ratios",
-        "3:1:6",
-    ]
-    command += [
-        "--instruct",
-        str(out.parent / "text.jsonl"),
-        "--length",
-        "64",
-        "--rows",
-        "2",
-        "--steps",
-        "4",
-        "--save-dtype",
-        "float32",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run([*command, "--out", str(out), *more], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    text = ["--instruct", str(out.parent / "text.jsonl"), "--length", "64", "--rows", "2", "--steps", "4", "--lr", "1e-4"]
+    asks = ["train", "--model", "reference", "--conversion", "mixsga", "--ratios", "3:1:6", *text, "--save-dtype", "float32"]
+    asks += ["--out", str(out), *more]
+    if processes == 1:
+        assert call(*asks) == 0
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "run_all.py", *asks]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr[-2000:]
     return load_file(out / "variant.safetensors")
 
 
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     """The same batches, averaged over processes or accumulated: DDP to the bit, sharded weights but for rounding."""
     write(tmp_path / "text.jsonl", [asked(f"say the number {n}", "aloud " * (n % 5)) for n in range(60)])
-    one = train(tmp_path / "one", 1, "--accumulate", "2", "--lr", "1e-4")
-    two = train(tmp_path / "two", 2, "--lr", "1e-4")
-    parts = train(tmp_path / "parts", 2, "--lr", "1e-4", "--shard-weights", "--save-every", "2")
+    one = train(tmp_path / "one", 1, "--accumulate", "2")
+    two = train(tmp_path / "two", 2)
+    parts = train(tmp_path / "parts", 2, "--shard-weights", "--save-every", "2")
     assert set(one) == set(two) == set(parts)
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
     assert max(float((one[name] - parts[name]).abs().max()) for name in one) < 1e-3  # ten times a step
@@ -257,23 +239,28 @@ from harness.training.checkpoint import whole_weights
 from harness.training.loop import Course, heal
 
 PartialState(cpu=True)
-kill, folder, root = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-data = batches()
+root, data = Path(sys.argv[1]), batches()
 
-def given(number):
-    if number >= kill:
-        raise KeyboardInterrupt
-    return data(number)
+def healed(name, folder, stop):
+    # the trained weights, or None if the training was stopped at that batch
+    def given(number):
+        if number >= stop:
+            raise KeyboardInterrupt
+        return data(number)
 
-for name in ("mixsga", "cla", "ddp"):
     net = trainable("llama", "cla-50" if name == "cla" else "mixsga-3:1:6")
     try:
         heal(net, Course(FAST, given, shard=name != "ddp"), root / folder / name)
     except KeyboardInterrupt:
-        continue
-    weights = whole_weights(net)
+        return None
+    return whole_weights(net)
+
+for name in ("mixsga", "cla", "ddp"):
+    # stopped in its fifth of six steps, with a checkpoint after the fourth
+    assert healed(name, "killed", 8) is None and (root / "killed" / name / "checkpoint.pt").exists()
+    found = {"killed": healed(name, "killed", 99), "whole": healed(name, "whole", 99)}
     if PartialState().is_main_process:
-        torch.save(weights, root / f"{folder}_{name}.pt")
+        torch.save(found, root / f"{name}.pt")
 """
 
 
@@ -281,17 +268,11 @@ def test_a_killed_training_of_two_processes_goes_on(tmp_path: Path) -> None:
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
 
-    def heal(kill: int, folder: str) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(kill), folder]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        ran = subprocess.run([*command, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-        assert ran.returncode == 0, ran.stderr[-2000:]
-
-    heal(8, "killed")  # each in its fifth of six steps, with a checkpoint after the fourth
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
     for name in ("mixsga", "cla", "ddp"):
-        assert (tmp_path / "killed" / name / "checkpoint.pt").exists() and not (tmp_path / f"killed_{name}.pt").exists()
-    heal(99, "killed")
-    heal(99, "whole")
-    for name in ("mixsga", "cla", "ddp"):
-        resumed, whole = (torch.load(tmp_path / f"{run}_{name}.pt", weights_only=True) for run in ("killed", "whole"))
+        found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        resumed, whole = found["killed"], found["whole"]
         assert all(torch.equal(resumed[key], whole[key]) for key in whole), name
