@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import read, tokens
+from helpers import read, tiny, tokens
 
-from harness.cache import Budget, LayerKV, ModelShape
+from harness.cache import Budget, LayerKV, ModelShape, Needs
 from harness.engine.observe import AttentionSettings, column_sums
 from methods import METHODS
 from methods.ada_snapkv import AdaptiveHeads
@@ -92,7 +92,7 @@ def test_rkv_is_importance_without_redundancy(family: str, monkeypatch: pytest.M
 
 def test_column_sums(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    queries, keys = torch.randn(4, 23, 8), torch.randn(2, 23, 8)
+    queries, keys, values = torch.randn(4, 23, 8), torch.randn(2, 23, 8), torch.randn(2, 23, 8)
     for window, softcap, scaling in (
         (None, None, 0.3),
         (None, None, 40.0),
@@ -100,16 +100,32 @@ def test_column_sums(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         (7, 3.0, 0.3),
     ):  # 40: far below the bound
         settings = AttentionSettings(scaling, softcap, window)
-        slow = torch.zeros(4, 23)
+        slow, said = torch.zeros(4, 23), torch.zeros(4, 23, 8)
         for head in range(4):
             for place in range(23):
                 first = 0 if window is None else max(0, place - window + 1)
                 logits = keys[head // 2, first : place + 1] @ queries[head, place] * scaling
                 logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-                slow[head, first : place + 1] += logits.softmax(0)
+                weights = logits.softmax(0)
+                slow[head, first : place + 1] += weights
+                said[head, place] = weights @ values[head // 2, first : place + 1]
         for block in (2**25, 4 * 23 * 5, 1):
             monkeypatch.setattr("harness.engine.observe.BLOCK_LOGITS", block)
-            assert torch.allclose(column_sums(queries, keys, settings), slow, atol=1e-5)
+            assert torch.allclose(column_sums(queries, keys, settings)[0], slow, atol=1e-5)
+            sums, out = column_sums(queries, keys, settings, values)
+            assert torch.allclose(sums, slow, atol=1e-5)
+            assert out is None if window else torch.allclose(out, said, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "gpt_neox", "gemma2", "mistral-window"])
+def test_a_prefill_that_attends_on_the_way_says_the_same(name: str) -> None:
+    model, ids = tiny(name), tokens(40)
+    plain = model.prefill(ids, Needs(column_sums=True))[0]
+    joined = model.prefill(ids, Needs(column_sums=True), attends=True)[0]
+    assert torch.allclose(joined.logits, plain.logits, atol=1e-4)
+    for ours, theirs in zip(joined.layers, plain.layers, strict=True):
+        assert torch.allclose(ours.keys, theirs.keys, atol=1e-4) and torch.allclose(ours.values, theirs.values, atol=1e-4)
+        assert torch.allclose(ours.column_sums, theirs.column_sums, atol=1e-4)  # type: ignore[arg-type]
 
 
 def test_h2o_takes_half_by_weight_and_half_by_age() -> None:

@@ -90,9 +90,11 @@ class PrefillPass:
     ) -> Tensor:
         """query: [Hq, T, D]; key, value: [H, T, D]. Gives [Hq, T, D]."""
         assert settings.attention is not None
-        self.observer.see(place, query, key, value, settings, self.around.of(settings.attention, query.shape[0] * value.shape[2]))
-        if place.layer < self.depth - 1 or self.all_outputs:
-            return self._dense(query, key, value, settings, dense)
+        around = self.around.of(settings.attention, query.shape[0] * value.shape[2])
+        all_of_it = place.layer < self.depth - 1 or self.all_outputs
+        seen = self.observer.see(place, query, key, value, settings, around, all_of_it)
+        if all_of_it:
+            return self._dense(query, key, value, settings, dense) if seen is None else seen
         # of the last layer nobody reads more than the last token's output
         last = self._dense(query[:, -1:], key, value, settings, dense)  # [Hq, 1, D]
         out = last.new_zeros(query.shape[1], query.shape[0], last.shape[2])
@@ -220,6 +222,7 @@ class Model:
         routing: Routing = "expert_choice",
         scored: int = 0,
         turn_end: str = "\n",
+        attends: bool = False,
     ) -> tuple[Prefill, Observed]:
         """Reads `ids` [T] densely, and says how much of that was observation. `routing` is for mixSGA variants.
 
@@ -228,10 +231,11 @@ class Model:
         Args:
             scored: what follows each of the last so many tokens is to be scored: their logits are kept.
             turn_end: in a second pass, what stands between the instruction and what is repeated.
+            attends: column sums may give the attention as well, whose time then counts as observation.
         """
         checksum = zlib.crc32(ids.to(device="cpu", dtype=torch.int64).numpy().tobytes())
         by_flash = flash.can_run(self.device, self.network.dtype, self.shape.head_dim)
-        observer = Observer(self.shape, needs, arena or Arena(), checksum)
+        observer = Observer(self.shape, needs, arena or Arena(), attends, checksum)
         around = Around(needs)
         work = PrefillPass(observer, self.depth, scored > 0, self.softcapped, by_flash, around)
         self.route(routing)

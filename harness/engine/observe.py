@@ -35,6 +35,7 @@ class Observer:
     shape: ModelShape
     needs: Needs
     arena: Arena = field(default_factory=Arena)
+    attends: bool = False  # may what makes column sums give the attention as well? Then its time counts as theirs
     prompt: int = 0  # checksum of the ids
     reached: list[int] = field(default_factory=list)  # layers that attended so far
     layers: list[LayerKV] = field(default_factory=list)
@@ -50,11 +51,16 @@ class Observer:
         values: Tensor,
         settings: AttentionSettings,
         around: Projections = NOTHING_AROUND,
-    ) -> None:
+        wanted: bool = False,
+    ) -> Tensor | None:
         """queries: [Hq, T, D]; keys, values: [H, T, D], after RoPE. Heads that are averaged come repeated.
 
         Args:
             around: what of the layer stands before and behind its attention.
+            wanted: is the attention itself?
+
+        Returns:
+            The attention, [Hq, T, D], where it is wanted and came out on the way; None leaves it to who asks.
         """
         expected = (self.shape.query_heads, self.shape.kv_heads, self.shape.dim_of(place.cache_layer))
         if (queries.shape[0], keys.shape[0], keys.shape[2]) != expected or values.shape != keys.shape:
@@ -66,8 +72,11 @@ class Observer:
         self.reached.append(place.layer)
         with stopwatch(keys.device, self.lap):
             candidates = self.shape.candidates(stored, tokens)
-            with stopwatch(keys.device, self.sums):
-                sums = column_sums(queries, keys, settings)[:, -candidates:] if self.needs.column_sums else None
+            sums, out = None, None
+            if self.needs.column_sums:
+                with stopwatch(keys.device, self.sums):
+                    sums, out = column_sums(queries, keys, settings, values if self.attends and wanted else None)
+                sums = sums[:, -candidates:]
             last = queries[:, tokens - min(self.needs.window, tokens) :].clone() if self.needs.window else None
             norms = value_norms(values[:, -candidates:], around, self.shape) if self.needs.output_norms else None
             ahead = {
@@ -75,7 +84,7 @@ class Observer:
             }
             if not place.writes:
                 self.layers[stored] = _read_again(self.layers[stored], last, sums, settings.sinks, norms, ahead)
-                return
+                return out
             self.expert_groups.append(_expert_groups(settings, self.shape.group, candidates))
             self.layers.append(
                 LayerKV(
@@ -96,6 +105,7 @@ class Observer:
                     sinks=settings.sinks,
                 )
             )
+        return out
 
     def _own(self, name: str, tensor: Tensor) -> Tensor:
         """A copy in memory of its own, [H, n, D] in that order: a view would keep more alive, and gather slowly."""
@@ -169,24 +179,28 @@ def block_numbers(device: torch.device) -> int:
     return BLOCK_LOGITS if device.type == "cpu" else GPU_BLOCK_LOGITS
 
 
-def column_sums(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> Tensor:
+def column_sums(
+    queries: Tensor, keys: Tensor, settings: AttentionSettings, values: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Causal attention that each key received, summed over all queries, blockwise: no T x T tensor is made.
 
     Args:
         queries: [Hq, T, D], keys: [H, T, D].
+        values: [H, T, D], if the attention to them is wanted beside its sums.
 
     Returns:
-        [Hq, T], float32
+        [Hq, T], float32; and the attention [Hq, T, D], where it is wanted and the weights are at hand: on a CPU, without window,
+        softcap and sinks. It saves computing them a second time.
     """
     if keys.device.type == "cpu" and settings.window is None and settings.softcap is None and settings.sinks is None:
-        return _sums_on_cpu(queries.float() * settings.scaling, keys.float())
+        return _sums_on_cpu(queries.float() * settings.scaling, keys.float(), values)
     sums = torch.zeros(queries.shape[:2], device=keys.device)
     for _, seen, weights, total in _exponentials(queries, keys, settings):
         sums[:, seen] += (total.reciprocal_()[:, None] @ weights)[:, 0]
-    return sums
+    return sums, None
 
 
-def _sums_on_cpu(queries: Tensor, keys: Tensor) -> Tensor:
+def _sums_on_cpu(queries: Tensor, keys: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The same of scaled queries without window, softcap and sinks: in strips of one KV head's queries, in fewer passes.
 
     A softmax is the same whatever is taken off its logits. Here it is a bound, |q| max |k|, which is known beforehand and so goes
@@ -198,7 +212,9 @@ def _sums_on_cpu(queries: Tensor, keys: Tensor) -> Tensor:
     step = max(1, min(STRIP // group, BLOCK_LOGITS // (group * tokens)))
     sums, later = queries.new_zeros(heads, group, tokens), torch.ones(step, step, dtype=torch.bool).triu(1)
     buffer = queries.new_empty(group * step * tokens)
-    for mine, head, into in zip(asked, keys, sums, strict=True):
+    out = None if values is None else torch.empty_like(asked)
+    for number, (mine, head, into) in enumerate(zip(asked, keys, sums, strict=True)):
+        read = None if values is None else values[number].float()
         bound = -mine.norm(dim=-1) * head.norm(dim=-1).max()  # [G, T]
         for start in range(0, tokens, step):
             stop = min(start + step, tokens)
@@ -213,7 +229,9 @@ def _sums_on_cpu(queries: Tensor, keys: Tensor) -> Tensor:
                 weights[..., start:].masked_fill_(unseen, float("-inf"))
                 total = logits.sub_(logits.amax(-1, keepdim=True)).exp_().sum(-1).view_as(total)
             into[:, :stop] += (total.reciprocal_()[:, None] @ weights)[:, 0]
-    return sums.flatten(0, 1)
+            if out is not None and read is not None:
+                torch.mul((logits @ read[:stop]).view(group, stop - start, -1), total[..., None], out=out[number, :, start:stop])
+    return sums.flatten(0, 1), None if out is None or values is None else out.flatten(0, 1).to(values.dtype)
 
 
 def softcapped_attention(queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:

@@ -172,7 +172,9 @@ class _Example:
         ids = torch.tensor(read_of(prompt), device=model.device)
         turn_end = turn_end_of(model.tokenizer, sweep.protocol.chat) if needs.replays else ""
         with stopwatch(model.device, laps.prefill):
-            prefill, observed = model.prefill(ids, needs, sweep.arena, sweep.protocol.routing, len(prompt.one_pass), turn_end)
+            prefill, observed = model.prefill(
+                ids, needs, sweep.arena, sweep.protocol.routing, len(prompt.one_pass), turn_end, True
+            )
         laps.prefill.seconds -= observed.seconds
         laps.observe.seconds += observed.seconds
         sweep.read += 1
