@@ -8,7 +8,7 @@ import torch
 from helpers import read, tiny, tokens
 
 from harness.cache import Budget, LayerKV, ModelShape, Needs
-from harness.engine.observe import AttentionSettings, column_sums
+from harness.engine.observe import AttentionSettings, attention_with_sums, column_sums
 from methods import METHODS
 from methods.ada_snapkv import AdaptiveHeads
 from methods.allocators import Uniform
@@ -111,19 +111,23 @@ def test_column_sums(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 said[head, place] = weights @ values[head // 2, first : place + 1]
         for block in (2**25, 4 * 23 * 5, 1):
             monkeypatch.setattr("harness.engine.observe.BLOCK_LOGITS", block)
-            assert torch.allclose(column_sums(queries, keys, settings)[0], slow, atol=1e-5)
-            sums, out = column_sums(queries, keys, settings, values)
-            assert torch.allclose(sums, slow, atol=1e-5)
-            assert out is None if window else torch.allclose(out, said, atol=1e-5)  # type: ignore[arg-type]
+            assert torch.allclose(column_sums(queries, keys, settings), slow, atol=1e-5)
+            for summed in (True, False):
+                found = attention_with_sums(queries, keys, values, settings, summed)
+                assert (found is None) == bool(window)
+                if found is not None:
+                    assert torch.allclose(found[0], said, atol=1e-5)
+                    assert found[1] is None if not summed else torch.allclose(found[1], slow, atol=1e-5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "gpt_neox", "gemma2", "mistral-window"])
-def test_a_prefill_that_attends_on_the_way_says_the_same(name: str) -> None:
-    model, ids = tiny(name), tokens(40)
+def test_a_joined_prefill_says_the_same_whoever_asks(family: str) -> None:
+    model, ids = tiny(family), tokens(40)
     plain = model.prefill(ids, Needs(column_sums=True))[0]
-    joined = model.prefill(ids, Needs(column_sums=True), attends=True)[0]
-    assert torch.allclose(joined.logits, plain.logits, atol=1e-4)
-    for ours, theirs in zip(joined.layers, plain.layers, strict=True):
+    asked = model.prefill(ids, Needs(column_sums=True), joined=True)[0]
+    not_asked = model.prefill(ids, Needs(), joined=True)[0]
+    assert torch.equal(asked.logits, not_asked.logits), "sums change no bit of the rest"
+    assert torch.allclose(asked.logits, plain.logits, atol=1e-4)
+    for ours, theirs in zip(asked.layers, plain.layers, strict=True):
         assert torch.allclose(ours.keys, theirs.keys, atol=1e-4) and torch.allclose(ours.values, theirs.values, atol=1e-4)
         assert torch.allclose(ours.column_sums, theirs.column_sums, atol=1e-4)  # type: ignore[arg-type]
 

@@ -24,7 +24,7 @@ from harness.cache import Arena, ModelShape, Needs, Prefill, Routing
 from harness.engine import flash
 from harness.engine.attention import attend, probabilities
 from harness.engine.measure import Lap, stopwatch
-from harness.engine.observe import AttentionSettings, Observer, softcapped_attention
+from harness.engine.observe import AttentionSettings, Observer, attention_with_sums, softcapped_attention
 from harness.engine.prepacked import Prepacked
 from harness.engine.projections import Around
 from harness.engine.reach import UnsupportedModel, refuse_network
@@ -80,6 +80,7 @@ class PrefillPass:
     softcapped: bool  # or with sinks: sdpa does neither
     by_flash: bool  # attention by flash-attn, where it can
     around: Around
+    joined: bool = False  # the attention and its column sums from the same weights, where that is as fast
 
     @property
     def needs_mask(self) -> bool:
@@ -91,10 +92,12 @@ class PrefillPass:
         """query: [Hq, T, D]; key, value: [H, T, D]. Gives [Hq, T, D]."""
         assert settings.attention is not None
         around = self.around.of(settings.attention, query.shape[0] * value.shape[2])
-        all_of_it = place.layer < self.depth - 1 or self.all_outputs
-        seen = self.observer.see(place, query, key, value, settings, around, all_of_it)
+        all_of_it, found = place.layer < self.depth - 1 or self.all_outputs, None
+        if all_of_it and self.joined:
+            found = attention_with_sums(query, key, value, settings, self.observer.needs.column_sums)
+        self.observer.see(place, query, key, value, settings, around, None if found is None else found[1])
         if all_of_it:
-            return self._dense(query, key, value, settings, dense) if seen is None else seen
+            return self._dense(query, key, value, settings, dense) if found is None else found[0]
         # of the last layer nobody reads more than the last token's output
         last = self._dense(query[:, -1:], key, value, settings, dense)  # [Hq, 1, D]
         out = last.new_zeros(query.shape[1], query.shape[0], last.shape[2])
@@ -222,7 +225,7 @@ class Model:
         routing: Routing = "expert_choice",
         scored: int = 0,
         turn_end: str = "\n",
-        attends: bool = False,
+        joined: bool = False,
     ) -> tuple[Prefill, Observed]:
         """Reads `ids` [T] densely, and says how much of that was observation. `routing` is for mixSGA variants.
 
@@ -231,15 +234,16 @@ class Model:
         Args:
             scored: what follows each of the last so many tokens is to be scored: their logits are kept.
             turn_end: in a second pass, what stands between the instruction and what is repeated.
-            attends: column sums may give the attention as well, whose time then counts as observation.
+            joined: attention and column sums come from the same weights where that is as fast, whether sums are asked for or not:
+                so who asks changes no bit of the rest. What they take is then no part of what is said of observation.
         """
         checksum = zlib.crc32(ids.to(device="cpu", dtype=torch.int64).numpy().tobytes())
         by_flash = flash.can_run(self.device, self.network.dtype, self.shape.head_dim)
-        observer = Observer(self.shape, needs, arena or Arena(), attends, checksum)
+        observer = Observer(self.shape, needs, arena or Arena(), checksum)
         around = Around(needs)
-        work = PrefillPass(observer, self.depth, scored > 0, self.softcapped, by_flash, around)
+        work = PrefillPass(observer, self.depth, scored > 0, self.softcapped, by_flash, around, joined)
         self.route(routing)
-        with around.watching(self.network):
+        with around.watching(self.network), self.prepacked.serving(len(ids)):
             logits = self.forward(ids[None], torch.arange(len(ids), device=ids.device)[None], work, max(1, scored))
         if observer.reached != list(range(self.depth)) or len(observer.layers) != self.shape.layers:
             raise UnsupportedModel(
