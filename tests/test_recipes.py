@@ -164,9 +164,9 @@ def test_mixsga_plus_is_a_start_on_whatever_data(tmp_path: Path) -> None:
     ]
     assert call(*asked, "--steps", "1", "--length", "64", "--rows", "1") == 0
     said = read_about(out).recipe
-    assert (said["recipe"], said["order"], said["agree"], said["lr"]) == ("mixsga-plus", "likeness", 1.0, 3e-3)
+    assert (said["recipe"], said["align"], said["agree"], said["lr"]) == ("mixsga-plus", True, 1.0, 3e-3)
     plain = TrainRequest("reference", "mixsga-3:1:6", recipe="mixsga-plus", agree=0.5).settings()
-    assert (plain.agree, plain.order, plain.steps) == (0.5, "likeness", 600), "an option changes it"
+    assert (plain.agree, plain.align, plain.steps) == (0.5, True, 600), "an option changes it"
 
 
 def test_the_command_trains_by_a_recipe(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,8 +203,8 @@ def attention_with_sums(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Causal attention [Hq, T, D], and its column sums [Hq, T] from the same weights if asked for.
 
-    None where this is not for it. On a CPU in float32 it takes as long as sdpa (at 512 tokens less, at 4,000 up to a tenth more), so
-    the sums come for next to nothing; elsewhere, and with a window, softcap or sinks, sdpa or flash-attn is faster.
+    None where this is not for it. On a CPU in float32 it takes as long as sdpa (less at 512 tokens, up to a tenth more at 4,000),
+    so the sums come for next to nothing; elsewhere, and with a window, softcap or sinks, sdpa or flash-attn is faster.
     """
     if keys.device.type != "cpu" or keys.dtype is not torch.float32 or not settings.unbounded:
         return None

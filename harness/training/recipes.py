@@ -110,9 +110,9 @@ RECIPES: dict[str, NamedRecipe] = {
 
 STARTS: dict[str, tuple[str, dict[str, Any]]] = {  # recipes that say how to begin, and leave data and length to the request
     "mixsga-plus": (
-        "ours: like heads are made neighbours and moved to the mean of their widest group, then healed as asked "
+        "ours: heads are turned towards each other and moved to the mean of their widest group, then healed as asked "
         "(docs/methods/mixsga.md says what that gives)",
-        {"order": "likeness", "agree": 1.0},
+        {"align": True, "agree": 1.0},
     )
 }
 
