@@ -2,8 +2,8 @@
 
 A model's attention calls the function registered here under transformers' AttentionInterface. What answers for it travels as a
 keyword argument of the model's call: in a prefill `PrefillPass`, which shows keys, values and queries to an observer and leaves
-the computing to transformers' own attention, but for what that cannot do or another does as fast with more; in decoding `DecodePass`, which writes the new keys and values into the rows and
-attends to them. No transformers cache is involved.
+the computing to transformers' own attention, but for what that cannot do or another does as fast with more; in decoding
+`DecodePass`, which writes the new keys and values into the rows and attends to them. No transformers cache is involved.
 """
 
 from __future__ import annotations
