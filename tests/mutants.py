@@ -458,6 +458,14 @@ FAULTS = (
         STARTS,
     ),
     Fault(
+        "a window that only the mask tells is forgotten",
+        "harness/engine/model.py",
+        "window=self.observer.shape.windows[place.cache_layer]",
+        "window=None",
+        "tests/test_families.py",
+    ),
+    Fault("a ruined model is healed", "harness/training/starts.py", "if not moved <= MOVED", "if False and moved", STARTS),
+    Fault(
         "heads turned apart",
         "harness/training/align.py",
         "towards[:, second, first] - towards[:, first, second]",

@@ -416,3 +416,13 @@ def test_experts_that_are_looped_over_cannot_be_captured() -> None:
     net: Any = network_of("mixtral")
     net.set_experts_implementation("eager")
     assert captured(Model(net, None, "m", "0")) == "no: nonzero on the host"
+
+
+@pytest.mark.parametrize("family", ["phimoe", "gpt_oss", "cohere2", "llama4_text"])
+def test_a_sweeps_prefill_is_the_models_own_beyond_its_windows(family: str) -> None:
+    """Phimoe tells its window by the mask alone."""
+    model, ids = felt(family), tokens(READ)
+    assert any(window is not None and window < READ for window in model.shape.windows)
+    with torch.inference_mode():
+        own = model.network(ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+    assert torch.allclose(model.prefill(ids, Needs(column_sums=True), joined=True)[0].logits, own, atol=1e-4)

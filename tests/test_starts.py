@@ -71,6 +71,20 @@ def test_experts_of_heads_that_agree_start_as_one_model(family: str) -> None:
             assert sum(not torch.equal(part, was) for part, was in both) == len(keys), "values stay"
 
 
+def test_a_family_whose_heads_cannot_be_turned_is_refused() -> None:
+    net = wide("llama")
+    net.set_attn_implementation(own_attention(net))
+    for layer in net.model.layers:  # as BitNet's, between attention and the output projection
+        scale = 1 + torch.rand(layer.self_attn.o_proj.in_features)
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given, scale=scale: (given[0] * scale,))
+    for recipe in (Recipe(align=True), Recipe(order="likeness")):
+        with pytest.raises(BadRequest, match="moved its logits"):
+            for handle in handles(net):
+                for part in handle.key_values():
+                    part[3] = part[0] + 0.01 * torch.randn_like(part[0])
+            prepare(net, BUILTIN.conversion("mqa" if recipe.align else "gqa-2"), recipe, batches())
+
+
 def test_starts_are_for_conversions_that_group_heads(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BadRequest, match="that group heads"):
         prepare(wide("llama"), BUILTIN.conversion("cla-50"), Recipe(agree=1.0))

@@ -90,8 +90,11 @@ class PrefillPass:
         self, place: Place, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, dense: Dense
     ) -> Tensor:
         """query: [Hq, T, D]; key, value: [H, T, D]. Gives [Hq, T, D]."""
-        assert settings.attention is not None
-        around = self.around.of(settings.attention, query.shape[0] * value.shape[2])
+        module = settings.attention
+        assert module is not None
+        if settings.window is None:  # some families tell their windows by the mask alone (Phimoe)
+            settings = replace(settings, window=self.observer.shape.windows[place.cache_layer])
+        around = self.around.of(module, query.shape[0] * value.shape[2])
         all_of_it, found = place.layer < self.depth - 1 or self.all_outputs, None
         if all_of_it and self.joined:
             found = attention_with_sums(query, key, value, settings, self.observer.needs.column_sums)

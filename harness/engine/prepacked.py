@@ -3,8 +3,8 @@
 A product of a few rows with a large matrix is spent on laying out the matrix again at every call. oneDNN takes a matrix that is
 laid out already, which is what torch's own compiler does with the weights of a frozen model. Measured on one AVX2 core
 (`run_all.py bench linear`): 3 rows run twice as fast, 22 rows 1.4 times, 512 rows 1.1 times; before a large vocabulary more. The
-layout is a second copy of the weights, so it is made for models up to a size, and only for sweeps, never in what is measured as
-a model's cost.
+layout is a second copy of the weights, so it is made for models up to a size, from their first sweep on, and never in what is
+measured as a model's cost.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Packed:
     made_of: tuple[int, int] = (0, 0)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., in] -> [..., out], as the layer gives it."""
+        """[..., in] -> [..., out], as the layer gives it. A weight that was changed is laid out anew, but for changes by `.data`,
+        which torch does not count: models are converted before they are swept.
+        """
         now = (self.layer.weight.data_ptr(), self.layer.weight._version)
         if self.weight is None or self.made_of != now:
             self.weight, self.made_of = torch.ops.mkldnn._reorder_linear_weight(self.layer.weight.detach(), HINT), now
@@ -41,7 +43,7 @@ class Packed:
         if count > EXACT and count % STEP:
             rows = pad(rows, (0, 0, 0, -count % STEP))
         out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.layer.bias, "none", [], "")
-        return out[:count].view(*hidden.shape[:-1], -1)
+        return out[:count].view(*hidden.shape[:-1], self.layer.out_features)
 
 
 @dataclass

@@ -42,7 +42,8 @@ def align(network: Any, group: int, batches: Batches) -> None:
     """Turns the heads of every group of neighbours, in place.
 
     Keys stay as they are where a norm stands between their projection and the rotation (Qwen3), and in families whose rotation is
-    not known here; values are turned in all.
+    not known here or not seen; values are turned in all. `prepare` checks that the model says what it said: a norm, a gate or a
+    clip between attention and its output projection does not allow it. Takes 2 H g D^2 numbers of 8 bytes a layer.
 
     Raises:
         BadRequest: the output projection is not found.
@@ -58,7 +59,8 @@ def align(network: Any, group: int, batches: Batches) -> None:
         assert output is not None
         columns = output.data.unflatten(1, (handle.query_heads, handle.head_dim)).permute(1, 2, 0)  # [Hq, D, hidden]
         _turn(handle.values(), [columns], turns(one.values, 0))
-        if not key_norms(handle.attention) and family in (*TURNED, *STILL):
+        known = family in STILL or (family in TURNED and one.rotary > 0)
+        if known and not key_norms(handle.attention):
             _turn(handle.key_values(values=False), handle.queries(), turns(one.keys, one.rotary))
 
 
@@ -111,9 +113,10 @@ def _read(network: Any, found: list[Handle], group: int, batches: Batches) -> li
     read = number = 0
     while read < CALIBRATION:
         batch = batches(number).to(network.device)
-        with _watching(found, seen, group, batch.documents >= 0):
+        real = batch.documents >= 0
+        with _watching(found, seen, group, real):
             predictions(network, batch)
-        read, number = read + batch.ids.numel(), number + 1
+        read, number = read + int(real.sum()), number + 1
     return seen
 
 

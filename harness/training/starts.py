@@ -19,9 +19,11 @@ from harness.engine.projections import output_weight
 from harness.errors import BadRequest
 from harness.families import Handle, check_groups, handles
 from harness.training.align import align
-from harness.training.loop import Batches
+from harness.training.loop import Batch, Batches, predictions
 from harness.training.recipes import Recipe
 from methods.base import Converter
+
+MOVED = 1e-2  # of the largest logit: further than rounding moves what heads in another order or turned say in float32
 
 
 @torch.no_grad()
@@ -39,15 +41,31 @@ def prepare(network: Any, conversion: Converter, recipe: Recipe, batches: Batche
     if not groups:
         raise BadRequest("--order, --align and --agree are for conversions that group heads: gqa, mqa, mixsga")
     found = check_groups(network, groups)
+    said = None if batches is None else _said(network, batches)
     if recipe.order == "likeness":
         for handle in found:
             reorder(handle, likeness_order(handle, groups))
     if recipe.align:
         assert batches is not None
         align(network, groups[-1], batches)
+    if said is not None and batches is not None and (recipe.align or recipe.order == "likeness"):
+        moved = float((_said(network, batches) - said).abs().max())
+        if not moved <= MOVED * max(1.0, float(said.abs().max())):
+            raise BadRequest(
+                f"--order and --align are to leave what the model says, and moved its logits by {moved:.2g}: something stands "
+                f"between attention and its output projection in the family {network.config.model_type!r}"
+            )
     if recipe.agree:
         for handle in found:
             agree(handle, groups[-1], recipe.agree, recipe.agree_on == "kv")
+
+
+def _said(network: Any, batches: Batches) -> Tensor:
+    """Logits [T, V] of the first row of the first batch."""
+    batch = batches(0)
+    real = None if batch.real is None else batch.real[:1]
+    row = Batch(batch.ids[:1], batch.labels[:1], batch.positions[:1], real=real).to(network.device)
+    return predictions(network, row)[0].float()
 
 
 def agree(handle: Handle, group: int, share: float, values: bool = True) -> None:
