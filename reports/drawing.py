@@ -23,6 +23,7 @@ LETTERS = 21  # of a name at its line
 LETTERS_AN_INCH = 15  # of a title
 LINE = 0.0193  # inches from one name to the next, a point of the letters
 TICK = 0.05  # from one share to the next
+WHOLE = 0.995  # of the full cache's bytes: from here on nothing is saved
 SHADED = 2  # curves with their intervals
 
 
@@ -65,10 +66,14 @@ class Picture:
 
     @property
     def frontier(self) -> list[tuple[float, float]]:
-        """The best that is reached with as many bytes or fewer: where it rises, from share to share."""
+        """The best that is reached with as many bytes or fewer: where it rises, from share to share.
+
+        A point with the full cache's bytes, such as a control's, is no part of it: with those the full cache itself is to be had.
+        """
         sign = -1.0 if self.lower_is_better else 1.0
         reached, best = [], -np.inf
-        for share, value in sorted((point.share, -sign * point.value.mean) for curve in self.curves for point in curve.points):
+        points = (point for curve in self.curves for point in curve.points if point.share < WHOLE or self.full is None)
+        for share, value in sorted((point.share, -sign * point.value.mean) for point in points):
             if -value > best + 1e-12:
                 best = -value
                 reached.append((share, sign * best))

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from reports.drawing import LETTERS_AN_INCH, Curve, Picture, Point, Room, draw, shortened
+from reports.drawing import LETTERS_AN_INCH, WHOLE, Curve, Picture, Point, Room, draw, shortened
 from reports.formats import literal
 from reports.keys import Label, PanelKey
 from reports.pictures import place
@@ -30,6 +30,7 @@ LEFT, RIGHT, BELOW, ABOVE = 0.5, 1.45, 0.42, 0.2  # inches around the axes
 ACROSS = 2  # panels side by side: the width of a page
 FIELDS = (("score", "score"), ("kl", "KL to the full cache, nats"), ("top1", "same top token as full"))
 LATER = 0.2  # by how much other settings of a method, and single points, come later where colours are given
+NOTHING_SAVED = 4.0  # the same of lines that have the full cache's bytes
 DRAWN = ("score", "kl")  # as files; the page tells all three
 UNUSED_IDS = r'id="(figure_1|axes_1|matplotlib\.axis_\d+|(patch|text|[xy]tick|line2d|LineCollection)_\d+)"'
 
@@ -100,7 +101,7 @@ def tip(line: Line | Overall, value: Estimate) -> str:
 
 
 def palette_of(families: Sequence[Family], found: Sequence[Line], timed: Collection[Label] = ()) -> Palette:
-    """Eight lines in colour for a whole report: those that usually come first, of each kind some.
+    """Eight lines in colour for a whole report: those that usually come first, of each kind some; last those that save no bytes.
 
     Args:
         timed: what only costs are known of; they have what colours are left.
@@ -119,7 +120,13 @@ def palette_of(families: Sequence[Family], found: Sequence[Line], timed: Collect
         | rest
         | {label: sum(places) / len(places) for label, places in behind.items()}
     )
-    return Palette.of({label: place + LATER * (label.has_settings + 3 * label.is_full) for label, place in placed.items()})
+    saving = {line.label for line in found if line.byte_share is not None and line.byte_share < WHOLE} | set(timed)
+    return Palette.of(
+        {
+            label: place + LATER * (label.has_settings + 3 * label.is_full) + NOTHING_SAVED * (label not in saving)
+            for label, place in placed.items()
+        }
+    )
 
 
 @contextmanager

@@ -444,17 +444,17 @@ FAULTS = (
     ),
     Fault("queries stay where their heads went", "harness/training/starts.py", "part[readers]", "part[:]", STARTS),
     Fault(
-        "turned values are read unturned",
+        "rotated values are read unrotated",
         "harness/training/align.py",
-        "_turn(handle.values(), [columns]",
-        "_turn(handle.values(), []",
+        "_rotate(handle.values(), [columns]",
+        "_rotate(handle.values(), []",
         STARTS,
     ),
     Fault(
-        "keys turned across the rotation",
+        "keys rotated across RoPE",
         "harness/training/align.py",
-        "turns(one.keys, one.rotary)",
-        "turns(one.keys, 0)",
+        "rotations(one.keys, one.rotary)",
+        "rotations(one.keys, 0)",
         STARTS,
     ),
     Fault(
@@ -466,7 +466,7 @@ FAULTS = (
     ),
     Fault("a ruined model is healed", "harness/training/starts.py", "if not moved <= MOVED", "if False and moved", STARTS),
     Fault(
-        "heads turned apart",
+        "heads rotated apart",
         "harness/training/align.py",
         "towards[:, second, first] - towards[:, first, second]",
         "towards[:, first, second] - towards[:, second, first]",
@@ -827,6 +827,8 @@ FAULTS = (
         "]",
         "tests/test_answers.py",
     ),
+    Fault("a control is the best", "reports/drawing.py", "if point.share < WHOLE or", "if True or", "tests/test_answers.py"),
+    Fault("a control in colour", "reports/plots.py", "NOTHING_SAVED = 4.0", "NOTHING_SAVED = 0.0", "tests/test_answers.py"),
     Fault(
         "frontier of the worst",
         "reports/drawing.py",

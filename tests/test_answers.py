@@ -107,6 +107,9 @@ def test_the_frontier_is_the_best_at_as_many_bytes_or_fewer() -> None:
     assert _picture(*curves, lower=True).frontier == [(0.1, 0.1)]
     picture = _picture(*curves)
     assert picture.leading(picture.frontier) == [Label("b"), Label("a")]
+    control = _picture(*curves, ("control", [(1.0, 0.95)]))
+    assert control.frontier[-1] == (1.0, 0.95)
+    assert replace(control, full=Estimate(1.0, 1.0, 1.0, 9)).frontier == picture.frontier, "the full cache has as many bytes"
 
 
 def test_names_are_apart_inside_the_axes_and_near_their_lines() -> None:
@@ -134,3 +137,6 @@ def test_eight_lines_have_a_colour_and_a_marker_of_their_own_everywhere() -> Non
     assert {str(label): report.of_label(label) for label in drawn} == {
         str(label): style for label, style in report.styles.items() if label in drawn
     }, "few lines have all of them a colour, the same in every picture"
+    best = rows_of({f"m{number}": 3 for number in range(9)}, 0.25, "25%") + rows_of({"whole": 20}, 1.0, "100%")
+    crowded = lines(best)
+    assert palette_of(families(crowded), crowded).of_label(Label("whole")).grey, "what saves nothing comes last"

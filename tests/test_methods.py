@@ -118,6 +118,8 @@ def test_column_sums(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 if found is not None:
                     assert torch.allclose(found[0], said, atol=1e-5)
                     assert found[1] is None if not summed else torch.allclose(found[1], slow, atol=1e-5)  # type: ignore[arg-type]
+    monkeypatch.setattr("harness.engine.observe.JOINED", 22)
+    assert attention_with_sums(queries, keys, values, AttentionSettings(0.3), True) is None, "longer prompts are left to sdpa"
 
 
 def test_a_joined_prefill_says_the_same_whoever_asks(family: str) -> None:

@@ -1,4 +1,4 @@
-"""Weights that are laid out beforehand, for passes of few tokens."""
+"""Prepacked weights."""
 
 from __future__ import annotations
 

@@ -71,14 +71,14 @@ def test_experts_of_heads_that_agree_start_as_one_model(family: str) -> None:
             assert sum(not torch.equal(part, was) for part, was in both) == len(keys), "values stay"
 
 
-def test_a_family_whose_heads_cannot_be_turned_is_refused() -> None:
+def test_a_family_whose_heads_cannot_be_aligned_is_refused() -> None:
     net = wide("llama")
     net.set_attn_implementation(own_attention(net))
     for layer in net.model.layers:  # as BitNet's, between attention and the output projection
         scale = 1 + torch.rand(layer.self_attn.o_proj.in_features)
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given, scale=scale: (given[0] * scale,))
     for recipe in (Recipe(align=True), Recipe(order="likeness")):
-        with pytest.raises(BadRequest, match="moved its logits"):
+        with pytest.raises(BadRequest, match="logits moved by"):
             for handle in handles(net):
                 for part in handle.key_values():
                     part[3] = part[0] + 0.01 * torch.randn_like(part[0])
@@ -220,7 +220,7 @@ def test_a_touchy_variant_is_known_again_in_another_dtype(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", WIDE)
-def test_turned_heads_say_the_same_and_are_nearer_to_their_mean(family: str) -> None:
+def test_aligned_heads_say_the_same_and_are_nearer_to_their_mean(family: str) -> None:
     net, ids = wide(family), tokens(40)
     net.set_attn_implementation(own_attention(net))
     for handle in handles(net):

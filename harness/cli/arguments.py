@@ -163,7 +163,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         choices=("as_is", "likeness"),
         help="of the KV heads before they are grouped: likeness puts like heads together",
     )
-    add("--align", action="store_true", help="turn the heads of a group towards each other first; the model says what it said")
+    add("--align", action="store_true", help="rotate the heads of a group towards each other before they are averaged")
     add("--agree", type=float, help="share of the way that heads go to the mean of their widest group at first (default: 0)")
     add("--agree-on", choices=("kv", "k"), help="keys and values, or keys alone (default: kv)")
     add("--soft", type=float, help="share of the steps in which tokens go from a mixture of mixSGA's experts to one (default: 0)")
@@ -225,9 +225,8 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     add(
         "what",
         choices=("sweep", "methods", "attention", "linear", "storages", "evict", "variants", "kernel", "cluster"),
-        help="31 cells beside their prefills; what each method adds; decode attention; linear layers laid out beforehand; decode "
-        "attention over packed rows; eviction while decoding; mixSGA beside GQA-2; Triton; many workers, simulated from recorded "
-        "times",
+        help="31 cells beside their prefills; what each method adds; decode attention; prepacked linear layers; decode attention "
+        "over packed rows; eviction while decoding; mixSGA beside GQA-2; Triton; many workers, simulated from recorded times",
     )
     add("--out", type=_path, help="cluster: folder of a run with --ray, whose times are taken (default: results/default)")
     add("--workers", type=int, help="cluster: simulated, beside 1, 8 and 64 (default: 1000)")

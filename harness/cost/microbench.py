@@ -3,7 +3,7 @@
 `sweep`: 31 cells beside the plain prefills of their prompts. Its least, by arithmetic: the prefills, once; every kept entry read
 once a decode step; the weights read once a step.
 `attention`: decode attention of one layer at shares of the full cache.
-`linear`: layers' weights laid out beforehand for a few rows, beside the weights as they lie.
+`linear`: linear layers from prepacked weights for a few rows, beside plain ones.
 `kernel`: decode attention over rows by the Triton kernel, beside the bandwidth of a copy and other kernels. Rows of unequal
 length sum to about a gigabyte of keys and values; their roofline is those bytes over the copy's rate. flash-attn's and torch's
 kernels for sequences of unequal length compute the same when each row is a sequence with one head: they check the kernel's
@@ -119,7 +119,7 @@ def attention_speed() -> dict[str, float]:
 
 
 def linear_speed() -> dict[str, float]:
-    """Rates of a linear layer for a few rows, from its weight as it lies and laid out beforehand, in GFLOP/s on one thread.
+    """Rates of linear layers for a few rows, plain and from prepacked weights, in GFLOP/s on one thread.
 
     Layers of SmolLM2's shape: of the attention's output, and of its vocabulary; enough of them to be read from memory.
     """
@@ -127,11 +127,10 @@ def linear_speed() -> dict[str, float]:
     line: dict[str, float] = {}
     for name, inner, outer in (("output", 576, 576), ("vocabulary", 576, 49152)):
         layers = [torch.nn.Linear(inner, outer, bias=False) for _ in range(max(1, 30_000_000 // (inner * outer)))]
-        laid_out: list[Callable[[Tensor], Tensor]] = [
-            packed.forward for packed in Prepacked.of(torch.nn.Sequential(*layers)).layers
-        ]
+        ready = Prepacked.of(torch.nn.Sequential(*layers)).layers
         plain: list[Callable[[Tensor], Tensor]] = list(layers)
-        ways = {"plain": plain, "laid_out": laid_out}
+        packed: list[Callable[[Tensor], Tensor]] = [layer.forward for layer in ready]
+        ways = {"plain": plain, "packed": packed}
         for rows in (1, 3, 8, 22, 64, 512):
             for way, ours in ways.items():
                 seconds = _least(ours, torch.randn(rows, inner))

@@ -180,7 +180,7 @@ class Model:
         widest = max((max(grouping.groups) for grouping in groupings(network)), default=1)
         self.least_shape = replace(self.shape, kv_heads=self.shape.kv_heads // widest)  # rows that no token has fewer of
         _mark(network)
-        self.prepacked = Prepacked()  # layouts of weights for passes of few tokens, where someone asks for them
+        self.prepacked = Prepacked()  # weights packed for short passes, once a sweep asks for them
         self.checked: dict[str, Any] = {}  # what a check of its attention found, when it was loaded
         network.set_attn_implementation(register(own_attention(network)))
 

@@ -26,7 +26,7 @@ NOTHING_AROUND = Projections()
 BLOCK_LOGITS = 2**20
 GPU_BLOCK_LOGITS = 2**25
 STRIP = 192  # queries of one KV head's readers that are looked at together on a CPU
-JOINED = 8192  # tokens up to which attention beside its column sums is about as fast as sdpa
+JOINED = 4096  # tokens up to which `attention_with_sums` is about as fast as sdpa: docs/measuring-the-harness.md
 LEAST_TOTAL = 1e-24  # of the weights of a softmax in float32, whose least normal number is 1e-38
 
 
@@ -203,10 +203,15 @@ def column_sums(queries: Tensor, keys: Tensor, settings: AttentionSettings) -> T
 def attention_with_sums(
     queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings, summed: bool
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Causal attention [Hq, T, D], and its column sums [Hq, T] from the same weights if asked for.
+    """Causal attention, and from the same weights its column sums: on a CPU in float32, where that takes about as long as sdpa.
 
-    None where this is not for it. On a CPU in float32, up to 8,192 tokens, it takes about as long as sdpa (less at 512, 3 to 19 %
-    more at 4,000), so the sums come for next to nothing; elsewhere, and with a window, softcap or sinks, others are faster.
+    Args:
+        queries: [Hq, T, D], keys and values: [H, T, D].
+        summed: are column sums wanted?
+
+    Returns:
+        The attention [Hq, T, D], and the sums [Hq, T] or None. None altogether where sdpa or flash-attn is faster by more than
+        the sums are worth, wanted or not: on a GPU, in other types, above JOINED tokens, with a window, a softcap or sinks.
     """
     if keys.device.type != "cpu" or keys.dtype is not torch.float32 or keys.shape[1] > JOINED or not settings.unbounded:
         return None

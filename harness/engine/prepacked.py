@@ -1,10 +1,9 @@
-"""Weights laid out once as the processor's matrix products read them: for sweeps, whose passes are mostly of few tokens.
+"""Linear layers whose weights are prepacked into oneDNN's blocked layout, for sweeps on a CPU: most of their passes are short.
 
-A product of a few rows with a large matrix is spent on laying out the matrix again at every call. oneDNN takes a matrix that is
-laid out already, which is what torch's own compiler does with the weights of a frozen model. Measured on one AVX2 core
-(`run_all.py bench linear`): 3 rows run twice as fast, 22 rows 1.4 times, 512 rows 1.1 times; before a large vocabulary more. The
-layout is a second copy of the weights, so it is made for models up to a size, from their first sweep on, and never in what is
-measured as a model's cost.
+In a matrix product with few rows much of the time goes into packing the weight, again in every call. oneDNN accepts a weight that
+is packed already; torch.compile does the same with frozen weights. `run_all.py bench linear` measures what it gives
+(docs/measuring-the-harness.md). The packed weight is a second copy, so it is made only for models up to a size and only once a
+sweep runs, never in the processes in which `cost` suites measure latency and memory.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-FEWEST = 2  # tokens of a pass: one reads every weight once either way
+FEWEST = 2  # tokens of a pass: a single one is bound by reading the weights either way
 LARGEST = 2**30  # bytes of weights
-EXACT, STEP = 64, 8  # rows of a product; above, they are filled up to steps: oneDNN builds and keeps code for each number
-HINT = 16  # rows that a layout is made for; others read it as fast (see the benchmark)
+EXACT, STEP = 64, 8  # above so many rows they are padded to multiples: oneDNN compiles a kernel for every number of rows
+HINT = 16  # number of rows that oneDNN is told to choose the layout for; other numbers run as fast from it
 
 
 @dataclass
 class Packed:
-    """One layer's weight in oneDNN's layout, and of which state of the weight."""
+    """A linear layer and its packed weight. `made_of`: address and version of the weight that was packed."""
 
     layer: nn.Linear
     weight: Tensor | None = None
     made_of: tuple[int, int] = (0, 0)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., in] -> [..., out], as the layer gives it. A weight that was changed is laid out anew, but for changes by `.data`,
-        which torch does not count: models are converted before they are swept.
+        """[..., in] -> [..., out], as the layer computes it. A weight that was changed is packed again; changes through `.data`
+        are not noticed, since torch does not count them: convert a model before a sweep.
         """
         now = (self.layer.weight.data_ptr(), self.layer.weight._version)
         if self.weight is None or self.made_of != now:
@@ -48,14 +47,14 @@ class Packed:
 
 @dataclass
 class Prepacked:
-    """The linear layers of a network that can run from such a layout."""
+    """The linear layers of a network that can run from packed weights."""
 
     layers: list[Packed] = field(default_factory=list)
 
     @classmethod
     def of(cls, network: nn.Module) -> Prepacked:
-        """Without layers where it cannot or should not be: no CPU, another type than float32, too large, layers that are not
-        plain or whose calls are someone else's (accelerate's, of a model that is spread).
+        """Empty where packing is impossible or not wanted: not on a CPU, not float32, weights above LARGEST, or layers whose
+        forward was replaced already (by accelerate, for a model that is spread over devices).
         """
         linears = {id(module): module for module in network.modules() if type(module) is nn.Linear}
         found = list(linears.values())
@@ -64,7 +63,7 @@ class Prepacked:
             layer.weight.device.type == "cpu"
             and layer.weight.dtype is torch.float32
             and "forward" not in vars(layer)
-            and not layer.weight.is_inference()  # of these nobody knows whether they were changed
+            and not layer.weight.is_inference()  # inference tensors have no version, so a change would not be noticed
             for layer in found
         )
         if not (able and alike and sum(layer.weight.nbytes for layer in found) <= LARGEST):
@@ -73,7 +72,7 @@ class Prepacked:
 
     @contextmanager
     def serving(self, tokens: int) -> Iterator[None]:
-        """Meanwhile the layers compute from their layouts, if a pass of so many tokens gains by it. Without gradients only."""
+        """Meanwhile the layers compute from packed weights, if the pass has FEWEST tokens or more and needs no gradients."""
         if tokens < FEWEST or torch.is_grad_enabled():
             yield
             return

@@ -1,10 +1,13 @@
-"""Turns the heads that are to share a mean towards each other first, without changing what the model says: ours, not the papers'.
+"""Aligns the KV heads of a group by rotations before they are averaged; the model computes the same function. Ours.
 
-A value head may be turned at will if its columns of the output projection are turned back; a key head by whatever commutes with
-the positions' rotation, if its queries are turned with it. So heads that say the same in other coordinates need not cancel in
-their mean. The turns come from what the projections give on text: generalised Procrustes analysis (Gower, 1975), in which each
-head in turn goes as near as it can to the sum of the others. For multi-head attention made grouped the same was proposed
-for values and keys by Jin et al., "Align Attention Heads Before Merging Them", 2024. arxiv.org/abs/2412.20677
+A value head may be rotated by any orthogonal matrix if its columns of the output projection are rotated back. A key head may be
+rotated in the planes of RoPE (by any orthogonal matrix where there is no RoPE) if the queries that read it are rotated with it.
+Two heads that hold the same information in different coordinates cancel in their mean; aligned, they do not. The rotations are
+found by generalised Procrustes analysis (Gower, 1975) on the outputs of the key and value projections over some text: each head
+is rotated as near as possible to the sum of the others of its group, several times over.
+
+Jin et al., "Align Attention Heads Before Merging Them", 2024 (arxiv.org/abs/2412.20677) align keys and values before they turn
+multi-head attention into GQA.
 """
 
 from __future__ import annotations
@@ -24,26 +27,28 @@ from harness.families import Handle, check_groups, key_norms
 if TYPE_CHECKING:
     from harness.training.loop import Batches
 
-CALIBRATION = 8192  # tokens that are read, of the training's first batches
-ROUNDS = 10  # the sum of a group's inner products grows with each, and settles before
+CALIBRATION = 8192  # tokens that are read at least, of the training's first batches
+ROUNDS = 10  # over the heads of a group; a round never makes the heads' agreement smaller
 
 
 @dataclass
-class Seen:
-    """What the heads of one layer gave: sums of x y' of every two heads of a group, [G, g, g, D, D], float64."""
+class Statistics:
+    """Of one layer, over the tokens that were read: sums of the outer products of every two heads of a group, [G, g, g, D, D],
+    float64. G groups of g heads.
+    """
 
     keys: Tensor
     values: Tensor
-    rotary: int = 0  # dimensions of a head that positions turn, the first ones, in pairs (i, i + rotary / 2)
+    rotary: int = 0  # leading dimensions of a head that RoPE rotates, in planes (i, i + rotary / 2)
 
 
 @torch.no_grad()
 def align(network: Any, group: int, batches: Batches) -> None:
-    """Turns the heads of every group of neighbours, in place.
+    """Rotates the heads of every group of neighbours, in place.
 
-    Keys stay as they are where a norm stands between their projection and the rotation (Qwen3), and in families whose rotation is
-    not known here or not seen; values are turned in all. `prepare` checks that the model says what it said: a norm, a gate or a
-    clip between attention and its output projection does not allow it. Takes 2 H g D^2 numbers of 8 bytes a layer.
+    Keys are left alone where a norm stands between their projection and RoPE (Qwen3), and in families whose RoPE is not known
+    here; values are rotated in all families. `starts.prepare` checks that the model still computes the same, which it does not
+    with a norm, a gate or a clip between attention and its output projection. Statistics take 16 H g D^2 bytes a layer.
 
     Raises:
         BadRequest: the output projection is not found.
@@ -58,18 +63,18 @@ def align(network: Any, group: int, batches: Batches) -> None:
     for handle, output, one in zip(found, outputs, seen, strict=True):
         assert output is not None
         columns = output.data.unflatten(1, (handle.query_heads, handle.head_dim)).permute(1, 2, 0)  # [Hq, D, hidden]
-        _turn(handle.values(), [columns], turns(one.values, 0))
+        _rotate(handle.values(), [columns], rotations(one.values, 0))
         known = family in STILL or (family in TURNED and one.rotary > 0)
         if known and not key_norms(handle.attention):
-            _turn(handle.key_values(values=False), handle.queries(), turns(one.keys, one.rotary))
+            _rotate(handle.key_values(values=False), handle.queries(), rotations(one.keys, one.rotary))
 
 
-def turns(inner: Tensor, rotary: int) -> Tensor:
-    """An orthogonal matrix for each head, after which the heads of a group are as near to each other as they come: [G * g, D, D].
+def rotations(inner: Tensor, rotary: int) -> Tensor:
+    """An orthogonal matrix for each head, [G * g, D, D], that brings the heads of a group near to each other.
 
     Args:
-        inner: [G, g, g, D, D], sums of x y' of two heads of a group.
-        rotary: the first so many dimensions are only turned in their planes (i, i + rotary / 2).
+        inner: [G, g, g, D, D], see `Statistics`.
+        rotary: the first so many dimensions are rotated within the planes (i, i + rotary / 2) only.
     """
     groups, size, _, dim, _ = inner.shape
     found = torch.eye(dim, dtype=inner.dtype).expand(groups, size, dim, dim).clone()
@@ -82,7 +87,7 @@ def turns(inner: Tensor, rotary: int) -> Tensor:
 
 
 def _nearest(towards: Tensor, rotary: int) -> Tensor:
-    """The allowed turn R with the largest trace of R' M, for each M of [G, D, D]."""
+    """Of the allowed rotations R the one with the largest trace of R^T M, for each M of `towards`, [G, D, D]."""
     found, half = torch.zeros_like(towards), rotary // 2
     if rotary < towards.shape[-1]:
         left, _, right = torch.linalg.svd(towards[:, rotary:, rotary:])
@@ -91,25 +96,25 @@ def _nearest(towards: Tensor, rotary: int) -> Tensor:
     cosines = towards[:, first, first] + towards[:, second, second]
     sines = towards[:, second, first] - towards[:, first, second]
     size = torch.hypot(cosines, sines)
-    flat = size == 0  # nothing to turn towards
+    flat = size == 0  # no direction to rotate to
     cosines, sines = (torch.where(flat, rest, part / size) for part, rest in ((cosines, 1.0), (sines, 0.0)))
     found[:, first, first], found[:, second, second] = cosines, cosines
     found[:, second, first], found[:, first, second] = sines, -sines
     return found
 
 
-def _turn(heads: list[Tensor], readers: list[Tensor], by: Tensor) -> None:
-    """Turns KV heads [H, D, ...] and whatever reads them, [Hq, D, ...], in place."""
+def _rotate(heads: list[Tensor], readers: list[Tensor], by: Tensor) -> None:
+    """Rotates KV heads [H, D, ...] by [H, D, D], and what reads them, [Hq, D, ...], in place."""
     for part in (*heads, *readers):
         mine = by.repeat_interleave(part.shape[0] // len(by), 0).to(part.device)
         rows = part.double().flatten(2) if part.ndim > 2 else part.double()[..., None]
         part.copy_((mine @ rows).view(part.shape))
 
 
-def _read(network: Any, found: list[Handle], group: int, batches: Batches) -> list[Seen]:
+def _read(network: Any, found: list[Handle], group: int, batches: Batches) -> list[Statistics]:
     from harness.training.loop import predictions
 
-    seen = [Seen(_nothing(handle, group), _nothing(handle, group)) for handle in found]
+    seen = [Statistics(_nothing(handle, group), _nothing(handle, group)) for handle in found]
     read = number = 0
     while read < CALIBRATION:
         batch = batches(number).to(network.device)
@@ -126,14 +131,14 @@ def _nothing(handle: Handle, group: int) -> Tensor:
 
 
 @contextmanager
-def _watching(found: list[Handle], seen: list[Seen], group: int, real: Tensor) -> Iterator[None]:
-    """Adds up what the projections of every layer give for the tokens [B, T] that are no padding."""
+def _watching(found: list[Handle], seen: list[Statistics], group: int, real: Tensor) -> Iterator[None]:
+    """Meanwhile adds the outputs of every layer's projections to its statistics. `real`: [B, T], tokens that are no padding."""
 
     def inner(heads: Tensor) -> Tensor:
         apart = heads[real].float().unflatten(1, (-1, group))  # [n, G, g, D]
         return torch.einsum("ngad,ngbe->gabde", apart, apart).double().cpu()
 
-    def add(handle: Handle, one: Seen) -> list[tuple[Any, Any]]:
+    def add(handle: Handle, one: Statistics) -> list[tuple[Any, Any]]:
         def keys(_: Any, __: Any, out: Tensor) -> None:
             one.keys += inner(out.unflatten(-1, (-1, handle.head_dim)))
 
@@ -149,7 +154,7 @@ def _watching(found: list[Handle], seen: list[Seen], group: int, real: Tensor) -
             return list(zip(handle.projections, (keys, values), strict=True))
         return [(handle.fused, both)]
 
-    def turned(one: Seen) -> Any:
+    def rotary_of(one: Statistics) -> Any:
         def see(_: Any, __: Any, options: dict[str, Any]) -> None:
             positions = options.get("position_embeddings")
             one.rotary = 0 if positions is None else positions[0].shape[-1]
@@ -158,7 +163,7 @@ def _watching(found: list[Handle], seen: list[Seen], group: int, real: Tensor) -
 
     with ExitStack() as hooks:
         for handle, one in zip(found, seen, strict=True):
-            hooks.callback(handle.attention.register_forward_pre_hook(turned(one), with_kwargs=True).remove)
+            hooks.callback(handle.attention.register_forward_pre_hook(rotary_of(one), with_kwargs=True).remove)
             for module, look in add(handle, one):
                 hooks.callback(module.register_forward_hook(look).remove)
         yield

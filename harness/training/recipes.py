@@ -40,7 +40,7 @@ class Recipe:
     alpha: float = 0.1  # weight of mixSGA's consistency loss
     router_loss: RouterLoss = "logits"
     order: Literal["as_is", "likeness"] = "as_is"  # of the KV heads, before they are grouped
-    align: bool = False  # heads of the widest group are turned towards each other first, which changes nothing of what is said
+    align: bool = False  # the heads of the widest group are rotated towards each other first; the model stays the same
     agree: float = 0.0  # share of the way that heads are moved to the mean of their widest group before training
     agree_on: Literal["kv", "k"] = "kv"  # keys and values, or keys alone
     ramp: float = 0.0  # share of the steps in which experts go from all tokens at the first to their ratios
@@ -110,7 +110,7 @@ RECIPES: dict[str, NamedRecipe] = {
 
 STARTS: dict[str, tuple[str, dict[str, Any]]] = {  # recipes that say how to begin, and leave data and length to the request
     "mixsga-plus": (
-        "ours: heads are turned towards each other and moved to the mean of their widest group, then healed as asked "
+        "ours: heads are aligned by rotations and moved to the mean of their widest group, then healed as asked "
         "(docs/methods/mixsga.md says what that gives)",
         {"align": True, "agree": 1.0},
     )

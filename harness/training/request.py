@@ -158,7 +158,7 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
     teacher = copy.deepcopy(model.network) if reading.recipe.taught else None
     if teacher is not None:
         teacher.set_attn_implementation(own_attention(teacher))
-    model.network.float().set_attn_implementation(own_attention(model.network))  # turned weights are not to be rounded
+    model.network.float().set_attn_implementation(own_attention(model.network))  # rotated weights are kept in float32
     prepare(model.network, conversion, reading.recipe, reading.batches)
     conversion.apply(model.network, reading.recipe.seed)
     if (reading.recipe.ramp or reading.recipe.soft) and not routers(model.network):

@@ -1,9 +1,9 @@
 """What is done to a parent's heads before they are grouped and healed: ours, not the papers'.
 
-Averaging heads that have nothing to do with each other loses most of what they say. Ways around it, in any family:
+Averaging heads that have nothing to do with each other loses most of what they say. Three ways around it, in any family:
 `reorder` makes heads neighbours that are alike, which changes nothing of what the model says; `agree` moves the heads of a
 group to their mean, so that coarse and fine experts start as one model and training pulls the fine ones apart.
-Turning heads towards each other (harness/training/align.py) changes nothing of what the model says either.
+`align` (a file of its own) rotates heads towards each other, which changes nothing of what the model says either.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from harness.training.loop import Batch, Batches, predictions
 from harness.training.recipes import Recipe
 from methods.base import Converter
 
-MOVED = 1e-2  # of the largest logit: further than rounding moves what heads in another order or turned say in float32
+MOVED = 1e-2  # share of the largest logit: far above what rounding in float32 does when heads are reordered or aligned
 
 
 @torch.no_grad()
 def prepare(network: Any, conversion: Converter, recipe: Recipe, batches: Batches | None = None) -> None:
-    """As the recipe says, in place, before the conversion. Heads are turned by what they give on the first of `batches`.
+    """As the recipe says, in place, before the conversion. Heads are aligned on the first of `batches`.
 
     Raises:
-        BadRequest: the conversion does not group heads, or the family's output projection is not found.
+        BadRequest: the conversion does not group heads, the family's output projection is not found, or reordered or aligned
+            heads change what the model says.
         CannotConvert: groups that do not divide the heads.
     """
     if recipe.order == "as_is" and not recipe.align and not recipe.agree:
@@ -52,8 +53,8 @@ def prepare(network: Any, conversion: Converter, recipe: Recipe, batches: Batche
         moved = float((_said(network, batches) - said).abs().max())
         if not moved <= MOVED * max(1.0, float(said.abs().max())):
             raise BadRequest(
-                f"--order and --align are to leave what the model says, and moved its logits by {moved:.2g}: something stands "
-                f"between attention and its output projection in the family {network.config.model_type!r}"
+                f"--order likeness and --align would change what this model says (logits moved by {moved:.2g}): the family "
+                f"{network.config.model_type!r} does more between attention and its output projection than is known here"
             )
     if recipe.agree:
         for handle in found:
