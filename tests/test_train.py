@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import FAST, batches, call, converted, trainable
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from harness.families import routers
@@ -245,6 +246,14 @@ def test_the_command_makes_a_variant_that_runs(tmp_path: Path, capsys: pytest.Ca
     assert call(*run, "--benchmarks", "recall(length=300)", "--out", str(tmp_path / "o")) == 0
     again = ["train", "--model", str(tmp_path / "v"), *asked[3:-1], str(tmp_path / "w")]
     assert call(*again) == 2 and "convert its parent" in capsys.readouterr().err
+    further = [*asked[:-1], str(tmp_path / "w"), "--from-variant", str(tmp_path / "v"), "--lr", "1e-9", "--router-lr", "1e-9"]
+    assert call(*further) == 0
+    before, after = (load_file(tmp_path / name / "variant.safetensors") for name in "vw")
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)  # went on from there, by next to nothing
+    assert read_about(tmp_path / "w").recipe["from_variant"]["tokens"] == 3 * 128
+    other = ["train", "--model", "reference", "--conversion", "mqa", *asked[7:-1], str(tmp_path / "x")]
+    assert call(*other, "--from-variant", str(tmp_path / "v")) == 2 and "not reference+mqa" in capsys.readouterr().err
+    assert call(*further, "--align") == 2 and "a parent's heads" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,11 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         "--ablation",
         help="gqa, mqa: first or random heads instead of means; mixsga: random, or scaled (ours: learned scales); cla: first",
     )
+    add(
+        "--from-variant",
+        type=_path,
+        help="folder of a variant of the same model and conversion to go on from: say, instructions after text",
+    )
     add("--text", type=_path, help="file or folder of .txt to heal on")
     add("--instruct", type=_path, help=".jsonl with prompt and output to heal on; only outputs are trained on")
     add("--data-dir", type=_path, help="folder with the recipe's data; for the embedded model, with lm/books")

@@ -43,6 +43,7 @@ class TrainRequest:
     model: str
     conversion: str  # as it is written in names: gqa-2, mixsga-3:1:6, none
     recipe: str | None = None  # a named one: mixsga-sft, mixsga-pretrain, mixsga-plus
+    from_variant: Path | None = None  # folder of a variant of that model and conversion, whose weights the training begins with
     text: Path | None = None  # file or folder of .txt to heal on
     instruct: Path | None = None  # .jsonl with prompt and output to heal on
     data_dir: Path | None = None  # with the recipe's data; for the embedded model, with lm/books
@@ -90,7 +91,9 @@ class TrainRequest:
             raise BadRequest(f"no recipe {self.recipe!r}; known: {', '.join((*RECIPES, *STARTS))}")
         if self.save_dtype not in DTYPES:
             raise BadRequest(f"no dtype {self.save_dtype!r}; known: {', '.join(DTYPES)}")
-        self.settings()  # refuses what makes no sense before anything is loaded
+        recipe = self.settings()  # refuses what makes no sense before anything is loaded
+        if self.from_variant is not None and (recipe.order != "as_is" or recipe.align or recipe.agree):
+            raise BadRequest("--order, --align and --agree are for a parent's heads, and --from-variant begins behind them")
 
     @property
     def named(self) -> NamedRecipe | None:
@@ -138,9 +141,8 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
     from harness.families import routers
     from harness.models.load import check_name, load_model, one_device
     from harness.training.loop import Course, heal
-    from harness.training.starts import prepare
 
-    conversion = registry.conversion(request.conversion)
+    registry.conversion(request.conversion)
     check_name(request.model, registry)
     processes = PartialState(cpu=one_device(request.device, "training").type == "cpu")
     if request.shard_weights and processes.num_processes < 2:
@@ -158,24 +160,64 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
     teacher = copy.deepcopy(model.network) if reading.recipe.taught else None
     if teacher is not None:
         teacher.set_attn_implementation(own_attention(teacher))
-    model.network.float().set_attn_implementation(own_attention(model.network))  # rotated weights are kept in float32
-    prepare(model.network, conversion, reading.recipe, reading.batches)
-    conversion.apply(model.network, reading.recipe.seed)
+    before = _converted(request, model, reading, registry)
     if (reading.recipe.ramp or reading.recipe.soft) and not routers(model.network):
         raise BadRequest(f"--ramp and --soft are for experts, and {request.conversion} has none")
     if processes.is_main_process:
         check_free(out)
     digest = getattr(reading.batches, "digest", "")
-    about = f"{model.name} {model.revision} {request.conversion} {reading.text} {digest}"
+    about = f"{model.name} {model.revision} {request.conversion} {reading.text} {digest}" + (f" {before}" if before else "")
     course = Course(reading.recipe, reading.batches, teacher, about, request.shard_weights)
     progress = heal(model.network, course, out)
-    return _saved(request, model, reading, progress, out, registry)
+    return _saved(request, model, reading, progress, before, out, registry)
+
+
+def _converted(request: TrainRequest, model: Model, reading: Reading, registry: Registry) -> dict[str, Any]:
+    """Puts the conversion in the place of the model's network: made from it now, or as a variant was saved.
+
+    Returns:
+        Which variant that was, and how it had been trained; empty, if the parent was converted.
+
+    Raises:
+        BadRequest: a variant of another model or conversion; or see `prepare`.
+    """
+    import torch
+
+    from harness.engine.model import own_attention
+    from harness.models.variants import open_variant, read_about
+    from harness.training.starts import prepare
+
+    conversion, folder = registry.conversion(request.conversion), request.from_variant
+    if folder is None:
+        model.network.float().set_attn_implementation(own_attention(model.network))  # rotated weights are kept in float32
+        prepare(model.network, conversion, reading.recipe, reading.batches)
+        conversion.apply(model.network, reading.recipe.seed)
+        return {}
+    made = read_about(folder)
+    if (made.parent, made.parent_revision, made.conversion) != (model.name, model.revision, request.conversion):
+        raise BadRequest(
+            f"--from-variant {folder} is {made.name} of revision {made.parent_revision}, "
+            f"not {model.name}+{request.conversion} of {model.revision}"
+        )
+    network, _, digest = open_variant(folder, torch.float32, registry)
+    model.network = network.to(model.device)  # type: ignore[arg-type]
+    return {"revision": digest, "tokens": made.results.get("tokens", 0), "recipe": made.recipe}
 
 
 def _saved(
-    request: TrainRequest, model: Model, reading: Reading, progress: Progress, out: Path, registry: Registry
+    request: TrainRequest,
+    model: Model,
+    reading: Reading,
+    progress: Progress,
+    before: dict[str, Any],
+    out: Path,
+    registry: Registry,
 ) -> Trained | None:
-    """Measures what was trained on the weights that are saved, and saves them."""
+    """Measures what was trained on the weights that are saved, and saves them.
+
+    Args:
+        before: of the variant that the training began with (`_converted`).
+    """
     import torch
     from accelerate import PartialState
 
@@ -205,6 +247,8 @@ def _saved(
     if not PartialState().is_main_process:
         return None
     said = {"recipe": request.recipe, **asdict(reading.recipe), "trained_on": reading.text}
+    if before:
+        said["from_variant"] = before
     variant = About(model.name, model.revision, shape, request.conversion, said, results)
     save(model.network, model.tokenizer, variant, out, weights)
     open_variant(out, dtype, registry)  # refuses what does not come back as it was; the training's checkpoint is then still there
