@@ -141,8 +141,9 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
     from harness.families import routers
     from harness.models.load import check_name, load_model, one_device
     from harness.training.loop import Course, heal
+    from harness.training.starts import groups_of
 
-    registry.conversion(request.conversion)
+    conversion = registry.conversion(request.conversion)
     check_name(request.model, registry)
     processes = PartialState(cpu=one_device(request.device, "training").type == "cpu")
     if request.shard_weights and processes.num_processes < 2:
@@ -154,6 +155,7 @@ def train(request: TrainRequest, registry: Registry) -> Trained | None:
         raise BadRequest(f"model {model.name} is a variant already: convert its parent")
     if model.tokenizer is None:
         raise BadRequest(f"model {model.name} has no tokenizer, so it cannot read a training text")
+    groups_of(model.network, conversion)  # refused before data are read, which may take long
     request = request.arithmetic(model.device)
     reading = reading_of(request, model)
     out = request.out or Path("results/variants") / slug(f"{model.name}+{request.conversion}")

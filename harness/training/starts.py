@@ -26,6 +26,19 @@ from methods.base import Converter
 MOVED = 1e-2  # share of the largest logit: far above what rounding in float32 does when heads are reordered or aligned
 
 
+def groups_of(network: Any, conversion: Converter) -> list[int]:
+    """Sizes above 1 of the groups that a conversion averages heads in, smallest first; empty, if it averages none.
+
+    Raises:
+        CannotConvert: sizes that do not divide the heads.
+    """
+    named = getattr(conversion, "groups_of", None)
+    groups = [] if named is None else sorted(set(named(handles(network)[0].kv_heads)) - {1})
+    if groups:
+        check_groups(network, groups)
+    return groups
+
+
 @torch.no_grad()
 def prepare(network: Any, conversion: Converter, recipe: Recipe, batches: Batches | None = None) -> None:
     """As the recipe says, in place, before the conversion. Heads are aligned on the first of `batches`.
@@ -37,11 +50,10 @@ def prepare(network: Any, conversion: Converter, recipe: Recipe, batches: Batche
     """
     if recipe.order == "as_is" and not recipe.align and not recipe.agree:
         return
-    groups_of = getattr(conversion, "groups_of", None)
-    groups = [] if groups_of is None else sorted(set(groups_of(handles(network)[0].kv_heads)) - {1})
+    groups = groups_of(network, conversion)
     if not groups:
         raise BadRequest("--order, --align and --agree are for conversions that group heads: gqa, mqa, mixsga")
-    found = check_groups(network, groups)
+    found = handles(network)
     said = None if batches is None else _said(network, batches)
     if recipe.order == "likeness":
         for handle in found:
