@@ -104,8 +104,9 @@ class Task(Protocol):
     `name` ends in a version ("recall@1"), raised when prompts or scoring change: old rows must not mix with new ones.
 
     A task may have members more. They are no fields of a dataclass, so that they do not change its repr:
-    `likelihoods = True` where nothing is generated (see `Example.requests`), `embedded_can = True`, and
-    `context_of(index) -> int` where several examples ask about one context (see below).
+    `likelihoods = True` where nothing is generated (see `Example.requests`), `sees_ahead = True` where what is scored is routed
+    together with what follows it, `embedded_can = True`, and `context_of(index) -> int` where several examples ask about one
+    context (see below).
     """
 
     @property
@@ -151,6 +152,11 @@ def reads_data(task: Task) -> TypeGuard[ReadsData]:
 def scores_likelihoods(task: Task) -> bool:
     """Are its requests scored for their likelihood, so that nothing is generated? A task says so with `likelihoods = True`."""
     return bool(getattr(task, "likelihoods", False))
+
+
+def sees_ahead(task: Task) -> bool:
+    """Does an expert-choice likelihood of it know the future? Then the causal one, routed by argmax, is measured beside it."""
+    return bool(getattr(task, "sees_ahead", False))
 
 
 def context_of(task: Task, index: int) -> int:

@@ -143,6 +143,7 @@ class PerplexityWindows(OfText):
     name = "perplexity_windows@1"
     forced = False
     likelihoods = True
+    sees_ahead = True
 
     def __post_init__(self) -> None:
         if self.window < 2:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reports.formats import Table, TableCell, words
 from reports.keys import LineKey, TaskKey, number
 from reports.names import named
 from reports.present import size_of
+from reports.statistics import paired_difference
+from reports.tables import Line
 from results.lines import Check, is_count, is_number, is_text, or_none, tell, wrong_field
 from results.record import Record, cell_id, is_budget, split_version
 
@@ -94,6 +96,33 @@ def missing_table(records: Sequence[Record]) -> list[Table]:
         *asked, reason = words(*gap.shown)
         rows.append((*asked, TableCell(str(counts[gap]), counts[gap]), reason))
     return [Table("Not measured", ("status", "model", "method", "budget", "benchmark", "examples", "reason"), tuple(rows))]
+
+
+NLL = "nll"  # the metric, in nats
+AHEAD = (
+    "A mixSGA variant under both routings, nats a token. Expert choice knows how the text goes on: only argmax (causal) gives a "
+    "likelihood. The paired difference, with its 95 % interval, is how much looking ahead flatters."
+)
+
+
+def ahead_table(found: Sequence[Line]) -> list[Table]:
+    """Likelihoods of one pass under both routings, and their paired difference."""
+    sides: dict[LineKey, dict[str, Line]] = {}
+    for line in found:
+        if line.protocol.routing and line.metric == NLL and line.values:
+            sides.setdefault(replace(line.at, asked=replace(line.at.asked, routing="")), {})[line.protocol.routing] = line
+    rows = []
+    for at, by in sides.items():
+        ahead, causal = by.get("expert_choice"), by.get("argmax")
+        apart = paired_difference(causal.values, ahead.values) if ahead and causal else None
+        if ahead is None or causal is None or apart is None:
+            continue
+        asked = words(at.model, str(at.task), at.label.name, at.asked.budget or "-")
+        nats = (TableCell(f"{line.score.mean:.3f}", line.score.mean) for line in (causal, ahead) if line.score)
+        flattered = TableCell(f"{apart.mean:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]", apart.mean)
+        rows.append((*asked, *nats, flattered, TableCell(str(apart.n), apart.n)))
+    header = ("model", "benchmark", "method", "budget", "nll, causal", "nll, expert choice", "difference", "n")
+    return [Table("What looking ahead flatters", header, tuple(rows), (AHEAD,))] if rows else []
 
 
 BUCKETS = (("0-4k", 4000.0), ("4-8k", 8000.0), ("8k+", float("inf")))  # LongBench-E's, in words

@@ -80,7 +80,8 @@ Found = tuple[Estimate, list[np.ndarray]]
 def _measured(measured: Sequence[Line], row: PaperRow, column: str, scale: float) -> Found | None:
     """Ours, with the scores of each task that it is the mean of."""
     wanted = row.benchmarks.get(column, ())
-    mine = [line for line in measured if line.label.name == row.measured_with and line.at.asked.benchmark_name in wanted]
+    asked = [line for line in measured if line.label.name == row.measured_with and not line.label.causal]
+    mine = [line for line in asked if line.at.asked.benchmark_name in wanted]
     once = len(mine) == len({line.at.plain_task for line in mine})  # of a task asked in several ways, none is the paper's
     if not wanted or not once or len(mine) < len(wanted) or not all(line.values for line in mine):
         return None

@@ -20,7 +20,7 @@ from reports.evidence import importance_maps, kept_maps, routing_pictures
 from reports.formats import latex, markdown
 from reports.front import fronts
 from reports.keys import Label
-from reports.more_tables import length_tables, lm_eval_table, missing_table
+from reports.more_tables import ahead_table, length_tables, lm_eval_table, missing_table
 from reports.needles import needle_maps
 from reports.over_answer import over_answer_table
 from reports.over_answer_plot import ABOUT as OVER_ANSWER
@@ -68,6 +68,7 @@ def write_report(out: Path, formats: Collection[str] = ()) -> list[Path]:
         *by_question_table(records),
         *samples_table(records),
         *length_tables(records),
+        *ahead_table(found),
         *lm_eval_table(read_folder(out, "lm_eval"), records),
         *missing_table(records),
     ]

@@ -8,6 +8,7 @@ import random
 import zipfile
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 
 import huggingface_hub
 import pytest
@@ -28,6 +29,8 @@ from harness.evaluation.plan import token_counter
 from harness.evaluation.prompts import CannotPrompt, Protocol, has_example, tokenize
 from harness.models.load import load
 from harness.registry import expand
+from reports.more_tables import ahead_table
+from reports.tables import lines
 from results.store import read_rows
 
 MADE = ("needle", "needle_facts", "ruler_single", "ruler_multi_key", "ruler_variables", "write_out")
@@ -267,12 +270,20 @@ def test_pieces_of_a_text_are_read_in_order_and_end_with_it(tmp_path: Path, refe
     assert not has_example(reference.tokenizer, task.example(len(ids) // 50, 0, len))
     asked = ("run", "--model", "reference,reference+mixsga-3:1:6", "--data-dir", str(tmp_path), "--prompt", "question_in")
     asked += ("--benchmarks", "perplexity:own.txt(read=40,scored=10),perplexity_windows:own.txt(window=50)")
-    asked += ("--methods", "full,snapkv", "--budgets", "12", "--limit", "1000", "--routing", "argmax,expert_choice")
+    asked += ("--methods", "full,snapkv", "--budgets", "12", "--limit", "1000")
     assert call(*asked, "--out", str(tmp_path / "out")) == 0
     rows = read_rows(tmp_path / "out")
     plain = [row for row in rows if row.key.model == "reference"]
     assert {row.key.example for row in plain} == set(range(len(ids) // 50)), "as many as the text holds"
-    assert {row.key.routing for row in plain} == {""} and {row.key.routing for row in rows} == {"", "argmax", "expert_choice"}
+    assert {row.key.routing for row in plain} == {""}
+    routed = {(row.key.benchmark.split(":")[0], row.key.routing) for row in rows if row.key.routing}
+    both = {("perplexity_windows", "expert_choice"), ("perplexity_windows", "argmax")}
+    assert routed == {("perplexity", "expert_choice"), *both}, "where expert choice sees what is scored, argmax stands beside it"
+    nats = {(row.key.routing, row.key.example): row.metrics["nll"] for row in rows if row.key.routing and row.status == "ok"
+            and row.key.benchmark.startswith("perplexity_windows")}  # fmt: skip
+    (table,) = ahead_table(lines(rows))
+    pairs = [nats["argmax", number] - nats["expert_choice", number] for number in range(len(ids) // 50)]
+    assert [cell.value for cell in table.rows[0][-2:]] == [pytest.approx(mean(pairs)), len(pairs)]
     for row in plain:
         if row.status == "ok" and row.key.benchmark.startswith("perplexity_windows") and row.key.example < 3:
             piece = torch.tensor([[*start, *ids[50 * row.key.example : 50 * (row.key.example + 1) - len(start)]]])

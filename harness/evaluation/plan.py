@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.base import Example, Task, context_of, reads_data, scores_likelihoods
+from benchmarks.base import Example, Task, context_of, reads_data, scores_likelihoods, sees_ahead
 from harness.cache import Budget, renumbers
 from harness.engine.model import Model
 from harness.engine.renumber import cannot_renumber
@@ -306,7 +306,7 @@ def protocols_of(task: Task, grid: Grid, routed: bool = True) -> tuple[Protocol,
     """Those asked for, as far as they apply to the task, and to a model that does not route its tokens.
 
     A likelihood has no question: what is scored always comes after the compressed context. Some tasks are never put into a chat
-    template.
+    template. Where expert choice would see what is to be scored, argmax is measured beside it.
     """
     found = grid.protocols
     if task.forced:
@@ -317,6 +317,8 @@ def protocols_of(task: Task, grid: Grid, routed: bool = True) -> tuple[Protocol,
         found = tuple(replace(protocol, chat="raw") for protocol in found)
     if not routed:
         found = tuple(replace(protocol, routing="expert_choice") for protocol in found)
+    elif sees_ahead(task):
+        found = (*found, *(replace(protocol, routing="argmax") for protocol in found))
     return tuple(dict.fromkeys(found))
 
 
