@@ -117,11 +117,11 @@ def ahead_table(found: Sequence[Line]) -> list[Table]:
         apart = paired_difference(causal.values, ahead.values) if ahead and causal else None
         if ahead is None or causal is None or apart is None:
             continue
-        asked = words(at.model, str(at.task), at.label.name, at.asked.budget or "-")
+        asked = words(at.model, str(at.task), at.protocol.prompt, at.label.name, at.asked.budget or "-")
         nats = (TableCell(f"{line.score.mean:.3f}", line.score.mean) for line in (causal, ahead) if line.score)
         flattered = TableCell(f"{apart.mean:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]", apart.mean)
         rows.append((*asked, *nats, flattered, TableCell(str(apart.n), apart.n)))
-    header = ("model", "benchmark", "method", "budget", "nll, causal", "nll, expert choice", "difference", "n")
+    header = ("model", "benchmark", "prompt", "method", "budget", "nll, causal", "nll, expert choice", "difference", "n")
     return [Table("What looking ahead flatters", header, tuple(rows), (AHEAD,))] if rows else []
 
 
