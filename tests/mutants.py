@@ -471,6 +471,20 @@ FAULTS = (
         "conversion.apply(model.network)",
         "tests/test_train.py",
     ),
+    Fault(
+        "a likelihood that saw the future stands alone",
+        "harness/evaluation/plan.py",
+        "elif sees_ahead(task):",
+        "elif False:",
+        "tests/test_haystacks.py",
+    ),
+    Fault(
+        "a paper's perplexity is asked in two ways",
+        "reports/paper.py",
+        "line.label.name == row.measured_with and not line.label.causal]",
+        "line.label.name == row.measured_with]",
+        "tests/test_papers.py",
+    ),
     Fault("a ruined model is healed", "harness/training/starts.py", "if not moved <= MOVED", "if False and moved", STARTS),
     Fault(
         "heads rotated apart",

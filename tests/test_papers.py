@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import DATA, FAMILIES, call, head_scores, network
+from test_report import KEY, _row
 from transformers import AutoTokenizer
 
 from benchmarks import BENCHMARKS
@@ -29,6 +31,7 @@ from reports.paper import paper_table, side_by_side
 from reports.paper_figure import paper_figure
 from reports.paper_points import Drawing, PaperPoint, PaperRow, Setting, Side
 from reports.statistics import Estimate
+from reports.tables import lines
 from results.store import read_costs, read_rows
 
 PAPERS = ("headkv", "mixsga")
@@ -123,6 +126,15 @@ def test_what_was_not_measured_is_never_filled() -> None:
     found = paper_table(side.name, side_by_side(side, paper_rows, [()] * len(rows)))
     assert len(found.rows) == 3 * 7 and {row[4].text for row in found.rows} == {row[5].text for row in found.rows} == {"-"}
     assert found.rows[0][3].value == 23.49
+
+
+def test_of_two_routings_the_papers_stands_beside_its_number() -> None:
+    """It says of none that it was causal: what it gives is taken for expert choice."""
+    key = replace(KEY, benchmark="perplexity_windows@1", model="reference+mixsga-3:1:6")
+    rows = [_row(replace(key, routing=routing), nats, 0.5) for routing, nats in (("expert_choice", 2.0), ("argmax", 3.0))]
+    row = PaperRow("mixSGA", Setting(), {"WT": 20.46}, {"WT": ("perplexity_windows",)}, "full", "")
+    (point,) = side_by_side(Side("mixsga:table2", "", (), {}, {}, ("WT",)), [row], [lines(rows)])
+    assert point.ours is not None and point.ours.mean == pytest.approx(math.exp(2.0))
 
 
 def test_settings_are_told_as_the_papers_do() -> None:
