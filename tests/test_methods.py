@@ -98,7 +98,7 @@ def test_column_sums(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         (None, None, 40.0),
         (7, None, 0.3),
         (7, 3.0, 0.3),
-    ):  # 40: far below the bound
+    ):  # 40: most weights would be subnormal
         settings = AttentionSettings(scaling, softcap, window)
         slow, said = torch.zeros(4, 23), torch.zeros(4, 23, 8)
         for head in range(4):
@@ -118,6 +118,9 @@ def test_column_sums(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 if found is not None:
                     assert torch.allclose(found[0], said, atol=1e-5)
                     assert found[1] is None if not summed else torch.allclose(found[1], slow, atol=1e-5)  # type: ignore[arg-type]
+    values[:, 12:] = 1e30
+    found = attention_with_sums(queries, keys, values, AttentionSettings(40.0), False)
+    assert found is not None and found[0][:, :12].abs().max() < 10, "what comes later weighs nothing, however large"
     monkeypatch.setattr("harness.engine.observe.JOINED", 22)
     assert attention_with_sums(queries, keys, values, AttentionSettings(0.3), True) is None, "longer prompts are left to sdpa"
 

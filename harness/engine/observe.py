@@ -27,7 +27,7 @@ BLOCK_LOGITS = 2**20
 GPU_BLOCK_LOGITS = 2**25
 STRIP = 192  # queries of one KV head's readers that are looked at together on a CPU
 JOINED = 4096  # tokens up to which `attention_with_sums` is about as fast as sdpa: docs/measuring-the-harness.md
-LEAST_TOTAL = 1e-24  # of the weights of a softmax in float32, whose least normal number is 1e-38
+LOWEST = 60.0  # below the largest logit, where a weight is 1e-26: float32 loses it beside a sum of 1, and is normal down to 1e-38
 
 
 @dataclass
@@ -223,36 +223,34 @@ def attention_with_sums(
 def _in_strips(queries: Tensor, keys: Tensor, values: Tensor | None, summed: bool) -> tuple[Tensor | None, Tensor | None]:
     """Attention to values, if there are any, and column sums: in strips of one KV head's scaled queries, in few passes.
 
-    A softmax is the same whatever is taken off its logits. Here it is a bound, |q| max |k|, which is known beforehand and so goes
-    into the product, instead of the largest. Where it lies so far above them that float32 loses the weights, it is the largest.
+    No logit is left more than LOWEST below its query's largest, so that no weight is subnormal: float32 products and MKL's
+    exponentials are up to sixty times slower where weights are. What lies below weighs nothing beside the largest either way.
     """
     heads, tokens, _ = keys.shape
     asked = queries.unflatten(0, (heads, -1))  # [H, G, T, D]
     group = asked.shape[1]
     step = max(1, min(STRIP // group, BLOCK_LOGITS // (group * tokens)))
     later = torch.ones(step, step, dtype=torch.bool).triu(1)
+    each = queries.new_ones(1, step)
     sums = queries.new_zeros(heads, group, tokens) if summed else None
     out = None if values is None else torch.empty_like(asked)
     buffer = queries.new_empty(group * step * tokens)
     for number, (mine, head) in enumerate(zip(asked, keys, strict=True)):
-        bound = -mine.norm(dim=-1) * head.norm(dim=-1).max()  # [G, T]
         for start in range(0, tokens, step):
             stop = min(start + step, tokens)
             rows = mine[:, start:stop].flatten(0, 1)  # [G * q, D]
             logits = buffer[: len(rows) * stop].view(len(rows), stop)
             weights = logits.view(group, -1, stop)
-            unseen = later[: stop - start, : stop - start]
-            torch.addmm(bound[:, start:stop].reshape(-1, 1), rows, head[:stop].t(), out=logits).exp_()
-            weights[..., start:].masked_fill_(unseen, 0.0)
-            total = weights.sum(-1)  # [G, q]
-            if float(total.min()) < LEAST_TOTAL:
-                torch.mm(rows, head[:stop].t(), out=logits)
-                weights[..., start:].masked_fill_(unseen, float("-inf"))
-                total = logits.sub_(logits.amax(-1, keepdim=True)).exp_().sum(-1).view_as(total)
+            newest, unseen = weights[..., start:], later[: stop - start, : stop - start]
+            torch.mm(rows, head[:stop].t(), out=logits)
+            newest.masked_fill_(unseen, float("-inf"))
+            torch.maximum(logits, logits.amax(-1, keepdim=True).sub_(LOWEST), out=logits)
+            torch.softmax(logits, -1, out=logits)
+            newest.masked_fill_(unseen, 0.0)
             if out is not None and values is not None:
-                out[number, :, start:stop] = (logits @ values[number, :stop]).view(group, stop - start, -1).div_(total[..., None])
+                out[number, :, start:stop] = (logits @ values[number, :stop]).view(group, stop - start, -1)
             if sums is not None:
-                sums[number, :, :stop] += (total.reciprocal_()[:, None] @ weights)[:, 0]
+                sums[number, :, :stop] += (each[:, : stop - start] @ weights)[:, 0]
     return None if out is None else out.flatten(0, 1), None if sums is None else sums.flatten(0, 1)
 
 
@@ -293,7 +291,12 @@ def _exponentials(queries: Tensor, keys: Tensor, settings: AttentionSettings) ->
         unseen = hidden(positions[begin:stop], positions[start:stop, None], settings.window)
         softcapped(logits, settings.softcap)[..., begin - first :].masked_fill_(unseen, float("-inf"))
         top = logits.amax(-1, keepdim=True)
-        weights = logits.sub_(top).exp_()  # in place: a second buffer would be traffic
+        logits.sub_(top)  # in place: a second buffer would be traffic
+        if logits.device.type == "cpu":  # as in `_in_strips`
+            weights = logits.clamp_(min=-LOWEST).exp_()
+            weights[..., begin - first :].masked_fill_(unseen, 0.0)
+        else:
+            weights = logits.exp_()
         total = weights.sum(-1)
         if settings.sinks is not None:
             total += torch.exp(settings.sinks.float()[:, None] - top[..., 0])  # the sink is no key: no more than float32 holds
