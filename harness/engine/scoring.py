@@ -16,6 +16,7 @@ from harness.engine.model import Model
 from harness.engine.rows import RowCache
 
 FORCED_NUMBERS = 2**26  # logits held at once by a forced pass
+CACHED_NUMBERS = 2**20  # log-probabilities that are made and compared at once on a CPU: they stay in its cache
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,18 @@ def forced(model: Model, cache: RowCache, tokens: Sequence[int], turns: Turns | 
         turns: of cells that evict while decoding: pieces end where one of them does, and nothing is taken back.
 
     Yields:
-        where a piece starts, and the log-probabilities of what follows each of its tokens, [C, piece, V].
+        where a part of a piece starts, and the log-probabilities of what follows each of its tokens, [C, part, V].
     """
-    wide = max(1, FORCED_NUMBERS // (cache.cells * model.config.vocab_size))
+    each = cache.cells * model.config.vocab_size
+    wide = max(1, FORCED_NUMBERS // each)
+    part = max(1, CACHED_NUMBERS // each) if model.device.type == "cpu" else wide
     start = 0
     while start < len(tokens):
         stop = start + (wide if turns is None else min(wide, turns.room))
         piece = torch.tensor(tokens[start:stop], device=model.device).expand(cache.cells, -1)
-        yield start, model.decode(cache, piece, keep=piece.shape[1]).float().log_softmax(-1)
+        logits = model.decode(cache, piece, keep=piece.shape[1])
+        for place in range(0, piece.shape[1], part):
+            yield start + place, logits[:, place : place + part].float().log_softmax(-1)
         start = stop
         if turns is not None:
             turns.took(piece.shape[1])
