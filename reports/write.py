@@ -40,14 +40,14 @@ from results.lines import Check, dict_of, is_count, is_number, is_text, list_of,
 from results.record import Record
 from results.store import read_commands, read_costs, read_folder, read_ratings, read_rows, read_verdicts
 
-USUAL = plots.FORMATS  # of pictures, unless asked for
+USUAL = ("png", "svg")  # of pictures, unless asked for; PDFs take as long as the rest of a report
 
 
 def write_report(out: Path, formats: Collection[str] = ()) -> list[Path]:
     """Rebuilds every table, plot and page of `out` under `<out>/report`, and gives the paths of the first to be looked at.
 
     Args:
-        formats: of the pictures of scores, all where none is asked for; those that the page holds are PNG in any case.
+        formats: of the pictures of scores, USUAL where none is asked for; those that the page holds are PNG in any case.
 
     Raises:
         StoreError: no rows, rows of another schema, or a folder that cannot be written to.

@@ -20,11 +20,9 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def without_pdf(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures of scores are drawn as SVG alone: fonts are cut to size for every PDF and pixels packed for every PNG, which takes
-    longer than all else of a report. Tests marked `pdf` want them all."""
-    if not request.node.get_closest_marker("pdf"):
-        monkeypatch.setattr("reports.write.USUAL", ("svg",))
+def svg_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of scores are drawn as SVG, unless a test asks for more: packing the pixels of a PNG takes longer than to draw it."""
+    monkeypatch.setattr("reports.write.USUAL", ("svg",))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

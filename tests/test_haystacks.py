@@ -328,7 +328,6 @@ def test_group_names_stand_for_their_members() -> None:
     assert {name for group in GROUPS.values() for name in group} <= set(BENCHMARKS)
 
 
-@pytest.mark.pdf
 def test_needles_are_drawn_as_heat_maps(tmp_path: Path) -> None:
     asked = ("run", "--model", "reference", "--benchmarks", "needle_facts(shortest=200,longest=400,lengths=2,depths=3)")
     asked += ("--methods", "full,snapkv", "--budgets", "24", "--limit", "6", "--prompt", "question_after")
@@ -336,5 +335,6 @@ def test_needles_are_drawn_as_heat_maps(tmp_path: Path) -> None:
     full = [row for row in read_rows(tmp_path) if not row.key.budget]
     assert {(row.columns["context"], row.columns["depth"]) for row in full} == {(n, d) for n in (200, 400) for d in (0, 50, 100)}
     assert sum(row.metrics["words"] for row in full) >= 500, "the embedded model finds a lone needle"
+    assert call("report", "--out", str(tmp_path), "--pictures", "png,svg,pdf") == 0
     drawn = sorted(path.suffix for path in (tmp_path / "report" / "plots").glob("needle_*"))
     assert drawn == [".pdf", ".png", ".svg"]

@@ -88,7 +88,7 @@ def _add_list(command: argparse.ArgumentParser) -> None:
 def _add_report(command: argparse.ArgumentParser) -> None:
     about = "folder of the rows (default: results/default); of several, the others are also put beside the first"
     command.add_argument("--out", type=_path, action="append", help=about)
-    command.add_argument("--pictures", help="formats of the pictures of scores, with commas (default: png,svg,pdf)")
+    command.add_argument("--pictures", help="formats of the pictures of scores, of png,svg,pdf (default: png,svg)")
 
 
 def _add_publish(command: argparse.ArgumentParser) -> None:
