@@ -21,7 +21,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def svg_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures of scores are drawn as SVG, unless a test asks for more: packing the pixels of a PNG takes longer than to draw it."""
+    """Pictures of scores are drawn as SVG, unless a test asks for more: packing the pixels of a PNG takes long."""
     monkeypatch.setattr("reports.write.USUAL", ("svg",))
 
 
