@@ -50,10 +50,11 @@ reference: $(VENV)/ready $(VENV)/smollm2
 	$(RUN) run_all.py report --out results/reference --pictures png   # one format, so that the repository grows little
 	mv results/reference/report reports/reference
 
-# The whole study of the real small model: hours on two cores. Started again it goes on; several may share the folder.
-#   make real DATA=folder-of-data-sets [SHARD=1/2]
+# The study of the real small model: hours on two cores. Started again it goes on; several may share the folder. SUITE=real-wide has
+# every method, more budgets and both prompt protocols: days.
+#   make real DATA=folder-of-data-sets [SHARD=1/2] [SUITE=real-wide]
 real: $(VENV)/ready $(VENV)/smollm2
-	$(RUN) run_all.py run --suite real --out results/smollm2 $(if $(DATA),--data-dir $(DATA)) $(if $(SHARD),--shard $(SHARD))
+	$(RUN) run_all.py run --suite $(or $(SUITE),real) --out results/smollm2 $(if $(DATA),--data-dir $(DATA)) $(if $(SHARD),--shard $(SHARD))
 	$(RUN) run_all.py report --out results/smollm2 --pictures png
 	rm -rf reports/smollm2 && mv results/smollm2/report reports/smollm2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harness.cache import Chat, PromptProtocol
 from results.record import DECODES
@@ -80,6 +80,12 @@ def instruct(about: str, seeds: tuple[int, ...] = (0,), temperature: float = 0.0
 
 REAL_METHODS = (
     "full",
+    *("random", "streaming_llm", "h2o", "snapkv", "pyramidkv", "ada_snapkv", "headkv_r2"),
+    "headkv_r2(shuffle=1)",
+    *("snapkv(window=32)", "headkv_r2(window=32)"),
+)
+WIDE_METHODS = (
+    "full",
     *EVICTING,
     *AGNOSTIC,
     *NEWER,
@@ -89,17 +95,14 @@ REAL_METHODS = (
 )
 
 
-def real(
-    about: str, *benchmarks: str, limit: int, chat: Chat = "template", both: bool = True, behind: tuple[str, ...] = ()
-) -> Suite:
-    """A part of the study of a real small model: every method at KV sizes and shares. Truncated to what the model reads well."""
+def real(about: str, *benchmarks: str, limit: int, chat: Chat = "template", behind: tuple[str, ...] = ()) -> Suite:
+    """A part of the study of a real small model. Truncated to what the model reads well."""
     return Suite(
         about,
         models=("smollm2",),
         methods=REAL_METHODS,
-        budgets=("64", "128", "256", "512", "10%", "25%", "50%"),
+        budgets=("128", "25%"),
         benchmarks=benchmarks,
-        prompts=("question_in", "question_after") if both else ("question_in",),
         limit=limit,
         chat=chat,
         truncation=3500,
@@ -108,9 +111,24 @@ def real(
     )
 
 
+ASKED_ONCE = ("perplexity", "lm-eval", "instruct", "longbench-raw", "longbench-e")  # parts whose protocol is fixed
+
+
+def wide(name: str, suite: Suite) -> Suite:
+    """The same with every method, more budgets and, where a question may come later, both protocols: days instead of hours."""
+    return replace(
+        suite,
+        about=f"{name} with every method, at seven budgets and, where it may be asked later, with its question behind: days",
+        methods=WIDE_METHODS,
+        budgets=("64", "128", "256", "512", "10%", "25%", "50%"),
+        prompts=("question_in",) if name.removeprefix("real-") in ASKED_ONCE else ("question_in", "question_after"),
+        behind=tuple(f"{part}-wide" for part in suite.behind),
+    )
+
+
 REAL: dict[str, Suite] = {
     "real": real(
-        "the study of SmolLM2-135M-Instruct that `make real` runs: hours, and as often as it is started it goes on",
+        "the study of SmolLM2-135M-Instruct that `make real` runs: hours; started again it goes on",
         "needle(haystack=python,shortest=512,longest=2048,lengths=5,depths=10)",
         limit=50,
         behind=tuple(
@@ -128,25 +146,23 @@ REAL: dict[str, Suite] = {
         *("perplexity(text=python)", "perplexity", "perplexity(text=books)"),
         limit=30,
         chat="raw",
-        both=False,
     ),
     "real-lm-eval": real(
         "of it: lm-eval's five tasks under a compressed cache",
         *(f"lm_eval:{task}" for task in ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge")),
         limit=100,
         chat="raw",
-        both=False,
     ),
-    "real-instruct": real("of it: the five instruction sets by ROUGE-L", "instruct", limit=30, both=False),
+    "real-instruct": real("of it: the five instruction sets by ROUGE-L", "instruct", limit=30),
     "real-longbench": real("of it: LongBench's 21 tasks, as a chat", "longbench", limit=10),
-    "real-longbench-raw": real("of it: LongBench's 21 tasks, as plain text", "longbench", limit=10, chat="raw", both=False),
+    "real-longbench-raw": real("of it: LongBench's 21 tasks, as plain text", "longbench", limit=10, chat="raw"),
     "real-babilong": real(
         "of it: BABILong at 0k to 4k",
         *(f"babilong_qa{task}(length={length})" for length in ("0k", "1k", "2k", "4k") for task in range(1, 6)),
         limit=10,
     ),
     "real-loogle": real("of it: LooGLE", "loogle", limit=10),
-    "real-longbench-e": real("of it: LongBench-E, by length", "longbench_e", limit=10, both=False),
+    "real-longbench-e": real("of it: LongBench-E, by length", "longbench_e", limit=10),
 }
 SUITES: dict[str, Suite] = {
     "default": Suite(
@@ -338,7 +354,7 @@ SUITES: dict[str, Suite] = {
         limit=200,
     ),
 }
-SUITES |= REAL
+SUITES |= REAL | {f"{name}-wide": wide(name, suite) for name, suite in REAL.items()}
 
 COST_SUITES: dict[str, CostSuite] = {
     "cost-default": CostSuite(
