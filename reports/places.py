@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from reports.answers import AS_MANY, percent, values_of
 from reports.drawing import INK, SOFT, shortened
 from reports.formats import Table, TableCell, literal
-from reports.keys import Label
+from reports.keys import Label, TaskKey
 from reports.ranking import Place, places
 from reports.style import Palette, order_of
-from reports.summary import Family, FamilyKey
+from reports.summary import Family, FamilyKey, Overall
 from results.record import budget_size
 
 HEADER = ("method", "mean rank", "may stand at", "shown to be worse than the first", "bytes kept")
@@ -27,6 +27,7 @@ ABOUT = (
     "that a method may have: between those shown to be better and those shown to be worse, of all pairs at once (level: 5%)."
 )
 ROW = 0.17  # inches a method
+RANDOM = Label("random")  # a baseline that knows nothing
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Ranking:
     shares: tuple[float, ...]
     places: tuple[Place, ...]
     worse: tuple[bool, ...]  # is it shown to be worse than the first?
+    left_out: tuple[str, ...] = ()  # tasks on which the full cache does no better than `random`
 
     @property
     def title(self) -> str:
@@ -65,7 +67,10 @@ def rankings(families: Sequence[Family]) -> list[Ranking]:
 
 
 def _ranking(at: FamilyKey, budget: str, families: Sequence[Family]) -> Ranking | None:
-    """Of the methods that every one of the families has at this budget, none with more bytes than the others."""
+    """Of the methods that every one of the families has at this budget, none with more bytes than the others.
+
+    A task that the model cannot do has no order to show: one on which the full cache does no better than entries kept at random.
+    """
     cells = [{cell.label: cell for cell in family.cells if cell.budget == budget and cell.compressed} for family in families]
     shared = [label for label in cells[0] if all(label in mine for mine in cells)]
     kept = {label: float(np.mean([mine[label].byte_share for mine in cells])) for label in shared}
@@ -73,11 +78,14 @@ def _ranking(at: FamilyKey, budget: str, families: Sequence[Family]) -> Ranking 
     labels = [label for label in shared if kept[label] <= most]
     if len(labels) < 2:
         return None
-    tasks = [
-        values
-        for family, mine in zip(families, cells, strict=True)
-        for values in values_of([mine[label] for label in labels], family)
-    ]
+    tasks, left_out = [], []
+    for family, mine in zip(families, cells, strict=True):
+        unable = [task for task in family.tasks if _is_unable(family, task, mine.get(RANDOM))]
+        left_out += [str(task) for task in unable]
+        able = replace(family, tasks=tuple(task for task in family.tasks if task not in unable))
+        tasks += values_of([mine[label] for label in labels], able)
+    if not tasks:
+        return None
     found = places(tasks, looks=max(family.looks for family in families))
     order = sorted(range(len(labels)), key=lambda number: (round(found[number].rank.mean, 9), order_of(labels[number])))
     first = order[0]
@@ -89,7 +97,17 @@ def _ranking(at: FamilyKey, budget: str, families: Sequence[Family]) -> Ranking 
         tuple(kept[labels[number]] for number in order),
         tuple(found[number] for number in order),
         tuple(first in found[number].better for number in order),
+        tuple(sorted(left_out)),
     )
+
+
+def _is_unable(family: Family, task: TaskKey, drawn: Overall | None) -> bool:
+    """Does the full cache do no better than `random` on this task? False where either was not run."""
+    full = next((cell for cell in family.cells if cell.is_full), None)
+    if full is None or drawn is None:
+        return False
+    shared = full.values[task].keys() & drawn.values[task].keys()
+    return sum(full.values[task][example] - drawn.values[task][example] for example in shared) <= 0
 
 
 def ranking_tables(found: Sequence[Ranking]) -> list[Table]:
@@ -110,7 +128,8 @@ def _table(ranking: Ranking) -> Table:
                 TableCell(percent(share), share),
             )
         )
-    return Table(f"Ranks: {ranking.title}", HEADER, tuple(rows))
+    said = f"Left out, since the full cache does no better there than entries kept at random: {', '.join(ranking.left_out)}."
+    return Table(f"Ranks: {ranking.title}", HEADER, tuple(rows), (said,) if ranking.left_out else ())
 
 
 def ranking_figure(ranking: Ranking, palette: Palette) -> Figure:

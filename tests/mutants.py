@@ -640,6 +640,13 @@ FAULTS = (
         "tests/test_evict.py",
     ),
     Fault(
+        "what the model cannot do is ranked",
+        "reports/places.py",
+        "for example in shared) <= 0",
+        "for example in shared) < 0",
+        "tests/test_answers.py",
+    ),
+    Fault(
         "what left the window stays",
         "harness/engine/evict.py",
         "inside = positions >= ",

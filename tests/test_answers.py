@@ -14,7 +14,7 @@ from reports.cost import Cost, CostPanel, Way
 from reports.drawing import Curve, Picture, Point, shortened, spread
 from reports.front import fronts
 from reports.keys import Label
-from reports.places import rankings
+from reports.places import ranking_tables, rankings
 from reports.plots import family_picture, palette_of, panels
 from reports.ranking import all_pairs
 from reports.statistics import Estimate
@@ -40,6 +40,16 @@ def test_a_method_with_more_bytes_is_no_rival() -> None:
     assert [str(cell.label) for cell in verdict.cells] == ["a", "b", "c"] and verdict.byte_share == 0.25
     (ranking,) = rankings([family])
     assert [str(label) for label in ranking.labels] == ["a", "b", "c"], "nor is it ranked"
+
+
+def test_a_task_that_the_model_cannot_do_is_not_ranked() -> None:
+    rows = rows_of({"a": 12, "b": 10, "random": 8})
+    unable = [replace(row, key=replace(row.key, benchmark="hard@1")) for row in rows_of({"a": 0, "b": 20, "random": 20})]
+    (family,) = families(lines(rows + unable))
+    (ranking,) = rankings([family])
+    assert ranking.tasks == 1 and [str(label) for label in ranking.labels] == ["a", "b", "random"]
+    assert ranking.left_out == ("hard@1 1024",) and "hard@1" in ranking_tables([ranking])[0].notes[0]
+    assert rankings(families(lines(unable))) == [], "nothing is left to rank"
 
 
 def test_of_equal_means_the_one_closest_to_the_full_cache_is_first() -> None:
