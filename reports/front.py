@@ -58,10 +58,13 @@ def fronts(families: Sequence[Family], measured: Sequence[Cost]) -> list[Front]:
 
 
 def first_shown(family: Family) -> tuple[object, ...]:
-    """For sorting: what can be ranked before what proves the path, answers before likelihoods, many tasks before few."""
+    """For sorting: what can be ranked before what proves the path, answers before likelihoods, a real model before the embedded
+    one, many tasks before few.
+    """
     return (
         family.path_only,
         family.lower_is_better,
+        family.at.model == EMBEDDED,
         -len(family.tasks),
         -len(family.cells),
         family.at.protocol.prompt != "question_in",
