@@ -50,7 +50,7 @@ reference: $(VENV)/ready $(VENV)/smollm2
 	$(RUN) run_all.py report --out results/reference --pictures png   # one format, so that the repository grows little
 	mv results/reference/report reports/reference
 
-# The study of the real small model: hours on two cores. Started again it goes on; several may share the folder. SUITE=real-wide has
+# The study of the real small model: about seven hours on two cores, by estimate. Started again it goes on; several may share the folder. SUITE=real-wide has
 # every method, more budgets and both prompt protocols: days.
 #   make real DATA=folder-of-data-sets [SHARD=1/2] [SUITE=real-wide]
 real: $(VENV)/ready $(VENV)/smollm2

@@ -111,7 +111,7 @@ def real(about: str, *benchmarks: str, limit: int, chat: Chat = "template", behi
     )
 
 
-ASKED_ONCE = ("perplexity", "lm-eval", "instruct", "longbench-raw", "longbench-e")  # parts whose protocol is fixed
+ASKED_ONCE = ("perplexity", "lm-eval", "instruct", "longbench-raw", "longbench-e")  # parts that are asked under one protocol
 
 
 def wide(name: str, suite: Suite) -> Suite:

@@ -40,7 +40,7 @@ from results.lines import Check, dict_of, is_count, is_number, is_text, list_of,
 from results.record import Record
 from results.store import read_commands, read_costs, read_folder, read_ratings, read_rows, read_verdicts
 
-USUAL = ("png", "svg")  # of pictures, unless asked for; PDFs take as long as the rest of a report
+USUAL = ("png", "svg")  # of pictures, unless asked for; PDFs would take two thirds as long again
 
 
 def write_report(out: Path, formats: Collection[str] = ()) -> list[Path]:

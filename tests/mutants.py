@@ -640,6 +640,27 @@ FAULTS = (
         "tests/test_evict.py",
     ),
     Fault(
+        "the embedded model before a real one",
+        "reports/front.py",
+        "family.at.model == EMBEDDED,\n        -len",
+        "False,\n        -len",
+        "tests/test_answers.py",
+    ),
+    Fault(
+        "parts of a piece at its start",
+        "harness/engine/scoring.py",
+        "yield start + place,",
+        "yield start,",
+        "tests/test_answer.py",
+    ),
+    Fault(
+        "later keys of a softcap weigh next to nothing",
+        "harness/engine/observe.py",
+        "weights[..., begin - first :].masked_fill_(unseen, 0.0)",
+        "pass",
+        "tests/test_families.py",
+    ),
+    Fault(
         "what the model cannot do is ranked",
         "reports/places.py",
         "for example in shared) <= 0",

@@ -113,9 +113,12 @@ def test_a_cell_repeats_itself_rather_than_others() -> None:
     assert propose([3, 8], 2, own, others) == [5]
 
 
-@pytest.mark.parametrize("numbers", [2**26, 97 * 2 * 3, 1])
-def test_fidelity_is_its_definition(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("numbers", "cached"), [(2**26, 2**20), (97 * 2 * 3, 2**20), (1, 2**20), (2**26, 97 * 2 * 3), (2**26, 1), (97 * 2 * 3, 1)]
+)
+def test_fidelity_is_its_definition(numbers: int, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.engine.scoring, "FORCED_NUMBERS", numbers)
+    monkeypatch.setattr(harness.engine.scoring, "CACHED_NUMBERS", cached)
     model, prefill = tiny("llama"), read("llama", tokens(40))
     snap = METHODS["snapkv"]
     kept = snap.compress(prefill, 6 * 10, score_prefill(snap.scorer, prefill))  # type: ignore[union-attr]

@@ -84,6 +84,13 @@ def test_a_budget_at_which_few_methods_ran_is_not_spoken_of_first() -> None:
     assert outdone(found[1], found) is None and at_share(found) is found[1], "it was run there, and did worse"
 
 
+def test_a_real_model_is_shown_before_the_embedded_one() -> None:
+    rows = rows_of({"a": 12, "b": 3, "c": 2})
+    real = [replace(row, key=replace(row.key, model="real")) for row in rows_of({"a": 12})]
+    shown = [front.title.split(",")[0] for front in fronts(families(lines(rows + real)), [])]
+    assert shown == ["real", "reference"], "though fewer methods ran on it"
+
+
 def test_the_budget_nearest_to_a_quarter_is_spoken_of_and_its_times_are_told() -> None:
     rows = rows_of({"a": 20, "b": 3}) + rows_of({"a": 9, "b": 1}, 0.05, "5%")
     (family,) = families(lines(rows))

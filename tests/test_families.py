@@ -228,6 +228,8 @@ def test_what_is_observed_knows_the_sinks_and_the_chunk() -> None:
         assert torch.allclose(column_sums(queries, keys, settings), weights.sum(1), atol=1e-5)
         wanted = weights @ values.repeat_interleave(2, 0)
         assert torch.allclose(softcapped_attention(queries, keys, values, settings), wanted, atol=1e-5)
+        large = torch.where(at[:, None] < 20, values, 1e30)
+        assert softcapped_attention(queries, keys, large, settings)[:, :20].abs().max() < 10, "what comes later weighs nothing"
         count = ModelShape(1, 4, 2, 16, (window,), 4).candidates(0, 40)
         kv = LayerKV(
             0, 40, keys[:, -count:], values[:, -count:], 0.25, 2, queries[:, -3:], window=window, query_heads=4, sinks=SINKS

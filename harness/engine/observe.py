@@ -223,8 +223,8 @@ def attention_with_sums(
 def _in_strips(queries: Tensor, keys: Tensor, values: Tensor | None, summed: bool) -> tuple[Tensor | None, Tensor | None]:
     """Attention to values, if there are any, and column sums: in strips of one KV head's scaled queries, in few passes.
 
-    No logit is left more than LOWEST below its query's largest, so that no weight is subnormal: float32 products and MKL's
-    exponentials are up to sixty times slower where weights are. What lies below weighs nothing beside the largest either way.
+    No logit is left more than LOWEST below its query's largest, so that no weight is subnormal: MKL's exponential is up to
+    sixty times slower where its result is, and products with such weights are slow too. Beside the largest they weigh nothing.
     """
     heads, tokens, _ = keys.shape
     asked = queries.unflatten(0, (heads, -1))  # [H, G, T, D]
