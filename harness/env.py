@@ -53,6 +53,15 @@ def environment_id(environment: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(environment, indent=1, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def available_bytes() -> int | None:
+    """Of the machine's memory, what may still be taken without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

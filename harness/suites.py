@@ -29,6 +29,7 @@ class Suite:
     truncation: int | None = None  # tokens of a prompt; None: what the model has positions for
     cost: str = ""  # the cost suite that is run behind it, unless the request is narrowed
     behind: tuple[str, ...] = ()  # suites that are run behind it, likewise; one whose model is not here is left out, and said so
+    worker_bytes: int | None = None  # of memory: on a CPU a process a core is then started, as far as there is memory for them
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ SUITES: dict[str, Suite] = {
         limit=10,
         cost="cost-default",
         behind=("smollm2",),
+        worker_bytes=3 * 2**30,
     ),
     "smollm2": Suite(
         about="a real small model, SmolLM2-135M-Instruct: needles in Python's manual, and the manual's likelihood",

@@ -143,12 +143,21 @@ class Book:
 
 
 def ray_workers(driver: int) -> list[int]:
-    """Ids of the processes that hold a worker, below the process `driver`."""
+    """Ids of the processes that hold a worker of Ray, below the process `driver`."""
+    return _below(driver, b"ray::Seat")
+
+
+def process_workers(driver: int) -> list[int]:
+    """The same of those without Ray."""
+    return _below(driver, b"harness.cluster.processes")
+
+
+def _below(driver: int, named: bytes) -> list[int]:
     parents, seats = {}, []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if (folder / "cmdline").read_bytes().startswith(b"ray::Seat"):
+            if named in (folder / "cmdline").read_bytes():
                 seats.append(int(folder.name))
         except (OSError, ValueError):
             continue  # it has just ended

@@ -39,7 +39,7 @@ def test_answers_are_the_models_own_whatever_is_drafted(family: str, most_drafts
     drafts = NgramTable()
     drafts.learn(ids.tolist())
     cache = compact(prefill, [keep_all(prefill)] * 2, 48)
-    answers = generate(tiny(family), cache, [first, first], Decoder(drafts, Stop(frozenset(), 40)))
+    answers = generate(tiny(family), cache, [[first], [first]], Decoder(drafts, Stop(frozenset(), 40)))
     assert [answer.tokens for answer in answers] == [plain_greedy(family, ids, 40)] * 2
     assert answers[0].stop_reason == "length"
 
@@ -48,7 +48,7 @@ def test_drafts_save_passes() -> None:
     """What one cell has said is the next one's draft."""
     prefill = read("llama", tokens(30, seed=6))
     model, plain = tiny("llama"), tiny("llama").decode_ragged
-    first, drafts, passes = [int(prefill.logits.argmax())], NgramTable(), []
+    first, drafts, passes = [[int(prefill.logits.argmax())]], NgramTable(), []
 
     def counting(*arguments, **options):
         passes[-1] += 1
@@ -77,7 +77,7 @@ def test_a_cell_ends_at_its_end_token_and_keeps_its_counts(monkeypatch: pytest.M
     for drafts, width in ((NgramTable(), 0), (known, 7)):  # drafts that go on behind the end are no part of the answer
         monkeypatch.setattr(harness.engine.generate, "Answer", lambda tokens, width=width: Answer(tokens, width=width))
         cache = compact(prefill, [keep_all(prefill)], 40)
-        answer = generate(tiny("llama"), cache, [said[0]], Decoder(drafts, Stop(frozenset({stop}), 20)))[0]
+        answer = generate(tiny("llama"), cache, [said[:1]], Decoder(drafts, Stop(frozenset({stop}), 20)))[0]
         assert answer.tokens == said[: said.index(stop) + 1]
         assert answer.stop_reason == "end"
         assert answer.end is not None
@@ -158,6 +158,34 @@ def test_an_answer_of_one_token_out_of_the_prefill_has_no_fidelity() -> None:
     assert FullAnswer.of(model, cache, [5], None).fidelity(model, cache, None) == [{}]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_pass_that_measures_fidelity_begins_the_answers(family: str, temperature: float, monkeypatch) -> None:
+    """What is begun goes on to the answer that a cell gives by itself, with the entries that it then holds."""
+    monkeypatch.setattr(harness.engine.scoring, "CACHED_NUMBERS", 4 * 97 * 2)  # two tokens a part
+    model, ids = tiny(family), tokens(40, seed=8)
+    prefill, sampler, stop = read(family, ids), Sampler(temperature, "3/prompt"), Stop(frozenset(), 12)
+    snap = METHODS["snapkv"]
+    assert isinstance(snap, Eviction)
+    scores = score_prefill(snap.scorer, prefill)
+    sizes = (9, 20, 39)
+    small = [snap.compress(prefill, prefill.shape.layers * size * prefill.shape.kv_heads, scores) for size in sizes]
+    kept, logits = [*small, keep_all(prefill)], prefill.logits.expand(4, -1)
+    alone, begun = compact(prefill, kept, 30), compact(prefill, kept, 30)
+    first = [[token] for token in sampler.sample(logits, [0] * 4)]
+    wanted = generate(model, alone, first, Decoder(NgramTable(), stop, sampler))
+    full = FullAnswer.of(model, compact(prefill, [keep_all(prefill)], 30), wanted[-1].tokens, None)
+    measured = full.fidelity(model, begun, None)
+    numbers, found = full.follow(model, begun, logits, None, sampler.sample)
+    assert numbers == measured and numbers[-1] == pytest.approx(full.of_itself(), abs=1e-5)
+    assert begun.seen.tolist() == [40 + len(mine) - 1 for mine in found]
+    for mine, answer in zip(found, wanted, strict=True):
+        shared = next((n for n, (a, b) in enumerate(zip(answer.tokens, full.tokens, strict=True)) if a != b), 12)
+        assert mine == answer.tokens[: shared + 1]
+    assert found[-1] == full.tokens and len(found[0]) < 12
+    answers = generate(model, begun, found, Decoder(NgramTable(), stop, sampler))
+    assert [(a.tokens, a.stop_reason, a.end) for a in answers] == [(a.tokens, a.stop_reason, a.end) for a in wanted]
+
+
 def test_forcing_leaves_the_cache_as_it_was() -> None:
     model, prefill = tiny("llama"), read("llama", tokens(10))
     cache = compact(prefill, [keep_all(prefill)], 9)
@@ -176,7 +204,7 @@ def test_drafts_never_reach_behind_the_answers_end(most: int) -> None:
     drafts = NgramTable()
     for _ in range(2):  # the second time everything is drafted
         cache = compact(prefill, [keep_all(prefill)], most + 7)
-        answer = generate(model, cache, [int(prefill.logits.argmax())], Decoder(drafts, Stop(frozenset(), most)))[0]
+        answer = generate(model, cache, [[int(prefill.logits.argmax())]], Decoder(drafts, Stop(frozenset(), most)))[0]
         assert len(answer.tokens) == most
         assert answer.end is not None
         assert answer.end.entries == model.shape.full_entries(len(ids) + most - 1)
@@ -193,7 +221,7 @@ def test_sampled_answers_share_their_noise_and_do_not_depend_on_drafts_or_neighb
 
     def answers(chosen: list) -> list[list[int]]:
         cache = compact(prefill, chosen, 40)
-        first = sampler.sample(prefill.logits.expand(len(chosen), -1), [0] * len(chosen))
+        first = [[token] for token in sampler.sample(prefill.logits.expand(len(chosen), -1), [0] * len(chosen))]
         return [a.tokens for a in generate(tiny(family), cache, first, Decoder(NgramTable(), Stop(frozenset(), 24), sampler))]
 
     def one_by_one(selection) -> list[int]:

@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from crews import InlineCrew, ray_workers
+from crews import InlineCrew, process_workers, ray_workers
 from helpers import call, small
 
 from benchmarks.base import Example
 from benchmarks.random_tokens import RandomTokens
-from harness.cluster.drive import Driver
+from harness.cluster import crews, processes
+from harness.cluster.crews import usual_workers
+from harness.cluster.drive import Call, Driver
 from harness.cluster.nodes import Node, check_same, describe
-from harness.cluster.options import RayOptions
+from harness.cluster.options import ProcessOptions, RayOptions
 from harness.cluster.plugins import PluginFile, registry_here
 from harness.cost import run as cost
 from harness.cost.request import CostRequest, cells_asked
@@ -201,10 +203,55 @@ def test_two_workers_of_ray_one_of_them_killed_give_the_rows_of_one_process(
     assert "--workers 3 is more than 2 cores" in capsys.readouterr().err
 
 
+def test_two_processes_one_of_them_killed_give_the_rows_of_one(tmp_path: Path) -> None:
+    """Without Ray. The unit of the one that was killed is tried again by another. Plugins travel."""
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    plugins = (tmp_path / "mine.py",)
+    registry = registry_here([PluginFile.read(path) for path in plugins])
+    asked = {"models": ("reference",), "methods": ("full", "mine"), "budgets": ("16",), "limit": 6, "plugins": plugins}
+    asked["benchmarks"] = ("recall(length=256)", "recall_many(length=256)")
+    run_request(request_of(tmp_path / "one", **asked), registry)
+    expected = rows_of(tmp_path / "one")
+    two = request_of(tmp_path / "two", cluster=ProcessOptions(2), **asked)
+    killed = []
+
+    def kill() -> None:
+        while not list((two.out / "rows").glob("*.jsonl")):
+            time.sleep(0.01)
+        killed.extend(process_workers(os.getpid())[:1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    assert run_request(two, registry).failed == 0
+    thread.join()
+    assert killed and not process_workers(os.getpid())
+    assert rows_of(two.out) == expected and lines_of(two.out) == len(expected)
+
+
+def test_how_a_workers_process_ended_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # in which a package of the suite's name lies, and breaks
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    (tmp_path / "harness").mkdir()
+    (tmp_path / "harness" / "__init__.py").write_text("raise RuntimeError('out of luck')")
+    monkeypatch.chdir(tmp_path)
+    crew = processes.ProcessCrew(RunJob(request_of(tmp_path)), ProcessOptions(1))
+    crew.start(0, 1)
+    crew.ask(0, Call("list", "reference"))
+    event = crew.next(60.0)
+    assert event is not None and event.died == "its worker's process ended: RuntimeError: out of luck"
+    crew.start(0, 2)
+    crew.stop()
+    assert crew.next(0) is None
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--workers", "2"), "--workers says how many workers of Ray there are: add --ray"),
+        (("--workers", "0"), "--workers 0 must be at least 1"),
+        (("--workers", "999"), "--workers 999 is more than the"),
+        (("--workers", "2", "--device", "cuda"), "--workers 2 without --ray works on the CPU: add --ray local for GPUs"),
+        (("--gpus-per-worker", "1"), "--gpus-per-worker is for workers of Ray: add --ray local"),
         (("--ray", "local", "--shard", "1/2"), "--ray gives every worker its share of the examples itself: leave --shard out"),
         (("--ray", "ray://host:10001"), "Ray's client is not used"),
         (("--ray", "local", "--workers", "0"), "--workers 0 must be at least 1"),
@@ -216,6 +263,14 @@ def test_bad_requests(options: tuple[str, ...], says: str, tmp_path: Path, capsy
     assert call(*small(tmp_path, *options)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert says in line.replace("[Errno 111] ", "")
+
+
+def test_a_suite_of_small_models_gets_a_process_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crews, "cores_here", lambda: 8)
+    monkeypatch.setattr(crews, "available_bytes", lambda: 10 * 2**30)
+    assert usual_workers(3 * 2**30, "cpu") == ProcessOptions(3)
+    assert usual_workers(2**30, "cpu") == ProcessOptions(8)
+    assert usual_workers(2**30, "cuda") is None and usual_workers(8 * 2**30, "cpu") is None
 
 
 def test_an_address_that_stays_silent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,7 +271,8 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 def _add_workers(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--ray", metavar="local|ADDRESS", help="on workers of Ray: on this machine, or in a cluster by its head node's host:port")
-    add("--workers", type=int, help="with --ray: how many (default: as the GPUs are enough for; without GPUs, one a core)")
+    about = "that many processes on the CPU; with --ray: workers of Ray (default: as the GPUs are enough for, or one a core)"
+    add("--workers", type=int, help=about)
     add("--gpus-per-worker", type=int, help="with --ray: of each worker (default: 1, where there are GPUs)")
 
 

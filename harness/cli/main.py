@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
             print("cost cells are not divided: the first shard measures them, one after the other", file=sys.stderr)
             return 0
         return _cost(cost_request(options), _registry(options), options.arguments)
-    request = run_request(options)
+    request = _with_usual_workers(run_request(options))
     registry = _registry(options)
     from harness.cost.request import cost_behind
     from harness.cost.run import run_cost
@@ -123,6 +123,18 @@ def _run(options: argparse.Namespace) -> int:
         failed += run.judge_request(request, registry)
         _write_reports([request.out])
     return 1 if failed else 0
+
+
+def _with_usual_workers(request: Any) -> Any:
+    """The request on a process a core, where its suite is made for that and nothing else was asked for."""
+    from harness.cluster.crews import usual_workers
+    from harness.evaluation.request import Shard
+    from harness.suites import SUITES
+
+    suite = SUITES.get(request.suite)
+    if suite is None or suite.worker_bytes is None or request.cluster or request.models or request.shard != Shard():
+        return request
+    return replace(request, cluster=usual_workers(suite.worker_bytes, request.device))
 
 
 def _run_rows(options: argparse.Namespace, request: Any, registry: Any) -> int:

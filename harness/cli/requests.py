@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from harness.cluster.options import RayOptions
+from harness.cluster.options import ProcessOptions, RayOptions, WorkerOptions
 from harness.errors import BadRequest
 from harness.evaluation.request import OUT, JudgeOptions, RunRequest, Shard
 from harness.registry import Registry, split
@@ -47,7 +47,7 @@ def run_request(options: argparse.Namespace) -> RunRequest:
     if "shard" in given:
         found["shard"] = Shard.parse(given["shard"])
     elif given.get("command") in ("run", "plan"):
-        found["shard"] = _array_shard("cluster" in found)
+        found["shard"] = _array_shard("ray" in given)
     if "protect" in given:
         found["protect"] = ":".join(part.strip() for part in given["protect"].split(","))
     if "no_fidelity" in given:
@@ -58,12 +58,12 @@ def run_request(options: argparse.Namespace) -> RunRequest:
     return RunRequest(**found)
 
 
-def _array_shard(on_workers: bool) -> Shard:
+def _array_shard(on_ray: bool) -> Shard:
     """The share of the examples that a task of a Slurm array takes."""
     shard = Shard.of_array(os.environ)
     if shard == Shard():
         return shard
-    if on_workers:
+    if on_ray:
         raise BadRequest(
             "--ray in a Slurm array: the array's tasks divide the examples already: take a job without --array for Ray"
         )
@@ -71,19 +71,17 @@ def _array_shard(on_workers: bool) -> Shard:
     return shard
 
 
-def _cluster(given: dict[str, Any]) -> dict[str, RayOptions]:
+def _cluster(given: dict[str, Any]) -> dict[str, WorkerOptions]:
     """
     Raises:
-        BadRequest: options of workers without any.
+        BadRequest: options of workers of Ray without Ray.
     """
     sizes = {name: given[name] for name in ("workers", "gpus_per_worker") if name in given}
     if "ray" in given:
         return {"cluster": RayOptions(given["ray"].strip(), **sizes)}
-    if sizes:
-        raise BadRequest(
-            f"--{next(iter(sizes)).replace('_', '-')} says how many workers of Ray there are: add --ray local, or an address"
-        )
-    return {}
+    if "gpus_per_worker" in sizes:
+        raise BadRequest("--gpus-per-worker is for workers of Ray: add --ray local, or an address")
+    return {"cluster": ProcessOptions(sizes["workers"])} if sizes else {}
 
 
 def has_cost(options: argparse.Namespace) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from harness.errors import BadRequest
 
@@ -36,3 +37,23 @@ class RayOptions:
     def here(self) -> bool:
         """On this machine alone?"""
         return self.address == "local"
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """Workers as processes of this machine: of its processor, and without Ray.
+
+    Raises:
+        BadRequest: a field that makes no sense by itself.
+    """
+
+    workers: int
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise BadRequest(f"--workers {self.workers} must be at least 1")
+
+    here: ClassVar[bool] = True
+
+
+WorkerOptions = RayOptions | ProcessOptions

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from harness.engine.measure import give_back_freed_memory, peak_resident_bytes, wait_for
+from harness.env import available_bytes
 from methods.base import CannotRun
 
 KEPT_FREE = 0.05  # of a device's memory, for what an allocator cannot use
@@ -73,9 +74,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
         return int(free - KEPT_FREE * whole)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        raise CannotRun("how much memory is free is not known here: name --batches") from None
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    available = available_bytes()
+    if available is None:
+        raise CannotRun("how much memory is free is not known here: name --batches")
     return available // 2

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cache import Budget
-from harness.cluster.options import RayOptions
+from harness.cluster.options import WorkerOptions
 from harness.errors import BadRequest
 from harness.evaluation.request import DTYPES, OUT, RunRequest, at_least, narrowed, tell_apart
 from harness.registry import Registry
@@ -49,7 +49,7 @@ class CostRequest:
     plugins: tuple[Path, ...] = ()
     device: str | None = None
     dtype: str | None = None
-    cluster: RayOptions | None = None  # None, or workers here: in processes of this one
+    cluster: WorkerOptions | None = None  # None, or workers here: in processes of this one
 
     def __post_init__(self) -> None:
         tell_apart(self, ("models", "methods", "budgets", "contexts", "batches", "decodes"))

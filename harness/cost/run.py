@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from harness.cluster.job import Listed
+from harness.cluster.options import RayOptions
 from harness.cluster.plugins import PluginFile
 from harness.cost.request import ROWS, CostCell, CostRequest, cells_asked, measure_here, row_of, rows_done, run_cell
 from harness.env import environment, environment_id, write_environment
@@ -111,7 +112,7 @@ def _measure_away(request: CostRequest) -> int:
     from harness.cluster.places import places_for
     from harness.cluster.ray_crew import RayCrew, check_nodes, connected, machines
 
-    assert request.cluster is not None
+    assert isinstance(request.cluster, RayOptions)
     plugins = tuple(PluginFile.read(path) for path in request.plugins)
     with connected(request.cluster):
         where = places_for(replace(request.cluster, workers=1), machines(), request.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from harness.engine.evict import Held, Turns
 from harness.engine.model import Model
 from harness.engine.rows import Counts, RowCache
-from harness.engine.scoring import Likelihood
+from harness.engine.scoring import Likelihood, agreeing
 
 MOST_DRAFTS = 15  # draft tokens of a step
 NOISE_KEPT = 64  # places of an answer whose noise is kept for the other cells
@@ -144,19 +144,23 @@ class Decoder:
     sampler: Sampler = Sampler()
 
 
-def generate(model: Model, cache: RowCache, first: Sequence[int], decoder: Decoder, turns: Turns | None = None) -> list[Answer]:
+def generate(
+    model: Model, cache: RowCache, begun: Sequence[Sequence[int]], decoder: Decoder, turns: Turns | None = None
+) -> list[Answer]:
     """Answers of the cells of `cache`.
 
     Cells that have ended leave the batch; the last of them stay in the cache, which then holds the prompt and their answers but
     for the last token.
 
     Args:
-        first: of each cell, the token that follows the prompt.
+        begun: of each cell, the tokens that follow the prompt, all but the last of which are in its cache.
         turns: of cells that evict while decoding. They go token by token: what is evicted could not be taken back with a draft.
     """
-    answers = [Answer([]) for _ in first]
-    for answer, token in zip(answers, first, strict=True):
-        answer.add([token], decoder.stop)
+    answers = [Answer([]) for _ in begun]
+    for answer, tokens in zip(answers, begun, strict=True):
+        answer.add(tokens, decoder.stop)
+        for table in (answer.own, decoder.ngrams):
+            table.learn(answer.tokens)
     active = list(range(len(answers)))
     while active := _drop_ended(cache, answers, active, turns):
         if turns is None:
@@ -203,7 +207,7 @@ def _step(model: Model, cache: RowCache, answers: Sequence[Answer], decoder: Dec
     rejected = []
     for answer, guess, piece in zip(answers, guesses, pieces, strict=True):
         spoken = [next(said) for _ in piece]
-        right = _agreeing(guess, spoken)
+        right = agreeing(guess, spoken)
         accepted = min(right, len(piece) - 1)
         before = len(answer.tokens)
         answer.add(spoken[: accepted + 1], decoder.stop)
@@ -213,8 +217,3 @@ def _step(model: Model, cache: RowCache, answers: Sequence[Answer], decoder: Dec
         answer.adapt(len(guess), right)  # at width 0 the guess is made but not run: it says when to begin
         rejected.append(len(piece) - 1 - accepted)
     cache.crop(rejected)
-
-
-def _agreeing(guess: Sequence[int], said: Sequence[int]) -> int:
-    """How many tokens of a draft the model says itself."""
-    return next((n for n, (ours, its) in enumerate(zip(guess, said, strict=False)) if ours != its), min(len(guess), len(said)))

@@ -5,7 +5,7 @@ Tokens are fed by force (teacher forcing): appended to the rows in one pass or a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,14 +37,14 @@ class Likelihood:
         return cls(float(chosen), bool((logits.argmax(-1) == tokens).all()), len(tokens))
 
 
-def forced(model: Model, cache: RowCache, tokens: Sequence[int], turns: Turns | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Feeds the same tokens to every cell, in pieces that fit in memory, and takes them back.
+def fed(model: Model, cache: RowCache, tokens: Sequence[int], turns: Turns | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Feeds the same tokens to every cell, in pieces that fit in memory.
 
     Args:
-        turns: of cells that evict while decoding: pieces end where one of them does, and nothing is taken back.
+        turns: of cells that evict while decoding: pieces end where one of them does.
 
     Yields:
-        where a part of a piece starts, and the log-probabilities of what follows each of its tokens, [C, part, V].
+        where a part of a piece starts, and the logits of what follows each of its tokens, [C, part, V].
     """
     each = cache.cells * model.config.vocab_size
     wide = max(1, FORCED_NUMBERS // each)
@@ -55,10 +55,16 @@ def forced(model: Model, cache: RowCache, tokens: Sequence[int], turns: Turns | 
         piece = torch.tensor(tokens[start:stop], device=model.device).expand(cache.cells, -1)
         logits = model.decode(cache, piece, keep=piece.shape[1])
         for place in range(0, piece.shape[1], part):
-            yield start + place, logits[:, place : place + part].float().log_softmax(-1)
+            yield start + place, logits[:, place : place + part]
         start = stop
         if turns is not None:
             turns.took(piece.shape[1])
+
+
+def forced(model: Model, cache: RowCache, tokens: Sequence[int], turns: Turns | None = None) -> Iterator[tuple[int, Tensor]]:
+    """The same with log-probabilities for logits; the tokens are taken back, where no cell evicts while decoding."""
+    for start, logits in fed(model, cache, tokens, turns):
+        yield start, logits.float().log_softmax(-1)
     if turns is None:
         cache.crop([len(tokens)] * cache.cells)
 
@@ -131,15 +137,57 @@ class FullAnswer:
             both prefer the same token; loss: mean negative log-likelihood of full's answer, nats. Empty if the answer's
             only token came out of the prefill.
         """
-        if not len(self.logprobs):
-            return [{} for _ in range(cache.cells)]
-        sums = torch.zeros(cache.cells, 3, dtype=torch.float64)
-        done = 0
+        return self._means(cache.cells, lead, forced(model, cache, self.tokens[:-1], turns))
+
+    def follow(
+        self,
+        model: Model,
+        cache: RowCache,
+        logits: Tensor,
+        lead: Tensor | None,
+        sample: Callable[[Tensor, Sequence[int]], list[int]],
+    ) -> tuple[list[dict[str, float]], list[list[int]]]:
+        """Fidelity, and how each cell's own answer begins: as far as it says what the full cache said, and a token more.
+
+        The full cache's answer is thus the draft of every other one, and the pass that compares with it verifies it.
+
+        Args:
+            logits: [C, V], of the first token. lead: as above.
+            sample: tokens by their logits [N, V] and places in the answer; the cells' own, see `generate.Sampler`.
+
+        Returns:
+            as `fidelity`; and tokens of each cell, all but the last of which its cache then holds.
+        """
+        said = [[token] for token in sample(logits, [0] * cache.cells)]
+
+        def parts() -> Iterator[tuple[int, Tensor]]:
+            for start, found in fed(model, cache, self.tokens[:-1]):
+                cells, places, _ = found.shape
+                own = sample(found.flatten(0, 1), [start + 1 + place for _ in range(cells) for place in range(places)])
+                for cell, mine in enumerate(said):
+                    mine += own[cell * places : (cell + 1) * places]
+                yield start, found.float().log_softmax(-1)
+
+        numbers = self._means(cache.cells, lead, parts())
+        begun = [mine[: agreeing(mine, self.tokens) + 1] for mine in said]
+        cache.crop([len(self.tokens) - len(mine) for mine in begun])
+        return numbers, begun
+
+    def of_itself(self) -> dict[str, float]:
+        """The full cache's own fidelity: no distance, and how likely it found what it said."""
+        wide = max(1, CACHED_NUMBERS // self.logprobs.shape[1])
+        parts = ((start, self.logprobs[None, start : start + wide]) for start in range(0, len(self.logprobs), wide))
+        return self._means(1, None, parts)[0]
+
+    def _means(self, cells: int, lead: Tensor | None, parts: Iterable[tuple[int, Tensor]]) -> list[dict[str, float]]:
+        """Of each cell, over all places. `parts`: log-probabilities [C, p, V] of places from a start on, behind the lead's."""
+        sums = torch.zeros(cells, 3, dtype=torch.float64)
         if lead is not None:
             sums += self._compare(lead[:, None], 0)
-            done = 1
-        for start, logprobs in forced(model, cache, self.tokens[:-1], turns):
-            sums += self._compare(logprobs, done + start)
+        for start, logprobs in parts:
+            sums += self._compare(logprobs, (lead is not None) + start)
+        if not len(self.logprobs):
+            return [{} for _ in range(cells)]
         means = sums / len(self.logprobs)
         means[:, 0].clamp_(min=0.0)  # what is no number stays none
         return [{"kl": kl, "top1": top1, "loss": loss} for kl, top1, loss in means.tolist()]
@@ -154,3 +202,8 @@ class FullAnswer:
         same = (ours.argmax(-1) == full.argmax(-1)).double()
         loss = -ours.gather(-1, said.to(ours.device).expand(ours.shape[0], -1)[..., None])[..., 0]
         return torch.stack([kl.double().sum(1), same.sum(1), loss.double().sum(1)], 1).cpu()
+
+
+def agreeing(guess: Sequence[int], said: Sequence[int]) -> int:
+    """How many tokens two answers have in common at their beginning."""
+    return next((n for n, (ours, its) in enumerate(zip(guess, said, strict=False)) if ours != its), min(len(guess), len(said)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness.cache import Chat, Granularity, PromptProtocol, Routing
-from harness.cluster.options import RayOptions
+from harness.cluster.options import RayOptions, WorkerOptions
 from harness.errors import BadRequest
 
 OUT = Path("results/default")
@@ -103,10 +103,10 @@ class RunRequest:
     cell_bytes: int | None = None  # rows of the cells decoded together, at most
     judge: JudgeOptions | None = None
     own_rows: bool = False  # rows in files of this process alone, without locks
-    cluster: RayOptions | None = None  # None: this process
+    cluster: WorkerOptions | None = None  # None: this process
 
     def __post_init__(self) -> None:
-        if self.cluster is not None and self.shard != Shard():
+        if isinstance(self.cluster, RayOptions) and self.shard != Shard():
             raise BadRequest("--ray gives every worker its share of the examples itself: leave --shard out")
         tell_apart(self, ("models", "methods", "budgets", "benchmarks", "prompts", "seeds", "routings"))
         for what, asked, known in (

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from benchmarks.base import Task
 from benchmarks.data import BadData
-from harness.cluster.options import RayOptions
+from harness.cluster.options import RayOptions, WorkerOptions
 from harness.env import write_environment
 from harness.evaluation.artifacts import artifacts_of, record_routing, write_artifacts
 from harness.evaluation.head_scores import with_head_scores
@@ -57,9 +57,9 @@ def run_request(request: RunRequest, registry: Registry) -> Ran:
     return ran
 
 
-def on_workers(options: RayOptions | None) -> AbstractContextManager[None]:
-    """Ray is there for several requests, and gone when the block ends. None: nothing is done."""
-    if options is None:
+def on_workers(options: WorkerOptions | None) -> AbstractContextManager[None]:
+    """Ray is there for several requests, and gone when the block ends. Without it nothing is done."""
+    if not isinstance(options, RayOptions):
         return nullcontext()
     from harness.cluster.ray_crew import connected
 

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.base import Example
+from harness.cluster.crews import crew_of
 from harness.cluster.drive import Crew, Driver
 from harness.cluster.job import Listed
 from harness.cluster.plugins import PluginFile, registry_here
@@ -267,22 +268,19 @@ class RunLedger:
 
 
 def run_on_workers(request: RunRequest, grids: Mapping[str, Grid], store: Store) -> Ran:
-    """As `run_request`, on workers of Ray.
+    """As `run_request`, on workers.
 
     Raises:
         BadRequest: the workers that were asked for cannot be had, or a node differs from this one.
     """
-    from harness.cluster.places import places_for
-    from harness.cluster.ray_crew import RayCrew, check_nodes, connected, machines
-
     assert request.cluster is not None
     plugins = tuple(PluginFile.read(path) for path in request.plugins)
-    with connected(request.cluster):
-        where = places_for(request.cluster, machines(), request.device)
-        if not request.cluster.here:
-            check_nodes(where, paths_of(request, grids))
-        job = RunJob(replace(request, device="auto") if where.gpus > 1 and request.device is None else request, plugins)
-        return carry_out(RunLedger(request, grids, store, where.workers), RayCrew(job, where))
+
+    def job(gpus: int) -> RunJob:
+        return RunJob(replace(request, device="auto") if gpus > 1 and request.device is None else request, plugins)
+
+    with crew_of(request.cluster, job, request.device, paths_of(request, grids)) as crew:
+        return carry_out(RunLedger(request, grids, store, crew.size), crew)
 
 
 def carry_out(ledger: RunLedger, crew: Crew) -> Ran:

@@ -271,7 +271,7 @@ class _Example:
                 cache.crop(cache.seen - read)
                 with stopwatch(self.sweep.model.device, self.sweep.laps.fidelity):
                     self.full = FullAnswer.of(self.sweep.model, cache, outcome.answer.tokens, self._lead(logits))
-                    outcome.fidelity = self.full.fidelity(self.sweep.model, cache, self._lead(logits))[0]
+                    outcome.fidelity = self.full.of_itself()
         except OutOfMemory as error:
             return Outcome(failed=str(error))
         return outcome.checked()
@@ -345,10 +345,15 @@ class _Example:
         outcomes = self._outcomes(selections)
         if self.prompt.streamed:
             return self._streamed(cache, logits, outcomes, self._turns(cache, keepers))
+        opened, begun = cache.counts(), None
         if self.full is not None:
             turns = self._turns(cache, keepers)
             with stopwatch(self.sweep.model.device, self.sweep.laps.fidelity):
-                measured = self.full.fidelity(self.sweep.model, cache, self._lead(logits), turns)
+                if turns is not None or self.prompt.forced:
+                    measured = self.full.fidelity(self.sweep.model, cache, self._lead(logits), turns)
+                else:
+                    sample = self._sampler.sample
+                    measured, begun = self.full.follow(self.sweep.model, cache, logits, self._lead(logits), sample)
             for outcome, numbers in zip(outcomes, measured, strict=True):
                 outcome.fidelity = numbers
             if turns is not None and self.prompt.forced:
@@ -357,8 +362,7 @@ class _Example:
                 return [outcome.checked() for outcome in outcomes]
             if turns is not None:  # what was evicted for the full cache's answer is there for the cell's own
                 cache, logits = self._open(selections, rooms, keepers, inside)
-        opened = cache.counts()
-        answers = self._generate(cache, logits, self._turns(cache, keepers))
+        answers = self._generate(cache, logits, self._turns(cache, keepers), begun)
         for cell, outcome, answer, before in zip(cells, outcomes, answers, opened, strict=True):
             outcome.answer = replace(answer, held=self._held(cell, answer, before))
         return [outcome.checked() for outcome in outcomes]
@@ -420,7 +424,15 @@ class _Example:
         """The first token's log-probabilities, where they depend on the cell's cache."""
         return None if self.prompt.context == len(self.prompt.ids) else logits.float().log_softmax(-1)
 
-    def _generate(self, cache: RowCache, logits: Tensor, turns: Turns | None = None) -> list[Answer]:
+    @property
+    def _sampler(self) -> Sampler:
+        temperature = self.sweep.protocol.temperature
+        return Sampler(temperature, f"{self.sweep.seed}/{self.prompt.ids}" if temperature else "")
+
+    def _generate(
+        self, cache: RowCache, logits: Tensor, turns: Turns | None = None, begun: Sequence[Sequence[int]] | None = None
+    ) -> list[Answer]:
+        """`begun`: as the cells' answers begin, where that is known, see `FullAnswer.follow`."""
         if self.prompt.forced:
             ends = cache.grown(len(self.prompt.forced) - 1)
             said = list(self.prompt.forced)
@@ -430,10 +442,10 @@ class _Example:
         model, protocol = self.sweep.model, self.sweep.protocol
         stop_ids = model.stop_ids if protocol.stop == "eos" else frozenset()
         stop = Stop(stop_ids, self.most, self.prompt.until, partial(model.words, special=True))
-        sampler = Sampler(protocol.temperature, f"{self.sweep.seed}/{self.prompt.ids}" if protocol.temperature else "")
+        sampler = self._sampler
         with stopwatch(model.device, self.sweep.laps.decode):
-            first = sampler.sample(logits, [0] * cache.cells)
-            return generate(model, cache, first, Decoder(self.ngrams, stop, sampler), turns)
+            begun = begun or [[token] for token in sampler.sample(logits, [0] * cache.cells)]
+            return generate(model, cache, begun, Decoder(self.ngrams, stop, sampler), turns)
 
     def _likelihoods(self, cache: RowCache, logits: Tensor) -> list[Answer]:
         answers = [Answer([], "forced") for _ in range(cache.cells)]

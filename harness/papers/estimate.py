@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from benchmarks.haystack import Haystack
 from harness.cache import Arena
+from harness.cluster.crews import crew_of
 from harness.cluster.drive import Crew, Driver
 from harness.cluster.job import Listed
 from harness.cluster.plugins import PluginFile, registry_here
@@ -134,17 +135,15 @@ def estimate_importance(request: ImportanceRequest, registry: Registry) -> HeadS
 
 
 def _on_workers(request: ImportanceRequest) -> HeadScores:
-    from harness.cluster.places import places_for
-    from harness.cluster.ray_crew import RayCrew, check_nodes, connected, machines
-
     assert request.cluster is not None
     plugins = tuple(PluginFile.read(path) for path in request.plugins)
-    with connected(request.cluster):
-        where = places_for(request.cluster, machines(), request.device)
-        if not request.cluster.here:
-            check_nodes(where, [str(path) for path in (request.model, request.haystack) if path])
-        told = replace(request, device="auto") if where.gpus > 1 and request.device is None else request
-        return carry_out(request, RayCrew(ImportanceJob(told, plugins), where))
+
+    def job(gpus: int) -> ImportanceJob:
+        return ImportanceJob(replace(request, device="auto") if gpus > 1 and request.device is None else request, plugins)
+
+    named = [str(path) for path in (request.model, request.haystack) if path]
+    with crew_of(request.cluster, job, request.device, named) as crew:
+        return carry_out(request, crew)
 
 
 def carry_out(request: ImportanceRequest, crew: Crew) -> HeadScores:

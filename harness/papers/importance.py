@@ -26,7 +26,7 @@ from benchmarks.haystack import Haystack
 from benchmarks.needles import REASONING_NEEDLES, RETRIEVAL_NEEDLES, TEXTS, Needle
 from benchmarks.wording import english_f1, rouge
 from harness.cache import Arena, Chat, Needs, keep_all
-from harness.cluster.options import RayOptions
+from harness.cluster.options import WorkerOptions
 from harness.engine.generate import Decoder, NgramTable, Stop, generate
 from harness.engine.model import Model
 from harness.engine.rows import RowCache, compact
@@ -97,7 +97,7 @@ class ImportanceRequest:
     revision: str | None = None
     device: str | None = None
     dtype: str | None = None
-    cluster: RayOptions | None = None  # None: this process
+    cluster: WorkerOptions | None = None  # None: this process
 
     @property
     def path(self) -> Path:
@@ -215,7 +215,7 @@ def _answer(model: Model, cache: RowCache, work: Attempt, most: int) -> tuple[li
     """What the model says, greedily, without its end token. The cache is left as it was."""
     read = cache.seen.copy()
     first = model.decode(cache, torch.tensor([work.ids[-1:]], device=model.device))[0, -1].argmax().item()
-    answer = generate(model, cache, [int(first)], Decoder(NgramTable(), Stop(model.stop_ids, most)))[0]
+    answer = generate(model, cache, [[int(first)]], Decoder(NgramTable(), Stop(model.stop_ids, most)))[0]
     cache.crop(cache.seen - read)
     said = [token for token in answer.tokens if token not in model.stop_ids]
     assert model.tokenizer is not None

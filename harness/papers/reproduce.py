@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.base import reads_data
 from benchmarks.data import BadData
-from harness.cluster.options import RayOptions
+from harness.cluster.options import WorkerOptions
 from harness.cost.request import CostRequest
 from harness.cost.run import run_cost
 from harness.errors import BadRequest
@@ -69,7 +69,7 @@ class ReproduceRequest:
     head_scores: tuple[Path, ...] = ()
     device: str | None = None
     dtype: str | None = None
-    cluster: RayOptions | None = None  # workers for what has prompts and costs; training stays here
+    cluster: WorkerOptions | None = None  # workers for what has prompts and costs; training stays here
     out: Path = Path("results/papers")
 
     def __post_init__(self) -> None:
