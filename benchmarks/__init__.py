@@ -8,6 +8,7 @@ from benchmarks.instruct import SETS, Instruct
 from benchmarks.lm_eval_tasks import LmEval
 from benchmarks.longbench import CATEGORIES, ENGLISH, HEADKV, KINDS, LongBench
 from benchmarks.loogle import LooGLE
+from benchmarks.manual_questions import ManualQuestions
 from benchmarks.needle import NeedleInHaystack
 from benchmarks.perplexity import Perplexity, PerplexityOwn, PerplexityWindows, Streaming
 from benchmarks.random_tokens import RandomTokens
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Task] = {
     "ruler_multi_key": RulerMultiKey(),
     "ruler_variables": RulerVariables(),
     "write_out": WriteOut(),
+    "manual_questions": ManualQuestions(),
     "random_tokens": RandomTokens(),
     **{f"longbench_{task}": LongBench(task) for task in KINDS},
     **{f"longbench_{task}_e": LongBench(task, extended=True) for task, kind in KINDS.items() if kind.extended},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from harness.cache import Chat, PromptProtocol
 from results.record import DECODES
@@ -21,6 +22,7 @@ class Suite:
     benchmarks: tuple[str, ...] = ()  # or names of groups of them
     prompts: tuple[PromptProtocol, ...] = ("question_in",)
     limit: int = 20  # examples of each benchmark
+    limits: Mapping[str, int] = field(default_factory=dict)  # of some of them, where it is another number
     seeds: tuple[int, ...] = (0,)  # of generated examples and sampled answers
     temperature: float = 0.0
     fidelity: bool = True
@@ -176,8 +178,23 @@ SUITES: dict[str, Suite] = {
         prompts=("question_in", "question_after"),
         limit=10,
         cost="cost-default",
-        behind=("smollm2",),
+        behind=("smollm2-short",),
         worker_bytes=3 * 2**30,
+    ),
+    "smollm2-short": Suite(
+        about="behind the default run: needles, RULER-style tasks, likelihood and instructions in Python's manual, on SmolLM2",
+        models=("smollm2",),
+        methods=("full", "streaming_llm", "h2o", "snapkv", "ada_snapkv", "headkv_r2"),
+        budgets=("25%", "50%"),
+        benchmarks=(
+            "needle(haystack=python,shortest=256,longest=768,lengths=3,depths=5)",
+            *(f"{task}(haystack=python,length=512)" for task in RULER[:2]),
+            "perplexity(text=python,read=512,scored=64)",
+            "manual_questions(new_tokens=32)",
+        ),
+        limit=15,
+        limits={"perplexity(text=python,read=512,scored=64)": 30, "manual_questions(new_tokens=32)": 10},
+        chat="template",
     ),
     "smollm2": Suite(
         about="a real small model, SmolLM2-135M-Instruct: needles in Python's manual, and the manual's likelihood",

@@ -378,7 +378,7 @@ def test_costs_of_a_checkpoint_that_was_replaced_are_measured_anew(tmp_path: Pat
         "device": "cpu",
         "out": tmp_path,
     }
-    monkeypatch.setattr("harness.cost.request.run_cell", lambda _: {"status": "ok", "reason": None})
+    monkeypatch.setattr("harness.cost.request.run_cell", lambda *_: {"status": "ok", "reason": None})
     for layers in (2, 2, 3):
         checkpoint(tmp_path / "m", num_hidden_layers=layers)
         run_cost(CostRequest("cost-small", (str(tmp_path / "m"),), **asked), BUILTIN)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -16,7 +19,8 @@ import harness.cost.cell
 from benchmarks import latency, memory
 from harness.cache import Budget, Needs, keep_all
 from harness.cost.cell import CacheSubject, CostCell, CpuMeter, measure_cell
-from harness.cost.request import cells_of, identity, run_cell
+from harness.cost.forks import forks
+from harness.cost.request import ROOT, cells_of, identity, run_cell
 from harness.cost.roofline import pairs_of, rooflines, weight_bytes
 from harness.engine.model import Model
 from harness.engine.rows import compact, compact_and_free
@@ -181,10 +185,43 @@ def test_one_real_cell() -> None:
 
 
 def test_a_process_that_dies_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_cell(replace(CELL, model="random:absent"))["status"] == "failed"
-    assert "no shape 'absent'" in run_cell(replace(CELL, model="random:absent"))["reason"]
+    found = run_cell(replace(CELL, model="random:absent"))
+    assert found["status"] == "failed" and "no shape 'absent'" in found["reason"]
     monkeypatch.setattr("harness.cost.request.sys.executable", "/bin/false")
     assert run_cell(CELL) == {"status": "failed", "reason": "its process ended with code 1"}
+
+
+FORKED = """
+import os, sys, time
+def main(arguments):
+    asked = arguments[0].strip()
+    if asked == "die": os.kill(os.getpid(), 9)
+    if asked == "hang": time.sleep(600)
+    if asked == "raise": raise MemoryError("no room")
+    print(asked, os.getpid(), flush=True)
+    return 0
+from harness.cost import forks
+sys.exit(forks.serve(main))
+"""
+
+
+def test_forks_are_processes_of_their_own() -> None:
+    """Each cell's exit code, output and last words are its own; one that dies or hangs takes no other with it."""
+    with forks([sys.executable, "-c", FORKED], os.environ | {"PYTHONPATH": str(ROOT)}, 60.0) as imported:
+        first, second = imported.measure("one"), imported.measure("two")
+        assert (first.returncode, second.returncode) == (0, 0)
+        assert first.stdout.split()[0] == "one" and second.stdout.split()[0] == "two"
+        assert first.stdout.split()[1] != second.stdout.split()[1]
+        assert imported.measure("die").returncode == -9
+        broken = imported.measure("raise")
+        assert broken.returncode == 1 and broken.stderr.splitlines()[-1] == "MemoryError: no room"
+        imported._patience = 0.5
+        with pytest.raises(subprocess.TimeoutExpired):
+            imported.measure("hang")
+        imported._patience = 60.0
+        assert imported.measure("after").stdout.startswith("after")
+        process = imported._process
+    assert process is not None and process.poll() is not None
 
 
 @pytest.mark.parametrize("method", ["full", "snapkv"])

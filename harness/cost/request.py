@@ -15,6 +15,7 @@ from typing import Any
 
 from harness.cache import Budget
 from harness.cluster.options import WorkerOptions
+from harness.cost.forks import Forks, forks
 from harness.errors import BadRequest
 from harness.evaluation.request import DTYPES, OUT, RunRequest, at_least, narrowed, tell_apart
 from harness.registry import Registry
@@ -119,13 +120,18 @@ def measure_here(request: CostRequest, registry: Registry) -> int:
     from harness.models.load import one_device
     from results.store import append_line
 
-    env = record_environment(request.out, one_device(request.device, "a cost suite"))
+    device = one_device(request.device, "a cost suite")
+    env = record_environment(request.out, device)
     cells, _ = _left_to_do(request, registry, env)
     failed = 0
-    with tqdm(cells.items(), unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar:
+    with (
+        tqdm(cells.items(), unit="cell", desc="cost", disable=not cells, file=sys.stderr) as bar,
+        forks(_command(), _environment(), HOUR) as imported,
+    ):
+        shared = imported if device.type == "cpu" and hasattr(os, "fork") else None
         for row_id, cell in bar:
             bar.set_postfix_str(f"{cell.what} {cell.decode} {cell.method} {cell.budget} {cell.context}", refresh=False)
-            row = row_of(row_id, cell, env, run_cell(cell))
+            row = row_of(row_id, cell, env, run_cell(cell, shared))
             failed += row["status"] == "failed"
             append_line(request.out / ROWS, json.dumps(row))
     return failed
@@ -226,21 +232,35 @@ def sources_of(cell: CostCell) -> list[str]:
     return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in cell.plugins]
 
 
-def run_cell(cell: CostCell) -> dict[str, Any]:
-    """What the cell's own process printed. Where it could not capture its step: what an eager one's printed, and why."""
-    found = _in_a_process(cell)
+def run_cell(cell: CostCell, imported: Forks | None = None) -> dict[str, Any]:
+    """What the cell's own process printed. Where it could not capture its step: what an eager one's printed, and why.
+
+    Args:
+        imported: where that process is forked from; None: it is started from nothing.
+    """
+    found = _in_a_process(cell, imported)
     if found["status"] == "fell back":
-        return _in_a_process(replace(cell, decode="eager")) | {"fell_back": found["reason"]}
+        return _in_a_process(replace(cell, decode="eager"), imported) | {"fell_back": found["reason"]}
     return found
 
 
-def _in_a_process(cell: CostCell) -> dict[str, Any]:
-    """What it printed, or why it printed nothing. The process ends with this one, however this one ends."""
-    command = [sys.executable, "-m", "harness.cost", json.dumps(asdict(cell))]
+def _command(*more: str) -> list[str]:
+    return [sys.executable, "-m", "harness.cost", *more]
+
+
+def _environment() -> dict[str, str]:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    settings = {"env": os.environ | {"PYTHONPATH": paths}, "capture_output": True, "text": True, "timeout": HOUR, "check": False}
+    return os.environ | {"PYTHONPATH": paths}
+
+
+def _in_a_process(cell: CostCell, imported: Forks | None) -> dict[str, Any]:
+    """What it printed, or why it printed nothing. The process ends with this one, however this one ends."""
+    told = json.dumps(asdict(cell))
     try:
-        ran = subprocess.run(command, **settings)  # type: ignore[call-overload]
+        if imported is not None:
+            ran = imported.measure(told)
+        else:
+            ran = subprocess.run(_command(told), env=_environment(), capture_output=True, text=True, timeout=HOUR, check=False)
     except subprocess.TimeoutExpired:
         return {"status": "failed", "reason": f"no result after {HOUR:.0f} s"}
     if ran.returncode < 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -57,6 +57,7 @@ class Grid:
     fidelity: bool = True
     registry: Registry = field(default=BUILTIN, repr=False)
     variant: str = ""  # the model as it was asked for
+    limits: Mapping[str, int] = field(default_factory=dict)  # by label, of tasks for which it is another one
 
     def cells(self) -> list[Cell]:
         found = []
@@ -67,7 +68,8 @@ class Grid:
 
     def examples(self, task: Task) -> list[int]:
         """Their numbers, questions on one context behind each other: they share what is read, and belong to one shard."""
-        count = self.limit if task.size is None else min(self.limit, task.size)
+        limit = next((most for label, most in self.limits.items() if self.tasks[label] == task), self.limit)
+        count = limit if task.size is None else min(limit, task.size)
         asked = [n for n in range(count) if self.part == "all" or is_held_out(n) == (self.part == "held_out")]
         contexts: dict[int, list[int]] = {}
         for number in asked:
@@ -163,6 +165,8 @@ def suite_of(request: RunRequest, registry: Registry) -> Suite:
     }
     if request.models or request.methods:
         changes["variants"] = ()
+    if request.limit is not None or request.benchmarks:
+        changes["limits"] = {}
     suite = replace(suite, **changes)
     return replace(suite, benchmarks=tuple(registry.benchmark_names(suite.benchmarks)))
 
@@ -219,6 +223,7 @@ def grid_of(request: RunRequest, suite: Suite, registry: Registry) -> Grid:
         budgets=budgets,
         protocols=tuple(Protocol(prompt, *shared, routing) for prompt, routing in product(suite.prompts, request.routings)),  # type: ignore[arg-type]
         limit=suite.limit,
+        limits={registry.benchmark(text)[0]: most for text, most in suite.limits.items()},
         seeds=suite.seeds,
         shard=request.shard,
         part=request.examples,
