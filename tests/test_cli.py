@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,8 +16,10 @@ from helpers import call, small
 import run_all
 from harness.engine.measure import OutOfMemory, memory_errors
 from harness.errors import BadRequest
-from harness.evaluation.request import Shard
-from harness.registry import UnknownChoice, choose, split
+from harness.evaluation.plan import grids_of
+from harness.evaluation.request import RunRequest, Shard
+from harness.registry import BUILTIN, UnknownChoice, choose, split
+from harness.suites import SUITES
 from methods import METHODS
 from results.store import Store, StoreError, read_rows
 
@@ -282,3 +285,18 @@ def test_shards() -> None:
     for text in ("0/2", "x", "1/", "-1/2", "2"):
         with pytest.raises(BadRequest):
             Shard.parse(text)
+
+
+def test_a_suite_asks_some_benchmarks_for_other_numbers_of_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it says; what the request narrows has one number for all."""
+    suite = SUITES["smollm2-short"]
+    asked = RunRequest("smollm2-short", models=("random:tiny-llama",))
+
+    def numbers(request: RunRequest) -> dict[str, int]:
+        (grid,) = grids_of(request, BUILTIN).values()
+        return {label.partition("(")[0]: len(grid.examples(task)) for label, task in grid.tasks.items()}
+
+    expected = {"needle": 15, "ruler_single": 15, "ruler_multi_key": 15, "perplexity": 30, "manual_questions": 10}
+    assert numbers(asked) == expected and set(suite.limits) < set(suite.benchmarks)
+    assert numbers(replace(asked, limit=4)) == dict.fromkeys(expected, 4)
+    assert numbers(replace(asked, benchmarks=suite.benchmarks[3:])) == {"perplexity": 15, "manual_questions": 15}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import random
 import zipfile
@@ -20,6 +21,8 @@ from benchmarks.babilong import LABELS, BabiLong, instruction, right
 from benchmarks.data import BadData
 from benchmarks.haystack import Haystack, place, weave
 from benchmarks.loogle import KINDS, LooGLE
+from benchmarks.manual import manual
+from benchmarks.manual_questions import ManualQuestions, sections
 from benchmarks.needle import NeedleInHaystack
 from benchmarks.perplexity import Perplexity, PerplexityWindows
 from benchmarks.ruler import RulerMultiKey, RulerSingle, RulerVariables
@@ -113,6 +116,22 @@ def test_a_haystack_is_as_long_as_its_row_says_or_refused(tmp_path: Path) -> Non
         Haystack.of(tmp_path / "giant").fill(900, "s", count_words)
     lengths = [sum(len(text.split()) for text in Haystack.of(Path("python")).fill(700, f"{n}", count_words)) for n in range(100)]
     assert min(lengths) >= 630 and max(lengths) <= 700, "the manual's long sentences are cut"
+
+
+def test_questions_on_the_manual_hide_what_they_are_scored_by() -> None:
+    task = ManualQuestions(length=100)
+    assert task.size >= 30 and task.data == hashlib.sha256(manual().encode()).hexdigest()
+    found = [task.example(number, 0, count_words) for number in range(task.size)]
+    assert len({example.answers for example in found}) == task.size, "each section once"
+    for example, section in zip(found, sections(), strict=True):
+        (first,) = example.answers
+        assert first not in example.prompt and first.endswith(".") and 8 <= len(first.split()) <= 40
+        assert " ".join(first.split()) in " ".join(manual().split()) and section.title in example.prompt[example.context_end :]
+        assert 40 < count_words(example.prompt[: example.context_end]) <= 103
+        assert task.score(first, example) == {"rougeL": 100} and task.score("", example) == {"rougeL": 0}
+    assert found[3] == task.example(3, 9, count_words)
+    with pytest.raises(ValueError, match="at least 1 token"):
+        ManualQuestions(new_tokens=0)
 
 
 def test_variables_that_hold_the_value_are_those_of_its_chain(reference: Model) -> None:
