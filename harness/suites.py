@@ -190,10 +190,10 @@ SUITES: dict[str, Suite] = {
             "needle(haystack=python,shortest=256,longest=768,lengths=3,depths=5)",
             *(f"{task}(haystack=python,length=512)" for task in RULER[:2]),
             "perplexity(text=python,read=512,scored=64)",
-            "manual_questions(new_tokens=32)",
+            "manual_questions(new_tokens=24)",
         ),
         limit=15,
-        limits={"perplexity(text=python,read=512,scored=64)": 30, "manual_questions(new_tokens=32)": 10},
+        limits={"perplexity(text=python,read=512,scored=64)": 30, "manual_questions(new_tokens=24)": 10},
         chat="template",
     ),
     "smollm2": Suite(

@@ -51,7 +51,7 @@ def behind(runs: Mapping[str, Sequence[Record]]) -> dict[Where, Behind]:
     """By cell; runs: their rows by name."""
     found: dict[Where, Behind] = {}
     every = [(name, record) for name, records in runs.items() for record in records]
-    for (run, record), at in zip(every, named(record for _, record in every), strict=True):
+    for (run, record), at in zip(every, named([record for _, record in every]), strict=True):
         if record.status == "ok":
             mine = found.setdefault((at.parent, at.label, at.asked.budget, at.asked.prompt), Behind())
             mine.runs.add(run)

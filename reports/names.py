@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -24,11 +24,23 @@ What = TypeVar("What", bound=Hashable)
 TOP = re.compile(r", (?=\w+=)")  # between the settings of a repr
 
 
-def named(records: Iterable[Record]) -> list[LineKey]:
-    """Of each record, what was asked of its line and how that is called among these records."""
+_held: dict[str, tuple[tuple[Record, ...], list[LineKey]]] = {}  # the last tuple of records, and its names
+
+
+def named(records: Sequence[Record]) -> list[LineKey]:
+    """Of each record, what was asked of its line and how that is called among these records.
+
+    Many parts of a report ask for the same ones: a tuple's names are found once.
+    """
+    asked, found = _held.get("last", ((), []))
+    if records is asked:
+        return found
     plain = [LineKey.of(record) for record in records]
     called = _called(set(plain))
-    return [called[at] for at in plain]
+    found = [called[at] for at in plain]
+    if isinstance(records, tuple):
+        _held["last"] = records, found
+    return found
 
 
 def _called(ats: Collection[LineKey]) -> dict[LineKey, LineKey]:

@@ -93,7 +93,7 @@ def lines(
         looks: by model and benchmark of the keys, where examples were added until intervals were narrow.
     """
     groups: dict[LineKey, list[Record]] = {}
-    every = list(records)
+    every = records if isinstance(records, tuple) else tuple(records)
     for record, at in zip(every, named(every), strict=True):
         groups.setdefault(at, []).append(record)
     ordered = sorted(groups, key=lambda at: at.order)

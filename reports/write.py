@@ -10,6 +10,7 @@ from typing import Any
 
 from reports import plots
 from reports.answers import sentence, verdicts
+from reports.beside import beside
 from reports.bits import ABOUT, bits_maps
 from reports.by_question import by_question_table
 from reports.cost import Cost, costs
@@ -40,6 +41,7 @@ from results.lines import Check, dict_of, is_count, is_number, is_text, list_of,
 from results.record import Record
 from results.store import read_commands, read_costs, read_folder, read_ratings, read_rows, read_verdicts
 
+MANY = 6  # panels of scores, from which on another process draws them
 USUAL = ("png", "svg")  # of pictures, unless asked for; PDFs would take two thirds as long again
 
 
@@ -53,7 +55,7 @@ def write_report(out: Path, formats: Collection[str] = ()) -> list[Path]:
         StoreError: no rows, rows of another schema, or a folder that cannot be written to.
     """
     rows = read_costs(out)
-    records = [] if rows and not (out / "rows").is_dir() else read_rows(out)
+    records = () if rows and not (out / "rows").is_dir() else tuple(read_rows(out))
     ratings = read_ratings(out)
     found = lines(records, next(iter(ratings.values()), None), looks_of(out))
     averaged, measured = families(found), costs(rows)
@@ -83,15 +85,15 @@ def write_report(out: Path, formats: Collection[str] = ()) -> list[Path]:
         text.write_text(_head(found, averaged, said, judged) + markdown([*several, *ranks, *score_tables(found), *cost, *rest]))
         paper.write_text(latex([*several, *ranks, *score_tables(found), *cost]))
         drawn = Drawn(plotted, palette, formats or USUAL)
-        _save(found, averaged, drawn)
-        pictures = [
-            Pictures("Bits", "entries against bits at equal bytes", ABOUT, bits_maps(found, plotted)),
-            Pictures("Over an answer", "mean and peak bytes", OVER_ANSWER, over_answer_plots(records, plotted, palette)),
-            *_pictures(out, records, drawn, measured, said),
-        ]
-        title, tables = f"KV-cache methods: {out.name}", [*cost, *rest]
-        shown = (fronts(averaged, measured), ranked, palette, pictures, tables, made)
-        html.write_text(page(Content(title, found, averaged, records, *shown)), encoding="utf-8")
+        with beside(len(plots.panels(found)) >= MANY, _save, found, averaged, drawn):
+            pictures = [
+                Pictures("Bits", "entries against bits at equal bytes", ABOUT, bits_maps(found, plotted)),
+                Pictures("Over an answer", "mean and peak bytes", OVER_ANSWER, over_answer_plots(records, plotted, palette)),
+                *_pictures(out, records, drawn, measured, said),
+            ]
+            title, tables = f"KV-cache methods: {out.name}", [*cost, *rest]
+            shown = (fronts(averaged, measured), ranked, palette, pictures, tables, made)
+            html.write_text(page(Content(title, found, averaged, records, *shown)), encoding="utf-8")
     return [out / "report" / name for name in files]
 
 

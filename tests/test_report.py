@@ -8,10 +8,12 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
 import random
 import re
 import shutil
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 
 from reports import plots
 from reports.answers import sentence, verdicts
+from reports.beside import beside
 from reports.compare import comparison
 from reports.evidence import kept_maps
 from reports.formats import Table, TableCell, latex, markdown
@@ -595,3 +598,17 @@ def test_methods_in_order_at_their_own_ends_and_at_equal_ones() -> None:
     (table,) = protection_tables(records)
     assert [cell.text for cell in table.rows[0]][-4:] == ["2", "4, 8", "snapkv 0.5 > h2o 0", "h2o 1 > snapkv 0.5"]
     assert protection_tables(records[:4]) == []
+
+
+def test_what_is_done_beside_is_done_at_the_end_and_its_errors_are_raised(tmp_path: Path) -> None:
+    for pays in (False, True):
+        made = tmp_path / str(pays)
+        with beside(pays, os.makedirs, str(made)):
+            pass
+        assert made.is_dir()
+        with pytest.raises(FileExistsError), beside(pays, os.makedirs, str(made)):
+            pass
+    with pytest.raises(RuntimeError, match="ended with code 3"), beside(True, os._exit, 3):
+        pass
+    with pytest.raises(KeyError), beside(True, time.sleep, 60):
+        raise KeyError("of the block")
