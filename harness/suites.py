@@ -114,6 +114,7 @@ def real(about: str, *benchmarks: str, limit: int, chat: Chat = "template", behi
     )
 
 
+WIDER = "-wide"  # behind the names of these parts: see `wide`
 ASKED_ONCE = ("perplexity", "lm-eval", "instruct", "longbench-raw", "longbench-e")  # parts that are asked under one protocol
 
 
@@ -125,7 +126,7 @@ def wide(name: str, suite: Suite) -> Suite:
         methods=WIDE_METHODS,
         budgets=("64", "128", "256", "512", "10%", "25%", "50%"),
         prompts=("question_in",) if name.removeprefix("real-") in ASKED_ONCE else ("question_in", "question_after"),
-        behind=tuple(f"{part}-wide" for part in suite.behind),
+        behind=tuple(f"{part}{WIDER}" for part in suite.behind),
     )
 
 
@@ -373,7 +374,7 @@ SUITES: dict[str, Suite] = {
         limit=200,
     ),
 }
-SUITES |= REAL | {f"{name}-wide": wide(name, suite) for name, suite in REAL.items()}
+SUITES |= REAL | {f"{name}{WIDER}": wide(name, suite) for name, suite in REAL.items()}
 
 COST_SUITES: dict[str, CostSuite] = {
     "cost-default": CostSuite(

@@ -4,9 +4,9 @@
     python -m benchmarks.peers.compare --python peers/bin/python --prompts 1 --out results/peers
 
 kvpress pins other versions of transformers and pandas, so it runs in an environment of its own (`kvpress_side.py`). The model
-is that of `run_all.py bench sweep`. Settings are made equal where both have them: SnapKV with a window of 8 and mean-pooling over
-7, StreamingLLM with 4 sinks. Kept positions are compared for SnapKV, StreamingLLM, TOVA and Knorm; PyramidKV and AdaKV share
-budgets by other rules.
+is that of `run_all.py bench sweep`, or `--model smollm2`: then prompts are needles in Python's manual. Settings are made equal
+where both have them: SnapKV with a window of 8 and mean-pooling over 7, StreamingLLM with 4 sinks. Kept positions are compared
+for SnapKV, StreamingLLM, TOVA and Knorm; PyramidKV and AdaKV share budgets by other rules.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.base import Task
 from benchmarks.random_tokens import RandomTokens
 from harness.cache import Budget
-from harness.cost.microbench import BUDGETS, METHODS, speed_model
+from harness.cost.microbench import METHODS, speed_model
 from harness.engine.measure import keep_freed_memory
+from harness.engine.model import Model
+from harness.evaluation.plan import token_counter
 from harness.evaluation.prompts import Prompt, Protocol, tokenize
 from harness.evaluation.sweep import Cell, Sweep
+from harness.models.load import load
+from harness.registry import BUILTIN
 from methods import METHODS as ALL
 from methods.base import Eviction, score_prefill
 from methods.snapkv import WindowAttention
@@ -108,15 +113,37 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def prompts_of(model: Model, task: Task, numbers: range, context: int) -> list[Prompt]:
+    """The newest `context` tokens of each context, and its question."""
+    found = []
+    for number in numbers:
+        example = task.example(number, 0, token_counter(model))
+        prompt = tokenize(model.tokenizer, example, Protocol(prompt="question_after"), model.max_tokens)
+        cut = prompt.context - context
+        if cut < 0:
+            raise SystemExit(f"the context of prompt {number} has {prompt.context} tokens, {context} were asked for")
+        found.append(Prompt(prompt.ids[cut:], context))
+    return found
+
+
+def asked_of(name: str, length: int, count: int, new_tokens: int) -> tuple[Model, list[Prompt]]:
+    """The model, and prompts with a context of so many tokens."""
+    if name:
+        needles = f"needle(haystack=python,shortest={length + 64},longest={length + 64},lengths=1,depths=4)"
+        model = load(name, torch.float32, torch.device("cpu"))
+        return model, prompts_of(model, BUILTIN.benchmark(needles)[1], range(count), length)
+    task = RandomTokens(length=length, question=16, max_new_tokens=new_tokens, vocabulary=4096)
+    protocol = Protocol(prompt="question_after")
+    return speed_model(), [tokenize(None, task.example(n, 0, len), protocol, 10**6) for n in range(count)]
+
+
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    model = speed_model()
-    task = RandomTokens(length=options.length, question=16, max_new_tokens=options.new_tokens, vocabulary=4096)
+    model, prompts = asked_of(options.model, options.length, options.prompts, options.new_tokens)
     protocol = Protocol(prompt="question_after", stop="none")
-    prompts = [tokenize(None, task.example(n, 0, len), protocol, 10**6) for n in range(options.prompts)]
-    cells = cells_of(METHODS, BUDGETS)
+    cells = cells_of(options.methods.split(","), options.budgets.split(","))
     options.out.mkdir(parents=True, exist_ok=True)
     asked = {
         "prompts": [prompt.ids for prompt in prompts],
@@ -149,6 +176,9 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks.peers.compare", description="kvpress beside this suite, same cells")
     parser.add_argument("--python", required=True, help="of an environment that has kvpress")
+    parser.add_argument("--model", default="", help="such as smollm2 (default: that of `bench sweep`)")
+    parser.add_argument("--methods", default=",".join(METHODS), help="(default: %(default)s)")
+    parser.add_argument("--budgets", default="90%,75%,50%,25%,10%", help="(default: 90%%,75%%,50%%,25%%,10%%)")
     parser.add_argument("--prompts", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--length", type=int, default=4000, help="tokens of a context (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="(default: %(default)s)")

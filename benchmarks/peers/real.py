@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.base import Task
-from benchmarks.peers.compare import KERNEL, WINDOW, shared
+from benchmarks.peers.compare import KERNEL, WINDOW, prompts_of, shared
 from harness.cache import Budget
 from harness.engine.measure import keep_freed_memory
 from harness.engine.model import Model
-from harness.evaluation.plan import token_counter
-from harness.evaluation.prompts import Prompt, Protocol, tokenize
+from harness.evaluation.prompts import Prompt, Protocol
 from harness.evaluation.sweep import Cell, Sweep
 from harness.models.load import load
 from harness.registry import BUILTIN
@@ -43,17 +41,6 @@ def cells_of(budgets: list[str]) -> list[Cell]:
         for name in NAMES:
             over = f"(window={WINDOW},kernel={KERNEL},pooling=mean)" if name in ("criticalkv", "chunkkv") else ""
             found.append(Cell(name, BUILTIN.method(name + over)[1], Budget.parse(budget)))
-    return found
-
-
-def prompts_of(model: Model, task: Task, numbers: range) -> list[Prompt]:
-    """The newest tokens of each context, and its question."""
-    found = []
-    for number in numbers:
-        example = task.example(number, 0, token_counter(model))
-        prompt = tokenize(model.tokenizer, example, Protocol(prompt="question_after"), model.max_tokens)
-        cut = prompt.context - CONTEXT
-        found.append(Prompt(prompt.ids[cut:], CONTEXT))
     return found
 
 
@@ -117,7 +104,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     model = load("smollm2", torch.float32, torch.device("cpu"), registry=BUILTIN)
-    prompts = prompts_of(model, BUILTIN.benchmark(TASK)[1], range(options.first, options.first + options.prompts))
+    prompts = prompts_of(model, BUILTIN.benchmark(TASK)[1], range(options.first, options.first + options.prompts), CONTEXT)
     cells = cells_of(options.budgets.split(","))
     options.out.mkdir(parents=True, exist_ok=True)
     assert model.tokenizer is not None

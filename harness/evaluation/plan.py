@@ -22,7 +22,7 @@ from harness.evaluation.sweep import Cell
 from harness.evaluation.tokens import beyond
 from harness.evaluation.turns import prompt_of
 from harness.registry import BUILTIN, Registry
-from harness.suites import COST_SUITES, SUITES, Suite
+from harness.suites import COST_SUITES, SUITES, WIDER, Suite
 from methods.base import Method
 from results.record import Key
 from results.store import Store
@@ -143,7 +143,8 @@ def suite_of(request: RunRequest, registry: Registry) -> Suite:
     if request.suite in COST_SUITES:
         raise BadRequest(f"suite {request.suite} measures cost: `run` and `plan` take it, this command needs a suite of scores")
     if request.suite not in SUITES:
-        raise BadRequest(f"no suite {request.suite!r}; known: {', '.join((*SUITES, *COST_SUITES))}")
+        known = [name for name in (*SUITES, *COST_SUITES) if not name.endswith(WIDER)]
+        raise BadRequest(f"no suite {request.suite!r}; known: {', '.join(known)}; real and its parts with {WIDER} behind it, too")
     suite = SUITES[request.suite]
     changes: dict[str, Any] = {
         name: value
