@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from harness.cache import Chat, PromptProtocol
 from results.record import DECODES
 
+GIB = 2**30
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -111,6 +113,7 @@ def real(about: str, *benchmarks: str, limit: int, chat: Chat = "template", behi
         truncation=3500,
         cost="cost-real" if behind else "",
         behind=behind,
+        worker_bytes=4 * GIB,
     )
 
 
@@ -141,8 +144,8 @@ REAL: dict[str, Suite] = {
         ),
     ),
     "real-ruler": real(
-        "of it: RULER-style tasks in Python's manual at 1k, 2k and 4k",
-        *(f"{task}(haystack=python,length={length})" for length in (1024, 2048, 3500) for task in RULER),
+        "of it: RULER-style tasks in Python's manual at 1,024, 2,048 and 3,400 tokens",
+        *(f"{task}(haystack=python,length={length})" for length in (1024, 2048, 3400) for task in RULER),
         limit=20,
     ),
     "real-perplexity": real(
@@ -180,7 +183,7 @@ SUITES: dict[str, Suite] = {
         limit=10,
         cost="cost-default",
         behind=("smollm2-short",),
-        worker_bytes=3 * 2**30,
+        worker_bytes=3 * GIB,
     ),
     "smollm2-short": Suite(
         about="behind the default run: needles, RULER-style tasks, likelihood and instructions in Python's manual, on SmolLM2",
@@ -196,6 +199,7 @@ SUITES: dict[str, Suite] = {
         limit=15,
         limits={"perplexity(text=python,read=512,scored=64)": 30, "manual_questions(new_tokens=24)": 10},
         chat="template",
+        worker_bytes=3 * GIB,
     ),
     "smollm2": Suite(
         about="a real small model, SmolLM2-135M-Instruct: needles in Python's manual, and the manual's likelihood",
@@ -208,6 +212,7 @@ SUITES: dict[str, Suite] = {
         ),
         chat="template",
         limit=30,
+        worker_bytes=3 * GIB,
     ),
     "bits": Suite(
         about="bits against entries at 50, 25, 12.5 and 6.25 % of the bytes, on the embedded model; behind it on SmolLM2",
