@@ -388,7 +388,7 @@ def test_a_cell_that_cannot_be_captured_is_measured_eagerly_in_another_process(m
     cell = CostCell("random:tiny-llama", "full", "", 64, 1, 3, "float32", "cpu", 1, decode="compiled")
     asked = []
 
-    def played(one: CostCell) -> dict[str, Any]:
+    def played(one: CostCell, _: object) -> dict[str, Any]:
         asked.append(one.decode)
         return {"status": "ok", "token": 1.0} if one.decode == "eager" else {"status": "fell back", "reason": "a look"}
 

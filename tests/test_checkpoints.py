@@ -349,7 +349,7 @@ def test_whatever_changes_what_a_model_reads_or_says_changes_its_revision(tmp_pa
 def test_digests_of_what_is_shipped_are_those_of_its_rows() -> None:
     rows = Path(__file__).parent.parent / "results" / "reference" / "rows"
     keys = [json.loads(path.open().readline())["key"] for path in rows.glob("*.jsonl")]
-    for model in {key["model"] for key in keys}:
+    for model in {key["model"] for key in keys} - {"smollm2"}:  # which is not shipped
         _, conversion = parted(model)
         folder = REFERENCE if conversion is None else shipped_variant(conversion)
         assert {key["revision"] for key in keys if key["model"] == model} == {digest_of(folder, conversion or "")}, model

@@ -268,7 +268,7 @@ def test_sizes_of_mixsgas_table_9_come_from_shapes(tmp_path: Path) -> None:
 def test_times_of_the_papers_come_from_cost_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cells themselves, each in a process of its own, are tested with the cost suites."""
 
-    def measured(cell: CostCell) -> dict[str, Any]:
+    def measured(cell: CostCell, _: object) -> dict[str, Any]:
         if cell.what == "memory":
             return {"status": "ok", "prefill_peak": 3e9}
         token = {"random:tiny-llama+gqa-2": 0.1, "random:tiny-llama+mixsga-3:1:6": 0.125}.get(cell.model, 0.2)
